@@ -1,0 +1,123 @@
+"""Strict, versioned JSON files: typed when read, whole or absent when written."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from kvr_partition.errors import FileFormatError, StorageError
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+MAX_FILE_BYTES = 64 * 1024 * 1024
+"""Files we write are far smaller; anything larger is refused before it is read into memory."""
+
+
+class _Head(msgspec.Struct):
+    schema: str
+
+
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """The content of a file of ours.
+
+    Raises:
+        FileFormatError: missing, unreadable, not a regular file or larger than `MAX_FILE_BYTES`.
+    """
+    file = Path(path)
+    try:
+        if not file.is_file():
+            what = "is a folder" if file.is_dir() else "does not exist"
+            raise FileFormatError(f"{file} {what}; name the JSON file itself")
+        if file.stat().st_size > MAX_FILE_BYTES:
+            raise FileFormatError(f"{file} is larger than {MAX_FILE_BYTES >> 20} MiB; this is no file of ours")
+        return file.read_bytes()
+    except OSError as error:
+        raise FileFormatError(f"{file} cannot be read: {error.strerror or error}") from None
+
+
+def schema_of(content: bytes, path: str | os.PathLike[str]) -> str:
+    """The schema a file says it has.
+
+    Raises:
+        FileFormatError: no JSON object, or one without a ``schema`` field.
+    """
+    try:
+        return msgspec.json.decode(content, type=_Head).schema
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise FileFormatError(f"{Path(path)} is not one of our JSON files: {_one_line(error)}") from None
+
+
+def decode(content: bytes, type_: type[T], schema: str, path: str | os.PathLike[str]) -> T:
+    """Decode ``content`` strictly as ``type_``.
+
+    Raises:
+        FileFormatError: another schema, unknown or missing fields, wrong types, NaN, or a torn file.
+    """
+    found = schema_of(content, path)
+    if found != schema:
+        raise FileFormatError(f"{Path(path)} has schema {found!r}; this version reads {schema!r}")
+    try:
+        return msgspec.json.decode(content, type=type_)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise FileFormatError(f"{Path(path)} is not a valid {schema} file: {_one_line(error)}") from None
+
+
+def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new one, never a part.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written; the old file is untouched.
+    """
+    target = Path(path)
+    temporary: str | None = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        # mkstemp makes files private to their owner; a result is meant to be shared like any other file.
+        Path(temporary).chmod(0o666 & ~_umask())
+        Path(temporary).replace(target)
+        temporary = None
+        _fsync_folder(target.parent)
+    except OSError as error:
+        raise write_error(target, error) from None
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def write_error(path: Path, error: OSError) -> StorageError:
+    """The one-line error for a write that failed, with what to do about it."""
+    return StorageError(
+        f"{path} cannot be written: {error.strerror or error}; make room or name another folder and run the "
+        "same command again, everything finished so far is kept"
+    )
+
+
+def encode(value: Any) -> bytes:
+    """JSON for people and programs: two-space indent, newline at the end."""
+    return msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n"
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _fsync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,74 @@
+"""Where a number comes from: the model, the machine and the versions behind it."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class ModelGeometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What of a model decides how long its prefill takes.
+
+    ``config_digest`` is the SHA-256 of the model's ``config.json`` with sorted keys; two models with the
+    same digest are the same architecture with the same shapes.
+    """
+
+    name: str
+    model_type: str
+    layers: int
+    hidden_size: int
+    attention_heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    sliding_window: int | None
+    config_digest: str
+
+
+class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The conditions of a measurement. Two runs with the same `conditions` can be compared and mixed."""
+
+    model: ModelGeometry
+    dtype: str
+    weights: str
+    """``"random(seed=N)"`` or ``"checkpoint"``."""
+    ranks: int
+    backend: str
+    """``"cpu"`` (gloo process ranks) or ``"cuda"`` (NCCL, one GPU a rank)."""
+    topology: str
+    depth: str
+    """How far the runtime reaches into the model: ``"attention"`` or ``"cache"``."""
+    batch: int
+    device: str
+    threads_per_rank: int
+    link: str
+    os: str
+    python: str
+    torch: str
+    transformers: str
+    cuda: str | None
+    nccl: str | None
+    driver: str | None
+    kvr_partition: str
+    created: str
+    """UTC, ISO 8601."""
+
+    def conditions(self) -> dict[str, object]:
+        """Every field that a comparison depends on: all but the time and our own version."""
+        fields: dict[str, object] = msgspec.to_builtins(self)
+        fields.pop("created")
+        fields.pop("kvr_partition")
+        return fields
+
+    def difference(self, other: Provenance) -> str | None:
+        """The first condition in which two runs differ, as ``"field: ours, theirs"``, or None."""
+        ours, theirs = self.conditions(), other.conditions()
+        for field, value in ours.items():
+            if theirs[field] == value:
+                continue
+            if isinstance(value, dict):
+                other_value = theirs[field]
+                assert isinstance(other_value, dict)
+                inner = next(key for key in value if value[key] != other_value[key])
+                return f"{field}.{inner}: {value[inner]}, {other_value[inner]}"
+            return f"{field}: {value}, {theirs[field]}"
+        return None
