@@ -1,0 +1,17 @@
+"""Run a prefill on real ranks: KV-Runahead, and the baselines it is compared with."""
+
+from kvr_partition.runtime.baselines import single, tsp
+from kvr_partition.runtime.prefill import PrefillResult, decode, prefill
+from kvr_partition.runtime.support import ModelSupport, check_config, check_context, probe
+
+__all__ = [
+    "ModelSupport",
+    "PrefillResult",
+    "check_config",
+    "check_context",
+    "decode",
+    "prefill",
+    "probe",
+    "single",
+    "tsp",
+]

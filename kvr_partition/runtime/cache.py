@@ -1,0 +1,248 @@
+"""RunaheadCache: the Hugging Face cache whose layers receive, hold and forward KV."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import cache_utils
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from kvr_partition.runtime.links import Slot, visible_prefix
+
+# Newer transformers have a placeholder in the cache for a layer without KV of its own; older ones have
+# no place for it at all, so that there none is ever needed.
+DummyLayer: Any = getattr(cache_utils, "DummyLayer", None)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKV:
+    """What one layer keeps for one token: heads and head sizes of its keys and values, and its window.
+
+    ``window`` counts the tokens a query sees, itself included; None when it sees all before it.
+    """
+
+    key_heads: int
+    key_dim: int
+    value_heads: int
+    value_dim: int
+    window: int | None
+
+    def entry(self, batch: int) -> int:
+        """Elements that one token of the batch keeps: its keys, then its values."""
+        return batch * (self.key_heads * self.key_dim + self.value_heads * self.value_dim)
+
+
+class TokenRows:
+    """Keys and values of one layer in one buffer ``[tokens, entry]``, keys and values of a token together.
+
+    Token-major rows make every run of tokens one contiguous block, so a chunk is received straight into
+    place and sent straight from it, keys and values in one message; attention gets strided views.
+    """
+
+    def __init__(self, kv: LayerKV, batch: int, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.kv = kv
+        self.batch = batch
+        self.rows = torch.empty((tokens, kv.entry(batch)), dtype=dtype, device=device)
+
+    def keys(self, start: int, end: int) -> torch.Tensor:
+        """Keys of rows ``start`` to ``end`` as ``[batch, heads, tokens, dim]``, no copy."""
+        split = self.batch * self.kv.key_heads * self.kv.key_dim
+        return self._view(self.rows[start:end, :split], self.kv.key_heads, self.kv.key_dim)
+
+    def values(self, start: int, end: int) -> torch.Tensor:
+        """Values of rows ``start`` to ``end`` as ``[batch, heads, tokens, dim]``, no copy."""
+        split = self.batch * self.kv.key_heads * self.kv.key_dim
+        return self._view(self.rows[start:end, split:], self.kv.value_heads, self.kv.value_dim)
+
+    def write(self, start: int, keys: torch.Tensor, values: torch.Tensor) -> int:
+        """Put keys and values ``[batch, heads, tokens, dim]`` at row ``start``; returns the row after them."""
+        end = start + keys.shape[-2]
+        self.keys(start, end).copy_(keys)
+        self.values(start, end).copy_(values)
+        return end
+
+    def _view(self, part: torch.Tensor, heads: int, dim: int) -> torch.Tensor:
+        return part.view(part.shape[0], self.batch, heads, dim).permute(1, 2, 0, 3)
+
+
+class RunaheadLayer(CacheLayerMixin):
+    """One layer's KV on one rank.
+
+    Until the prefill has run it reports the prefix as already present: that is what makes positions and
+    masks right while the prefix is still on its way. Afterwards it is an ordinary growing cache layer.
+    """
+
+    is_compileable = False
+
+    def __init__(
+        self,
+        kv: LayerKV,
+        *,
+        batch: int,
+        prefix: int,
+        chunk: int,
+        reserve: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.kv = kv
+        self.is_sliding = kv.window is not None
+        self.is_croppable = not self.is_sliding
+        self.is_initialized = True
+        self.kept_prefix = visible_prefix(prefix, kv.window)
+        self.store = TokenRows(kv, batch, self.kept_prefix + chunk + reserve, dtype, device)
+        self._length = prefix
+        self._filled = self.kept_prefix
+        self._visible = self.kept_prefix + chunk
+
+    @property
+    def batch_size(self) -> int:
+        """Prompts in the batch."""
+        return self.store.batch
+
+    @property
+    def slot(self) -> Slot:
+        """The rows that links fill and read during the prefill."""
+        first = self._length - self._filled
+        return Slot(self.store.rows[: self._visible], first, self.kv.window)
+
+    @property
+    def keys(self) -> torch.Tensor:  # type: ignore[override]
+        """Keys the next token can see, ``[batch, heads, tokens, dim]``, no copy."""
+        return self.store.keys(self._filled - self._lookback(), self._filled)
+
+    @property
+    def values(self) -> torch.Tensor:  # type: ignore[override]
+        """Values the next token can see, ``[batch, heads, tokens, dim]``, no copy."""
+        return self.store.values(self._filled - self._lookback(), self._filled)
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[int, int]:
+        """Store new tokens; returns the rows that these tokens can see, themselves included."""
+        lookback = self._lookback()
+        new = keys.shape[-2]
+        if self._filled + new > self.store.rows.shape[0]:
+            self._grow(new, lookback)
+        start = self._filled
+        self._filled = self.store.write(start, keys, values)
+        self._length += new
+        return start - lookback, self._filled
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        start, end = self.append(key_states, value_states)
+        return self.store.keys(start, end), self.store.values(start, end)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        pass
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        lookback = self._lookback()
+        return lookback + query_length, self._length - lookback
+
+    def get_seq_length(self) -> int:
+        return self._length
+
+    def get_max_length(self) -> int:
+        return self.kv.window if self.kv.window is not None else -1
+
+    def reset(self) -> None:
+        self._length = self._filled = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0 or -tokens_to_remove > self._length:
+            raise ValueError(
+                f"crop takes minus the tokens to remove, at most {self._length}; got {tokens_to_remove}"
+            )
+        if self.is_sliding and tokens_to_remove:
+            raise RuntimeError("a sliding-window layer no longer has the tokens that a crop would bring back")
+        self._length += tokens_to_remove
+        self._filled += tokens_to_remove
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self._replace(lambda states: states.index_select(0, beam_idx.to(states.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._replace(lambda states: states.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._replace(lambda states: states[indices, ...])
+
+    def _lookback(self) -> int:
+        """Stored tokens that the next token can see."""
+        return min(self._filled, visible_prefix(self._length, self.kv.window))
+
+    def _grow(self, new: int, lookback: int) -> None:
+        """Make room for decoding, an eighth at a time, dropping rows that no query sees any more."""
+        tokens = lookback + new + max(256, lookback // 8)
+        keys, values = self.keys, self.values
+        self.store = TokenRows(self.kv, self.store.batch, tokens, keys.dtype, keys.device)
+        self._filled = self.store.write(0, keys, values)
+
+    def _replace(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        keys, values = change(self.keys), change(self.values)
+        self.store = TokenRows(self.kv, keys.shape[0], self.store.rows.shape[0], keys.dtype, keys.device)
+        self._filled = self.store.write(0, keys, values)
+
+
+class RunaheadCache(Cache):
+    """The KV of one rank, one `RunaheadLayer` for each layer of the model that keeps KV.
+
+    Args:
+        layers: one for each layer of the model, None for layers without KV of their own.
+
+    Attributes:
+        prefilling: while a prefill runs, called as ``(layer, index, keys, values)`` in place of the
+            layer's own update, with the same result.
+    """
+
+    def __init__(self, layers: Sequence[RunaheadLayer | None]) -> None:
+        self.prefilling: Callable[[Any, int, torch.Tensor, torch.Tensor], Any] | None = None
+        super().__init__(layers=[DummyLayer() if layer is None else layer for layer in layers])
+
+    @classmethod
+    def allocate(
+        cls,
+        kv: Sequence[LayerKV | None],
+        *,
+        batch: int,
+        prefix: int,
+        chunk: int,
+        reserve: int = 0,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> RunaheadCache:
+        """Rows for exactly the tokens a rank can see, and for ``reserve`` tokens to decode."""
+        return cls(
+            [
+                None
+                if one is None
+                else RunaheadLayer(
+                    one, batch=batch, prefix=prefix, chunk=chunk, reserve=reserve, dtype=dtype, device=device
+                )
+                for one in kv
+            ]
+        )
+
+    @property
+    def kv_layers(self) -> list[tuple[int, RunaheadLayer]]:
+        """The layers that keep KV, with their index in the model."""
+        return [(index, layer) for index, layer in enumerate(self.layers) if isinstance(layer, RunaheadLayer)]
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes allocated for KV on this rank."""
+        return sum(layer.store.rows.nbytes for _, layer in self.kv_layers)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        layer: Any = self.layers[layer_idx]
+        if self.prefilling is not None:
+            keys, values = self.prefilling(layer, layer_idx, key_states, value_states)
+        else:
+            keys, values = layer.update(key_states, value_states)
+        return keys, values

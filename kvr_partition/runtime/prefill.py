@@ -1,0 +1,282 @@
+"""prefill(): one rank's part of a KV-Runahead prefill, and decoding on from its result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from kvr_partition.errors import PartitionError, UnsupportedError
+from kvr_partition.partition import Partition
+from kvr_partition.runtime import attention
+from kvr_partition.runtime.cache import RunaheadCache, RunaheadLayer
+from kvr_partition.runtime.clock import clock_for
+from kvr_partition.runtime.links import Links, chain
+from kvr_partition.runtime.support import (
+    Depth,
+    check_context,
+    first_token,
+    forward,
+    probe,
+    runahead_attention,
+)
+from kvr_partition.timeline import LayerTimes, RankTimeline
+
+
+@dataclass(frozen=True)
+class PrefillResult:
+    """What a rank has after a prefill.
+
+    Attributes:
+        rank, ranks: which rank this is, of how many.
+        first_token: greedy first token of each prompt, ``[batch, 1]`` int64 on the host; None except on
+            the last rank.
+        logits: logits of the prompt's last position, ``[batch, vocabulary]``; None except on the last rank.
+        cache: this rank's KV; on the last rank that of the whole prompt, ready for ``generate``.
+        kv_bytes: bytes of KV this rank put on the wire.
+    """
+
+    rank: int
+    ranks: int
+    first_token: torch.Tensor | None
+    logits: torch.Tensor | None
+    cache: Any
+    kv_bytes: int
+    _timeline: Callable[[], RankTimeline]
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this is the rank that decodes on."""
+        return self.rank == self.ranks - 1
+
+    @property
+    def timeline(self) -> RankTimeline:
+        """Where this rank's time went, layer by layer."""
+        return self._timeline()
+
+
+def prefill(
+    model: Any,
+    input_ids: torch.Tensor,
+    partition: Partition,
+    *,
+    group: dist.ProcessGroup | None = None,
+    depth: Depth = "auto",
+    reserve: int = 0,
+) -> PrefillResult:
+    """Read a prompt on all ranks of an initialised ``torch.distributed`` world.
+
+    Every rank calls it with the same model weights, the same token ids and the same partition.
+
+    Args:
+        model: a Hugging Face causal LM, in eval mode, on this rank's device.
+        input_ids: the whole prompt, ``[batch, context]``; prompts of a batch have equal length.
+        partition: one chunk per rank of the group.
+        group: the process group; the default group when None. A single-chunk partition needs none.
+        depth: how far to reach into the model; ``"auto"`` takes attention depth where it is exact.
+        reserve: tokens of room for decoding to allocate at once on the last rank.
+
+    Raises:
+        PartitionError: the partition does not fit the prompt or the group, or the model's positions.
+        UnsupportedError: the model cannot be split exactly.
+        RankError: the link to another rank broke.
+    """
+    rank = 0 if partition.ranks == 1 else dist.get_rank(group)
+    world = 1 if partition.ranks == 1 else dist.get_world_size(group)
+    if partition.ranks != world:
+        raise PartitionError(f"the partition has {partition.ranks} chunks, but the group has {world} ranks")
+    if input_ids.dim() != 2 or input_ids.shape[1] != partition.context:
+        raise PartitionError(
+            f"input_ids must be [batch, {partition.context}] for this partition; got {list(input_ids.shape)}"
+        )
+    if partition.past:
+        raise UnsupportedError("prefill starts from an empty cache; use a partition with past=0")
+    check_context(model.config, partition.context + reserve)
+    start, end = partition.starts[rank], partition.ends[rank]
+    links = chain(partition, rank, input_ids.device, group)
+    try:
+        return run_chunk(
+            model,
+            input_ids[:, start:end],
+            prefix=start,
+            rank=rank,
+            ranks=partition.ranks,
+            links=links,
+            depth=depth,
+            reserve=reserve if rank == partition.ranks - 1 else 0,
+        )
+    except BaseException:
+        links.abort()
+        raise
+
+
+@torch.no_grad()
+def run_chunk(
+    model: Any,
+    chunk_ids: torch.Tensor,
+    *,
+    prefix: int,
+    rank: int,
+    ranks: int,
+    links: Links,
+    depth: Depth = "auto",
+    reserve: int = 0,
+    fill: Callable[[RunaheadCache], None] | None = None,
+) -> PrefillResult:
+    """Run a model over one chunk behind a prefix that ``links`` deliver.
+
+    Args:
+        chunk_ids: the chunk's tokens, ``[batch, tokens]``.
+        prefix: tokens before the chunk.
+        fill: called with the cache before anything runs; for prefixes that no link brings.
+    """
+    support = probe(model)
+    chosen = support.choose(depth)
+    clock = clock_for(chunk_ids.device)
+    cache = RunaheadCache.allocate(
+        support.layers,
+        batch=chunk_ids.shape[0],
+        prefix=prefix,
+        chunk=chunk_ids.shape[1],
+        reserve=reserve,
+        dtype=model.dtype,
+        device=chunk_ids.device,
+    )
+    if fill is not None:
+        fill(cache)
+    run = _ChunkRun(cache, links, clock.stamp)
+    clock.stamp()
+    links.start([layer.slot for _, layer in cache.kv_layers])
+    if chosen == "attention":
+        cache.prefilling = run.store_own
+        scope: Any = attention.active(run.attend)
+    else:
+        cache.prefilling = run.store_and_wait
+        scope = nullcontext()
+    with runahead_attention(model) if chosen == "attention" else nullcontext(), scope:
+        output = forward(model, chunk_ids, cache)
+    cache.prefilling = None
+    logits, token = first_token(output) if rank == ranks - 1 else (None, None)
+    clock.stamp()
+    transfer_s = links.finish()
+    return PrefillResult(
+        rank=rank,
+        ranks=ranks,
+        first_token=token,
+        logits=logits,
+        cache=cache,
+        kv_bytes=links.sent_bytes,
+        _timeline=lambda: _timeline(clock.seconds(), transfer_s),
+    )
+
+
+class _ChunkRun:
+    """What happens in each layer while a chunk runs. Stamps per layer: KV ready, wait begins, wait ends."""
+
+    def __init__(self, cache: RunaheadCache, links: Links, stamp: Callable[[], int]) -> None:
+        self._position = {index: position for position, (index, _) in enumerate(cache.kv_layers)}
+        self._links = links
+        self._stamp = stamp
+        self._current: tuple[RunaheadLayer, int] | None = None
+
+    def store_and_wait(
+        self, layer: RunaheadLayer, index: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cache depth: the model's attention gets everything the chunk can see, once it is there."""
+        start, end = layer.append(keys, values)
+        self._hand_over(index)
+        self._wait(layer, index)
+        return layer.store.keys(start, end), layer.store.values(start, end)
+
+    def store_own(
+        self, layer: RunaheadLayer, index: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention depth: the model's attention gets the chunk itself; `attend` fetches the prefix."""
+        _, end = layer.append(keys, values)
+        self._hand_over(index)
+        self._current = (layer, index)
+        own = end - keys.shape[-2]
+        return layer.store.keys(own, end), layer.store.values(own, end)
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scaling: float | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Attention of the chunk, prefix last."""
+        assert self._current is not None
+        layer, index = self._current
+        self._current = None
+
+        def prefix() -> tuple[torch.Tensor, torch.Tensor] | None:
+            self._wait(layer, index)
+            if layer.kept_prefix == 0:
+                return None
+            return layer.store.keys(0, layer.kept_prefix), layer.store.values(0, layer.kept_prefix)
+
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        output = attention.attend_chunk(query, key, value, prefix, scale=scale, window=layer.kv.window)
+        return output.transpose(1, 2).contiguous()
+
+    def _hand_over(self, index: int) -> None:
+        self._stamp()
+        self._links.own_ready(self._position[index])
+
+    def _wait(self, layer: RunaheadLayer, index: int) -> None:
+        self._stamp()
+        if layer.kept_prefix:
+            self._links.wait_prefix(self._position[index])
+        self._stamp()
+
+
+def decode(
+    model: Any, input_ids: torch.Tensor, result: PrefillResult, max_new_tokens: int, **generate: Any
+) -> torch.Tensor:
+    """Go on from the first token, on the last rank, with the model's own ``generate``.
+
+    Args:
+        input_ids: the prompt, ``[batch, context]``.
+        max_new_tokens: how many tokens in all, the first one included.
+        generate: passed on; greedy unless it says otherwise.
+
+    Returns:
+        The new tokens, ``[batch, up to max_new_tokens]``.
+
+    Raises:
+        PartitionError: called on another rank than the last, or more tokens than the model has positions.
+    """
+    if result.first_token is None:
+        raise PartitionError(f"rank {result.rank} has no first token; decode on the last rank")
+    check_context(model.config, input_ids.shape[1] + max_new_tokens)
+    first = result.first_token.to(input_ids.device)
+    if max_new_tokens <= 1:
+        return first
+    tokens = torch.cat([input_ids, first], dim=1)
+    options = {"do_sample": False, **generate}
+    whole: torch.Tensor = model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        past_key_values=result.cache,
+        max_new_tokens=max_new_tokens - 1,
+        **options,
+    )
+    return whole[:, input_ids.shape[1] :]
+
+
+def _timeline(seconds: list[float], transfer_s: list[float]) -> RankTimeline:
+    layers = []
+    last = seconds[0]
+    for position, sent in enumerate(transfer_s):
+        wait_begins, wait_ends = seconds[2 + 3 * position], seconds[3 + 3 * position]
+        layers.append(LayerTimes(wait_begins - last, wait_ends - wait_begins, sent))
+        last = wait_ends
+    return RankTimeline(tuple(layers), seconds[-1] - last)

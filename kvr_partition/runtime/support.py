@@ -1,0 +1,288 @@
+"""Which models a prefill can be split for, how deep the runtime can reach, and what is refused by name."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from kvr_partition.errors import PartitionError, UnsupportedError
+from kvr_partition.runtime import attention
+from kvr_partition.runtime.cache import DummyLayer, LayerKV
+
+Depth = Literal["auto", "attention", "cache"]
+
+# What a model may pass to its attention without changing what a plain causal softmax computes. Anything
+# else that is not None (a soft cap, sinks, a position bias, head masks) needs the model's own attention.
+_HARMLESS = frozenset(
+    {
+        "cache_position",
+        "dropout",
+        "is_causal",
+        "is_training",
+        "output_attentions",
+        "output_hidden_states",
+        "position_embeddings",
+        "position_ids",
+        "return_dict",
+        "scaling",
+        "sliding_window",
+        "training",
+        "use_cache",
+    }
+)
+
+
+@dataclass(frozen=True)
+class ModelSupport:
+    """What a short probe of a model showed.
+
+    Attributes:
+        layers: what each layer keeps of a token, None for layers without KV of their own.
+        attention_depth: whether own block and prefix can be attended separately.
+        reason: why not, when not.
+    """
+
+    layers: tuple[LayerKV | None, ...]
+    attention_depth: bool
+    reason: str = ""
+
+    @property
+    def kv_layers(self) -> int:
+        """Layers that keep KV."""
+        return sum(layer is not None for layer in self.layers)
+
+    def entry_elements(self, batch: int = 1) -> int:
+        """Elements of KV that one token keeps over all layers."""
+        return sum(layer.entry(batch) for layer in self.layers if layer is not None)
+
+    def choose(self, depth: Depth) -> Literal["attention", "cache"]:
+        """The depth to run at.
+
+        Raises:
+            UnsupportedError: attention depth was asked for and the model does not allow it.
+        """
+        if depth == "cache" or (depth == "auto" and not self.attention_depth):
+            return "cache"
+        if not self.attention_depth:
+            raise UnsupportedError(f"attention depth is not possible: {self.reason}; use depth='cache'")
+        return "attention"
+
+
+def text_config(model_or_config: Any) -> Any:
+    """The configuration of the language model proper."""
+    config = getattr(model_or_config, "config", model_or_config)
+    return config.get_text_config(decoder=True)
+
+
+def check_context(config: Any, tokens: int) -> None:
+    """Refuse prompts that this model cannot read, or not in pieces.
+
+    Args:
+        tokens: prompt and, where it matters, the tokens decoded after it.
+
+    Raises:
+        PartitionError: more tokens than the model has positions.
+        UnsupportedError: RoPE frequencies that depend on the length of what is read at once.
+    """
+    config = text_config(config)
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and tokens > limit and not getattr(config, "alibi", False):
+        raise PartitionError(
+            f"{tokens} tokens are beyond the {limit} positions of this {config.model_type} model "
+            "(max_position_embeddings); use a shorter context"
+        )
+    for rope in _rope_parameters(config):
+        kind = rope.get("rope_type", "default")
+        original = rope.get("original_max_position_embeddings") or limit
+        if kind in ("dynamic", "longrope") and original is not None and tokens > original:
+            raise UnsupportedError(
+                f"RoPE of type {kind!r} changes with the length read at once, so chunks beyond {original} tokens "
+                f"cannot be exact; use a context of at most {original}, or another RoPE type"
+            )
+
+
+def check_config(config: Any) -> None:
+    """Refuse by name what cannot be exact, from the configuration alone.
+
+    Raises:
+        UnsupportedError: not a causal decoder, or layers that keep something else than KV.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedError(f"{config.model_type} is an encoder-decoder; KV-Runahead splits causal decoders")
+    text = text_config(config)
+    if getattr(text, "is_causal", True) is False or getattr(text, "use_bidirectional_attention", None):
+        raise UnsupportedError(f"{text.model_type} attends in both directions; KV-Runahead needs causal attention")
+    for index, layer in enumerate(DynamicCache(config=config).layers):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer):
+            raise UnsupportedError(
+                f"layer {index} of {text.model_type} keeps a {type(layer).__name__}, not keys and values alone; "
+                "such state cannot be received chunk by chunk"
+            )
+
+
+def probe(model: Any) -> ModelSupport:
+    """Run two tokens through a model and see where its KV goes. Works on the meta device too.
+
+    The answer is remembered for as long as the model lives.
+
+    Raises:
+        UnsupportedError: the model cannot be split exactly, with the layer or part at fault.
+    """
+    known = _probed.get(model)
+    if known is None:
+        known = _probed[model] = _probe(model)
+    return known
+
+
+_probed: weakref.WeakKeyDictionary[Any, ModelSupport] = weakref.WeakKeyDictionary()
+
+
+class _ProbeCache(DynamicCache):
+    """Notes what each layer stores."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config=config)
+        self.events: list[str] = []
+        self.seen: dict[int, LayerKV] = {}
+        self.returned: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if layer_idx in self.seen:
+            raise UnsupportedError(f"layer {layer_idx} stores its KV twice in one pass")
+        layer = self.layers[layer_idx]
+        self.seen[layer_idx] = LayerKV(
+            key_states.shape[1],
+            key_states.shape[3],
+            value_states.shape[1],
+            value_states.shape[3],
+            getattr(layer, "sliding_window", None),
+        )
+        self.events.append("update")
+        self.returned = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return self.returned
+
+
+def _probe(model: Any) -> ModelSupport:
+    check_config(model.config)
+    cache = _ProbeCache(model.config)
+    _forward_two_tokens(model, cache)
+    if not cache.seen:
+        raise UnsupportedError(
+            f"{type(model).__name__} stored nothing in its transformers cache; KV-Runahead needs models that do"
+        )
+    missing = [
+        index
+        for index, layer in enumerate(cache.layers)
+        if type(layer) is not DummyLayer and index not in cache.seen
+    ]
+    if missing:
+        raise UnsupportedError(f"layer {missing[0]} of {type(model).__name__} has a cache but stores no KV in it")
+    layers = tuple(cache.seen.get(index) for index in range(len(cache.layers)))
+    reason = _why_no_attention_depth(model, layers)
+    return ModelSupport(layers, attention_depth=not reason, reason=reason)
+
+
+def _why_no_attention_depth(model: Any, layers: tuple[LayerKV | None, ...]) -> str:
+    name = type(model).__name__
+    if not getattr(model, "_can_set_attn_implementation", lambda: False)():
+        return f"{name} does not use transformers' attention interface"
+    cache = _ProbeCache(model.config)
+    windows = [layer.window for layer in layers if layer is not None]
+    complaints: list[str] = []
+
+    def hook(
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        at = cache.events.count("attend")
+        cache.events.append("attend")
+        strange = sorted(
+            word
+            for word, given in kwargs.items()
+            if word not in _HARMLESS and given is not None and given is not False
+        )
+        if strange:
+            complaints.append(f"{name} passes {', '.join(strange)} to its attention")
+        if cache.returned is None or key is not cache.returned[0] or value is not cache.returned[1]:
+            # Latent attention keeps something smaller and expands it after the cache.
+            complaints.append(f"{name} attends to something else than the keys and values it stores")
+        if attention_mask is not None:
+            complaints.append(f"{name} makes attention masks of its own")
+        if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+            raise UnsupportedError(f"{name} attends in both directions; KV-Runahead needs causal attention")
+        if at < len(windows) and kwargs.get("sliding_window") != windows[at]:
+            # A chunked-attention layer looks like a window to the cache but masks differently.
+            complaints.append(f"{name} masks layer {at} otherwise than by its cached window")
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+
+    try:
+        with runahead_attention(model), attention.active(hook):
+            _forward_two_tokens(model, cache)
+    except UnsupportedError:
+        raise
+    except Exception as error:  # any failure only means that this model keeps its own attention
+        return f"{name} does not run with its attention replaced ({type(error).__name__})"
+    if complaints:
+        return complaints[0]
+    if cache.events != ["update", "attend"] * len(windows):
+        return f"{name} does not attend once right after storing the KV of each layer"
+    return ""
+
+
+class runahead_attention:  # noqa: N801 - reads as a statement: with runahead_attention(model): ...
+    """Use our attention in a model; nested uses cost nothing, and the last one out puts the old one back."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __enter__(self) -> None:
+        attention.register()
+        self._before = self._model.config._attn_implementation
+        if self._before != attention.IMPLEMENTATION:
+            self._model.set_attn_implementation(attention.IMPLEMENTATION)
+
+    def __exit__(self, *_: object) -> None:
+        if self._before != attention.IMPLEMENTATION:
+            self._model.set_attn_implementation(self._before)
+
+
+def forward(model: Any, input_ids: torch.Tensor, cache: Cache, **extra: Any) -> Any:
+    """One pass of the model over ``input_ids`` into ``cache``, without logits that nobody asked for."""
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        extra["logits_to_keep"] = 1
+    return model(input_ids=input_ids, past_key_values=cache, use_cache=True, **extra)
+
+
+def first_token(output: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the last position ``[batch, vocabulary]`` and the greedy token ``[batch, 1]`` on the host.
+
+    The copy to the host is what ends a prefill: until it is there, nobody has a first token.
+    """
+    logits: torch.Tensor = output.logits[:, -1]
+    return logits, logits.argmax(-1, keepdim=True).cpu()
+
+
+@torch.no_grad()
+def _forward_two_tokens(model: Any, cache: Cache) -> None:
+    device = next(model.parameters()).device
+    forward(model, torch.zeros((1, 2), dtype=torch.long, device=device), cache)
+
+
+def _rope_parameters(config: Any) -> list[dict[str, Any]]:
+    rope = getattr(config, "rope_parameters", None) or {}
+    if not isinstance(rope, dict):
+        return []
+    nested = [value for value in rope.values() if isinstance(value, dict) and "rope_type" in value]
+    return nested or [rope]
