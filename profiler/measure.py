@@ -1,0 +1,143 @@
+"""The timing protocol: warm up, interleave candidates, repeat until sure or capped, keep every sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from kvr_partition.errors import RankError
+from kvr_partition.measurement import Failure, Measurement, Sample, interval_is_sure, median, median_interval
+from kvr_partition.partition import Partition
+from profiler.store import MeasurementLine, MeasurementLog, SampleLine
+
+METHODS = ("single", "tsp", "kvr")
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What is timed: a method and the chunks it runs with."""
+
+    method: str
+    partition: Partition
+
+    @classmethod
+    def single(cls, context: int) -> Candidate:
+        """The whole prompt on one rank, stock attention."""
+        return cls("single", Partition((context,)))
+
+    @classmethod
+    def tsp(cls, context: int, ranks: int) -> Candidate:
+        """The paper's baseline: even chunks."""
+        return cls("tsp", Partition.even(context, ranks))
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingPlan:
+    """When a median is known well enough.
+
+    Attributes:
+        warmup: samples of each candidate that are taken first and not used.
+        least, most: samples taken at least and at most.
+        tolerance: half the width of the median's 95% interval, as a share of the median, that is enough.
+    """
+
+    warmup: int = 1
+    least: int = 6
+    most: int = 20
+    tolerance: float = 0.05
+
+    @classmethod
+    def for_backend(cls, backend: str) -> SamplingPlan:
+        """1% on a GPU of one's own, 5% on a shared CPU."""
+        return cls(tolerance=0.01, most=40) if backend == "cuda" else cls()
+
+    def precise(self, seconds: Sequence[float]) -> bool:
+        """Whether these samples are enough."""
+        if len(seconds) < self.least or not interval_is_sure(len(seconds)):
+            return False
+        low, high = median_interval(seconds)
+        return (high - low) / 2 <= self.tolerance * median(seconds)
+
+
+@dataclass
+class _Series:
+    candidate: Candidate
+    samples: list[Sample] = field(default_factory=list)
+    failure: Failure | None = None
+
+    @property
+    def seconds(self) -> list[float]:
+        return [sample.ttft_s for sample in self.samples]
+
+
+def measure_interleaved(
+    candidates: Sequence[Candidate],
+    take: Callable[[Candidate], Sample],
+    plan: SamplingPlan,
+    *,
+    log: MeasurementLog | None = None,
+    run: str = "",
+    purpose: str = "measure",
+    on_sample: Callable[[Candidate, Sample, bool], None] | None = None,
+) -> list[Measurement]:
+    """Time candidates side by side: one sample of each in turn, so that drift hits all of them alike.
+
+    Sampling ends for all at once, when every candidate that still runs is known precisely or the cap is
+    reached. A candidate that fails is a result too; the others go on. One given twice is timed once.
+
+    Args:
+        take: times one prefill; raises `RankError` when that fails.
+        log: where each sample is written at once, and where finished measurements of the same purpose
+            are found: if it has all of these candidates, nothing is measured.
+        on_sample: told of each sample, and whether it was a warm-up.
+    """
+    if log is not None:
+        known = [log.finished(purpose, one.method, one.partition.sizes) for one in candidates]
+        found = [measurement for measurement in known if measurement is not None]
+        if len(found) == len(candidates):
+            return found
+    # Methods often agree on a partition (the best split may be the even one): it is timed once for all.
+    all_series = [_Series(candidate) for candidate in dict.fromkeys(candidates)]
+    for turn in range(plan.warmup + plan.most):
+        warmup = turn < plan.warmup
+        running = [series for series in all_series if series.failure is None]
+        if not running or (not warmup and all(plan.precise(series.seconds) for series in running)):
+            break
+        for series in running:
+            candidate = series.candidate
+            try:
+                sample = take(candidate)
+            except RankError as error:
+                series.failure = Failure(error.kind, str(error), error.traceback)
+                continue
+            if log is not None:
+                log.append(SampleLine(run, purpose, candidate.method, candidate.partition.sizes, warmup, sample))
+            if not warmup:
+                series.samples.append(sample)
+            if on_sample is not None:
+                on_sample(candidate, sample, warmup)
+    measurements: dict[Candidate, Measurement] = {}
+    for series in all_series:
+        stopped = "failed" if series.failure else "precise" if plan.precise(series.seconds) else "cap"
+        measurement = Measurement(
+            series.candidate.method,
+            series.candidate.partition.sizes,
+            tuple(series.samples),
+            stopped,
+            run,
+            series.failure,
+        )
+        if log is not None:
+            log.append(
+                MeasurementLine(
+                    run,
+                    purpose,
+                    measurement.method,
+                    measurement.sizes,
+                    len(measurement.samples),
+                    stopped,
+                    series.failure,
+                )
+            )
+        measurements[series.candidate] = measurement
+    return [measurements[candidate] for candidate in candidates]

@@ -1,0 +1,143 @@
+"""What the driver asks of ranks and what they answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from kvr_partition.measurement import RankTimes
+
+
+class Setup(msgspec.Struct, frozen=True, tag=True):
+    """How a rank builds its model and meets the others."""
+
+    model: str
+    rank: int
+    ranks: int
+    device: str
+    dtype: str
+    depth: str
+    seed: int
+    batch: int
+    threads: int
+    rendezvous: str
+    timeout_s: float
+
+
+class Prefill(msgspec.Struct, frozen=True, tag=True):
+    """One timed prefill of seeded random tokens by ``method`` with these chunk sizes."""
+
+    method: str
+    sizes: tuple[int, ...]
+    token_seed: int
+
+
+class TimeChunk(msgspec.Struct, frozen=True, tag=True):
+    """Every rank at once times ``chunk`` tokens behind ``prefix`` tokens, without links."""
+
+    chunk: int
+    prefix: int
+
+
+class Generate(msgspec.Struct, frozen=True, tag=True):
+    """A KV-Runahead prefill of these tokens, then greedy decoding on the last rank."""
+
+    input_ids: tuple[int, ...]
+    sizes: tuple[int, ...]
+    max_new_tokens: int
+
+
+class Close(msgspec.Struct, frozen=True, tag=True):
+    """No more requests."""
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The model is built and the group has met."""
+
+    device_name: str
+    host: str
+    depth: str
+    torch: str
+    transformers: str
+    cuda: str | None
+    nccl: str | None
+    driver: str | None
+
+
+class PrefillDone(msgspec.Struct, frozen=True, tag=True):
+    """One rank's part of a timed prefill. Stamps are its monotonic clock, in seconds."""
+
+    began: float
+    ended: float
+    times: RankTimes
+    kv_bytes: int
+    first_token: int | None
+
+
+class ChunkDone(msgspec.Struct, frozen=True, tag=True):
+    """Seconds for the chunk."""
+
+    seconds: float
+
+
+class Token(msgspec.Struct, frozen=True, tag=True):
+    """One decoded token, ``at_s`` seconds after the prefill began."""
+
+    token: int
+    at_s: float
+
+
+class GenerateDone(msgspec.Struct, frozen=True, tag=True):
+    """Decoding has ended."""
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The request failed on this rank."""
+
+    kind: str
+    message: str
+    traceback: str
+
+
+Request = Setup | Prefill | TimeChunk | Generate | Close
+Reply = Ready | PrefillDone | ChunkDone | Token | GenerateDone | Failed
+
+_encoder = msgspec.msgpack.Encoder()
+_requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+
+
+def encode(message: Any) -> bytes:
+    """A message with its length in front."""
+    body = _encoder.encode(message)
+    return len(body).to_bytes(4, "big") + body
+
+
+def decode_request(body: bytes) -> Request:
+    """A request from the body of a message."""
+    return _requests.decode(body)
+
+
+def decode_reply(body: bytes) -> Reply:
+    """A reply from the body of a message."""
+    return _replies.decode(body)
+
+
+class Inbox:
+    """Puts received bytes together to message bodies."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The message bodies that are complete with this data."""
+        self._bytes += data
+        bodies = []
+        while len(self._bytes) >= 4:
+            end = 4 + int.from_bytes(self._bytes[:4], "big")
+            if len(self._bytes) < end:
+                break
+            bodies.append(bytes(self._bytes[4:end]))
+            del self._bytes[:end]
+        return bodies

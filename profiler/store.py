@@ -1,0 +1,201 @@
+"""MeasurementLog: every sample ever taken in an out directory, one JSON line each, never rewritten."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from kvr_partition.errors import FileFormatError
+from kvr_partition.jsonfile import write_error
+from kvr_partition.measurement import Failure, Measurement, Sample
+from kvr_partition.provenance import Provenance
+
+SCHEMA = "kvr-partition/measurements/1"
+
+
+class RunLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="run", tag_field="type"):
+    """The start of a run: the conditions of every later line that names it."""
+
+    schema: str
+    run: str
+    provenance: Provenance
+
+
+class SampleLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="sample", tag_field="type"):
+    """One timed prefill, written the moment it is known. Warm-up samples are kept, marked, and not used."""
+
+    run: str
+    purpose: str
+    method: str
+    sizes: tuple[int, ...]
+    warmup: bool
+    sample: Sample
+
+
+class MeasurementLine(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="measurement", tag_field="type"
+):
+    """A candidate is finished: its samples are the last ``samples`` lines for it in this run."""
+
+    run: str
+    purpose: str
+    method: str
+    sizes: tuple[int, ...]
+    samples: int
+    stopped: str
+    failure: Failure | None = None
+
+
+class ChunkLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="chunk", tag_field="type"):
+    """A chunk timed on all ranks at once, without links; one figure a rank, in seconds."""
+
+    run: str
+    chunk: int
+    prefix: int
+    warmup: bool
+    seconds: tuple[float, ...]
+
+
+Line = RunLine | SampleLine | MeasurementLine | ChunkLine
+
+
+class MeasurementLog:
+    """Append-only log in a file. Safe against being killed at any moment and against a full disk.
+
+    A last line without its end, which is what a kill or a full disk leaves, is moved to a file beside the
+    log (``.torn``) when the log is opened; `repaired` then says so. Any other damage is refused.
+
+    Args:
+        path: the file; made when missing.
+
+    Raises:
+        FileFormatError: a line that is not one of ours, with its number.
+        StorageError: the file cannot be opened for writing.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.repaired = False
+        try:
+            self._repair()
+            self._file = self.path.open("ab", buffering=0)
+        except OSError as error:
+            raise write_error(self.path, error) from None
+        try:
+            lines = list(self._read())
+        except BaseException:
+            self._file.close()
+            raise
+        self._provenance: dict[str, Provenance] = {}
+        self._samples: dict[tuple[str, str, str, tuple[int, ...]], list[Sample]] = {}
+        self._finished: dict[tuple[str, str, tuple[int, ...]], Measurement] = {}
+        self._chunks: list[ChunkLine] = []
+        for line in lines:
+            self._note(line)
+
+    def append(self, line: Line) -> None:
+        """Write one line so that it survives whatever happens next.
+
+        Raises:
+            StorageError: the disk is full; nothing of the line stays behind.
+        """
+        end = self._file.seek(0, os.SEEK_END)
+        data = msgspec.json.encode(line) + b"\n"
+        try:
+            written = self._file.write(data)
+            if written != len(data):
+                raise OSError(28, os.strerror(28))
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(end)
+            raise write_error(self.path, error) from None
+        self._note(line)
+
+    def finished(self, purpose: str, method: str, sizes: tuple[int, ...]) -> Measurement | None:
+        """The finished measurement of a candidate, if there is one."""
+        return self._finished.get((purpose, method, sizes))
+
+    def measurements(self, purpose: str | None = None) -> list[Measurement]:
+        """All finished measurements, in the order they finished, of one purpose or of all."""
+        return [found for (of, _, _), found in self._finished.items() if purpose in (None, of)]
+
+    @property
+    def chunks(self) -> list[ChunkLine]:
+        """All timed chunks."""
+        return list(self._chunks)
+
+    @property
+    def provenance(self) -> dict[str, Provenance]:
+        """Conditions of each run."""
+        return dict(self._provenance)
+
+    def fileno(self) -> int:
+        """Descriptor of the open file."""
+        return self._file.fileno()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.close()
+
+    def __enter__(self) -> MeasurementLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _note(self, line: Line) -> None:
+        match line:
+            case RunLine():
+                self._provenance[line.run] = line.provenance
+            case ChunkLine():
+                self._chunks.append(line)
+            case SampleLine() if not line.warmup:
+                key = (line.run, line.purpose, line.method, line.sizes)
+                self._samples.setdefault(key, []).append(line.sample)
+            case MeasurementLine():
+                samples = self._samples.get((line.run, line.purpose, line.method, line.sizes), [])
+                self._finished[line.purpose, line.method, line.sizes] = Measurement(
+                    method=line.method,
+                    sizes=line.sizes,
+                    samples=tuple(samples[-line.samples :] if line.samples else ()),
+                    stopped=line.stopped,
+                    run=line.run,
+                    failure=line.failure,
+                )
+
+    def _read(self) -> Iterator[Line]:
+        decoder: msgspec.json.Decoder[Line] = msgspec.json.Decoder(Line)
+        with self.path.open("rb") as stream:
+            for number, text in enumerate(stream, start=1):
+                try:
+                    line = decoder.decode(text)
+                except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                    raise FileFormatError(
+                        f"{self.path} line {number} is not a measurement: {error}; "
+                        "restore the line, or move the file away and measure anew"
+                    ) from None
+                if isinstance(line, RunLine) and line.schema != SCHEMA:
+                    raise FileFormatError(
+                        f"{self.path} line {number} has schema {line.schema!r}; this version reads {SCHEMA!r}"
+                    )
+                yield line
+
+    def _repair(self) -> None:
+        if not self.path.exists():
+            return
+        content = self.path.read_bytes()
+        if not content or content.endswith(b"\n"):
+            return
+        whole = content.rfind(b"\n") + 1
+        with self.path.with_name(self.path.name + ".torn").open("ab") as beside:
+            beside.write(content[whole:] + b"\n")
+            os.fsync(beside.fileno())
+        with self.path.open("r+b") as stream:
+            stream.truncate(whole)
+            os.fsync(stream.fileno())
+        self.repaired = True

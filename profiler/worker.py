@@ -1,0 +1,305 @@
+"""What runs on a rank: build the model once, then serve requests until told to stop or left alone."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import faulthandler
+import gc
+import os
+import platform
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from transformers.generation.streamers import BaseStreamer
+
+from kvr_partition.errors import KVRError, RankError
+from kvr_partition.measurement import RankTimes
+from kvr_partition.partition import Partition
+from kvr_partition.runtime import decode, prefill, probe, single, tsp
+from kvr_partition.runtime.cache import RunaheadCache
+from kvr_partition.runtime.links import NoLinks
+from kvr_partition.runtime.prefill import PrefillResult, run_chunk
+from kvr_partition.runtime.support import Depth, runahead_attention
+from profiler import messages
+from profiler.models import build_model, open_model
+
+
+class Worker:
+    """One rank: its model and its place in the group."""
+
+    def __init__(self, setup: messages.Setup) -> None:
+        self._setup = setup
+        self._device = torch.device(setup.device)
+        torch.set_num_threads(setup.threads)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        if not dist.is_initialized():
+            backend = "nccl" if self._device.type == "cuda" else "gloo"
+            dist.init_process_group(
+                backend,
+                init_method=setup.rendezvous,
+                rank=setup.rank,
+                world_size=setup.ranks,
+                timeout=timedelta(seconds=setup.timeout_s),
+                device_id=self._device if self._device.type == "cuda" else None,
+            )
+        folder = open_model(setup.model)
+        self._model = build_model(folder, dtype=setup.dtype, device=setup.device, seed=setup.seed)
+        self._vocab = folder.geometry.vocab_size
+        self._depth: Depth = probe(self._model).choose(setup.depth)  # type: ignore[arg-type]
+        # The model lives as long as this process; collecting garbage never needs to look at it again.
+        gc.collect()
+        gc.freeze()
+        self._barrier()
+
+    def ready(self) -> messages.Ready:
+        """What the driver wants to know of a rank that has started."""
+        on_cuda = self._device.type == "cuda"
+        return messages.Ready(
+            device_name=torch.cuda.get_device_name(self._device) if on_cuda else cpu_name(),
+            host=platform.node(),
+            depth=self._depth,
+            torch=str(torch.__version__),
+            transformers=transformers.__version__,
+            cuda=torch.version.cuda if on_cuda else None,
+            nccl=".".join(map(str, torch.cuda.nccl.version())) if on_cuda else None,
+            driver=driver_version() if on_cuda else None,
+        )
+
+    def serve(self, request: messages.Request, stream: Callable[[messages.Reply], None]) -> messages.Reply:
+        """Answer one request; an error is an answer too. ``stream`` takes what comes before the answer."""
+        try:
+            match request:
+                case messages.Prefill():
+                    return self._timed_prefill(request)
+                case messages.TimeChunk():
+                    return self._timed_chunk(request)
+                case messages.Generate():
+                    return self._generate(request, stream)
+                case _:
+                    raise TypeError(f"a rank has no answer to {type(request).__name__}")
+        except Exception as error:
+            return failed(error)
+
+    def _timed_prefill(self, request: messages.Prefill) -> messages.PrefillDone:
+        partition = Partition(request.sizes)
+        input_ids = self._tokens(partition.context, request.token_seed)
+        setup = self._setup
+        run: Callable[[], PrefillResult | None]
+        match request.method:
+            case "kvr":
+                run = lambda: prefill(self._model, input_ids, partition, depth=self._depth)  # noqa: E731
+            case "tsp":
+                run = lambda: tsp(self._model, input_ids)  # noqa: E731
+            case "single":
+                last = setup.rank == setup.ranks - 1
+                run = lambda: (  # noqa: E731
+                    single(self._model, input_ids, rank=setup.rank, ranks=setup.ranks) if last else None
+                )
+            case _:
+                raise KVRError(f"unknown method {request.method!r}; there are kvr, tsp and single")
+        # Switching the attention walks over all modules; that is set-up, not prefill.
+        with self._attention(request.method), _no_garbage_collection():
+            self._barrier()
+            began = time.perf_counter()
+            result = run()
+            ended = time.perf_counter()
+        if result is None:
+            return messages.PrefillDone(began, ended, RankTimes(0.0, 0.0, 0.0), 0, None)
+        timeline = result.timeline
+        return messages.PrefillDone(
+            began=began,
+            ended=ended,
+            times=RankTimes(timeline.compute_s, timeline.wait_s, timeline.transfer_s),
+            kv_bytes=result.kv_bytes,
+            first_token=None if result.first_token is None else int(result.first_token[0, 0]),
+        )
+
+    def _timed_chunk(self, request: messages.TimeChunk) -> messages.ChunkDone:
+        chunk_ids = self._tokens(request.chunk, seed=0)
+
+        def fill(cache: RunaheadCache) -> None:
+            for _, layer in cache.kv_layers:
+                layer.store.rows[: layer.kept_prefix].normal_()
+
+        with self._attention("kvr"), _no_garbage_collection():
+            self._barrier()
+            result = run_chunk(
+                self._model,
+                chunk_ids,
+                prefix=request.prefix,
+                rank=0,
+                ranks=1,
+                links=NoLinks(),
+                depth=self._depth,
+                fill=fill,
+            )
+        return messages.ChunkDone(result.timeline.compute_s)
+
+    def _generate(
+        self, request: messages.Generate, stream: Callable[[messages.Reply], None]
+    ) -> messages.GenerateDone:
+        input_ids = torch.tensor([request.input_ids], device=self._device)
+        with self._attention("kvr"):
+            self._barrier()
+            began = time.perf_counter()
+            result = prefill(
+                self._model,
+                input_ids,
+                Partition(request.sizes),
+                depth=self._depth,
+                reserve=request.max_new_tokens,
+            )
+        if result.first_token is not None:
+            first = int(result.first_token[0, 0])
+            stream(messages.Token(first, time.perf_counter() - began))
+            if first not in _end_tokens(self._model):
+                streamer = _TokenStreamer(lambda token: stream(messages.Token(token, time.perf_counter() - began)))
+                decode(self._model, input_ids, result, request.max_new_tokens, streamer=streamer)
+        return messages.GenerateDone()
+
+    def _tokens(self, count: int, seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(0, self._vocab, (self._setup.batch, count), generator=generator)
+        return ids.to(self._device)
+
+    def _attention(self, method: str) -> contextlib.AbstractContextManager[None]:
+        if method == "kvr" and self._depth == "attention":
+            return runahead_attention(self._model)
+        return contextlib.nullcontext()
+
+    def _barrier(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        if self._setup.ranks > 1:
+            dist.barrier()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def failed(error: BaseException) -> messages.Failed:
+    """The answer that an error makes."""
+    kind = "error"
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        kind = "out-of-memory"
+    elif isinstance(error, RankError):
+        kind = error.kind
+    elif isinstance(error, dist.DistBackendError) or "gloo" in str(error):
+        kind = "lost"
+    message = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return messages.Failed(kind, message, "".join(traceback.format_exception(error)))
+
+
+def cpu_name() -> str:
+    """What the processor calls itself."""
+    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def driver_version() -> str | None:
+    """The NVIDIA driver's version, where the system tells it."""
+    with contextlib.suppress(OSError), Path("/proc/driver/nvidia/version").open(encoding="utf-8") as lines:
+        words = lines.readline().split()
+        return next((word for word in words if word[0].isdigit() and "." in word), None)
+    return None
+
+
+class _TokenStreamer(BaseStreamer):
+    """Hands on each new token that ``generate`` makes; its first call is the prompt, and is left out."""
+
+    def __init__(self, send: Callable[[int], None]) -> None:
+        self._send = send
+        self._prompt_seen = False
+
+    def put(self, value: Any) -> None:
+        if self._prompt_seen:
+            self._send(int(value.reshape(-1)[0]))
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Any:
+    """A collection in the middle of a sample would be measured as prefill."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _end_tokens(model: Any) -> set[int]:
+    end = model.generation_config.eos_token_id
+    return set() if end is None else set(end) if isinstance(end, list) else {end}
+
+
+def main() -> None:
+    """Entry of a spawned rank: ``python -m profiler.worker CONTROL_SOCKET``."""
+    # Ctrl-C in the terminal is for the driver; it tells us to close.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    _die_with_parent()
+    control = socket.socket(fileno=int(sys.argv[1]))
+    requests: queue.SimpleQueue[messages.Request] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(control, requests), daemon=True).start()
+
+    def send(reply: messages.Reply) -> None:
+        control.sendall(messages.encode(reply))
+
+    setup = requests.get()
+    assert isinstance(setup, messages.Setup)
+    try:
+        worker = Worker(setup)
+    except Exception as error:
+        send(failed(error))
+        return
+    send(worker.ready())
+    while not isinstance(request := requests.get(), messages.Close):
+        send(worker.serve(request, send))
+    # Leaving through the interpreter would wait for peers that may already be gone.
+    control.close()
+    os._exit(0)
+
+
+def _listen(control: socket.socket, requests: queue.SimpleQueue[messages.Request]) -> None:
+    """Queue requests; when the driver is gone, be gone too, whatever the rank is doing."""
+    inbox = messages.Inbox()
+    while True:
+        try:
+            data = control.recv(1 << 16)
+        except OSError:
+            data = b""
+        if not data:
+            os._exit(1)
+        for body in inbox.feed(data):
+            requests.put(messages.decode_request(body))
+
+
+def _die_with_parent() -> None:
+    """Have the kernel end us with the driver, even while native code holds the interpreter (Linux)."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()
