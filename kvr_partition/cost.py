@@ -1,0 +1,117 @@
+"""ChunkCost: seconds a rank takes for a chunk behind a prefix, fitted to a few timed chunks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvr_partition.errors import KVRError
+
+MAX_CONDITION = 100.0
+MAX_RESIDUAL = 0.25
+MAX_STANDARD_ERROR = 0.05
+
+
+class FitError(KVRError):
+    """The timed chunks do not determine a cost model; the message says what is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class TimedChunk:
+    """``seconds`` for a chunk of ``chunk`` tokens behind ``prefix`` tokens."""
+
+    chunk: int
+    prefix: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkCost:
+    """Time of a chunk with causal attention: own block half a square, prefix a rectangle.
+
+    ``seconds(c, s) = fixed + per_token·c + per_own_pair·c²/2 + per_prefix_pair·c·s``, every term ≥ 0.
+    """
+
+    fixed_s: float
+    per_token_s: float
+    per_own_pair_s: float
+    per_prefix_pair_s: float
+
+    def seconds(self, chunk: float, prefix: float) -> float:
+        """Time in seconds of ``chunk`` tokens behind ``prefix`` tokens."""
+        return (
+            self.fixed_s
+            + self.per_token_s * chunk
+            + self.per_own_pair_s * chunk * chunk / 2
+            + self.per_prefix_pair_s * chunk * prefix
+        )
+
+    def chunk_for(self, seconds: float, prefix: float) -> float:
+        """The largest chunk, in tokens and not rounded, that takes no longer than ``seconds``."""
+        spare = seconds - self.fixed_s
+        if spare <= 0:
+            return 0.0
+        linear = self.per_token_s + self.per_prefix_pair_s * prefix
+        if self.per_own_pair_s == 0:
+            return spare / linear if linear > 0 else math.inf
+        # The positive root, written so that it stays exact where the quadratic term is tiny.
+        root = math.sqrt(linear * linear + 2 * self.per_own_pair_s * spare)
+        return 2 * spare / (linear + root)
+
+    @classmethod
+    def fit(cls, timed: Sequence[TimedChunk]) -> ChunkCost:
+        """Fit by non-negative least squares on relative errors.
+
+        Raises:
+            FitError: too few or too similar chunks (longest at least 4 × the shortest, with and without
+                prefix), or times that no such cost explains.
+        """
+        import numpy as np
+        from scipy.optimize import nnls
+
+        if len(timed) < 5:
+            raise FitError(f"{len(timed)} timed chunks cannot fix four costs; time at least 5")
+        chunks = [one.chunk for one in timed]
+        if max(chunks) < 4 * min(chunks):
+            raise FitError(
+                f"chunks of {min(chunks)} to {max(chunks)} tokens are too alike to tell costs apart; "
+                f"add one of {4 * min(chunks)} tokens or more"
+            )
+        if len({one.prefix for one in timed}) < 2:
+            raise FitError("every chunk was timed behind the same prefix; add one behind another prefix")
+        seconds = np.array([one.seconds for one in timed])
+        terms = np.array([[1.0, c, c * c / 2, c * s] for c, s in ((one.chunk, one.prefix) for one in timed)])
+        weighted = terms / seconds[:, None]
+        scale = np.linalg.norm(weighted, axis=0)
+        scaled = weighted / scale
+        condition = float(np.linalg.cond(scaled))
+        if condition > MAX_CONDITION:
+            raise FitError(
+                f"these chunks leave the costs undetermined (condition {condition:.0f} > {MAX_CONDITION:.0f}); "
+                "spread chunk and prefix sizes wider"
+            )
+        solution, _ = nnls(scaled, np.ones(len(timed)))
+        residual = np.abs(scaled @ solution - 1)
+        if residual.max() > MAX_RESIDUAL:
+            worst = timed[int(residual.argmax())]
+            raise FitError(
+                f"{worst.chunk} tokens behind {worst.prefix} took {worst.seconds:.4g} s, "
+                f"{residual.max():.0%} off what the other chunks imply; time it again on a quieter machine"
+            )
+        freedom = max(1, len(timed) - int((solution > 0).sum()))
+        variance = float((residual**2).sum()) / freedom
+        used = scaled[:, solution > 0]
+        leverage = np.einsum("ij,jk,ik->i", used, np.linalg.pinv(used.T @ used), used)
+        error = float(np.sqrt(variance * leverage.max()))
+        if error > MAX_STANDARD_ERROR:
+            raise FitError(
+                f"the fitted costs are only good to {error:.0%} (at most {MAX_STANDARD_ERROR:.0%} is useful); "
+                "take more samples of each chunk"
+            )
+        fixed, token, own, prefix = (float(value) for value in solution / scale)
+        if token == own == 0:
+            raise FitError(
+                "these chunks take equally long whatever their size; add longer ones, or a longer context"
+            )
+        return cls(fixed, token, own, prefix)

@@ -1,0 +1,75 @@
+"""Partitions as points that a sampler can move: log ratios of chunk sizes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kvr_partition.partition import Partition
+
+
+@dataclass(frozen=True, slots=True)
+class Seed:
+    """A partition to measure first, and what proposed it."""
+
+    name: str
+    partition: Partition
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """A box of log ratios ``ln(c_i / c_last)``; every point in it decodes to a valid partition.
+
+    Attributes:
+        context: tokens of the prompt.
+        quantum: boundaries are multiples of this many tokens.
+        ranges: lowest and highest log ratio of each rank but the last.
+    """
+
+    context: int
+    quantum: int
+    ranges: tuple[tuple[float, float], ...]
+
+    @classmethod
+    def around(cls, seeds: Sequence[Seed], quantum: int) -> Space:
+        """A box around the last seed (the best informed one) that holds all seeds with room to spare.
+
+        Half as far again as the furthest seed, and 15% more: the best split may lie beyond them all. A
+        lone seed informs about nothing; chunks up to twice or down to half of its own are then tried.
+        """
+        spare = 0.15 if len(seeds) > 1 else math.log(2)
+        points = [log_ratios(seed.partition) for seed in seeds]
+        ranges = []
+        for values in zip(*points, strict=True):
+            centre = values[-1]
+            reach = 1.5 * max(abs(value - centre) for value in values) + spare
+            ranges.append((centre - reach, centre + reach))
+        return cls(seeds[0].partition.context, quantum, tuple(ranges))
+
+    def names(self) -> list[str]:
+        """Parameter names, in rank order."""
+        return [f"log_ratio_{rank}" for rank in range(len(self.ranges))]
+
+    def params(self, partition: Partition) -> dict[str, float]:
+        """The point of a partition."""
+        return dict(zip(self.names(), log_ratios(partition), strict=True))
+
+    def partition(self, params: dict[str, float]) -> Partition:
+        """The partition at a point, rounded to the quantum."""
+        shares = [math.exp(params[name]) for name in self.names()] + [1.0]
+        return Partition.from_fractions(shares, self.context, quantum=self.quantum)
+
+
+def log_ratios(partition: Partition) -> tuple[float, ...]:
+    """``ln(c_i / c_last)`` for every rank but the last."""
+    last = partition.sizes[-1]
+    return tuple(math.log(size / last) for size in partition.sizes[:-1])
+
+
+def default_quantum(context: int, ranks: int) -> int:
+    """A step small enough not to cost time and large enough that neighbours differ by more than noise.
+
+    The largest power of two that leaves every rank 128 steps on average.
+    """
+    return 1 << max(0, (context // (128 * ranks)).bit_length() - 1)

@@ -1,0 +1,326 @@
+"""search(): an Optuna study that measures partitions, survives being killed and repeats nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import optuna
+import sqlalchemy.exc
+from optuna.trial import TrialState
+
+from kvr_partition.errors import RankError, StorageError
+from kvr_partition.measurement import Measurement
+from kvr_partition.partition import Partition
+from kvr_partition.search.samplers import make_sampler
+from kvr_partition.search.space import Seed, Space, default_quantum
+
+Measure = Callable[[Partition], Measurement]
+
+MAX_REPEATS = 25
+"""Suggestions in a row that only repeat measured partitions before the neighbourhood counts as exhausted."""
+
+MAX_FAILURES_AT_FIRST, MAX_FAILURES = 3, 8
+"""Failures in a row, before and after anything was timed, when more is wrong than the partition."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One measured partition of a study; ``source`` is a seed's name or the sampler's."""
+
+    source: str
+    measurement: Measurement
+
+    @property
+    def partition(self) -> Partition:
+        """What was measured."""
+        return self.measurement.partition
+
+    @property
+    def ttft_s(self) -> float | None:
+        """Median time to first token in seconds, None if it failed."""
+        return self.measurement.ttft_s if self.measurement.ok else None
+
+
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        best: the best partition.
+        measurement: its measurement; from the side-by-side run at the end where there was one.
+        trials: every partition measured, in order.
+        confirmed: all measurements of the side-by-side run at the end, if there was one.
+        stopped: ``"budget"``, or ``"exhausted"`` when the sampler had nothing new to offer.
+    """
+
+    best: Partition
+    measurement: Measurement
+    trials: tuple[Trial, ...]
+    confirmed: tuple[Measurement, ...]
+    stopped: str
+
+
+def search(
+    measure: Measure,
+    context: int,
+    ranks: int,
+    budget: int,
+    *,
+    seeds: Callable[[], Sequence[Seed]] | None = None,
+    sampler: str = "gp",
+    quantum: int | None = None,
+    storage: str | optuna.storages.BaseStorage | None = None,
+    study_name: str | None = None,
+    seed: int = 0,
+    confirm: Callable[[Sequence[Partition]], Sequence[Measurement]] | None = None,
+    on_trial: Callable[[Trial], None] | None = None,
+) -> SearchResult:
+    """Find the partition of a context with the shortest time to first token.
+
+    The study first measures the seeds, then what the sampler proposes around them. A study with the same
+    name in the same storage goes on where it stopped, however it stopped: seeds and search space are the
+    ones it began with, finished trials are kept, and a trial that was under way is measured again, or not
+    even that if ``measure`` still knows its result.
+
+    Args:
+        measure: times one partition.
+        context: tokens of the prompt.
+        ranks: chunks of every partition, at least 2.
+        budget: how many different partitions to measure, seeds included.
+        seeds: called for a new study only: the first partitions to measure, best informed last. The even
+            split is always among them.
+        sampler: one of `SAMPLERS`.
+        quantum: boundaries are multiples of this many tokens; a 128th of the average chunk when None.
+        storage: Optuna storage or its URL; in memory when None.
+        study_name: name of the study in the storage.
+        seed: of the sampler.
+        confirm: times several partitions side by side. Called at the end with the three best ones and the
+            even split, since medians of separate runs on a drifting machine do not compare; its medians
+            decide.
+        on_trial: told of each trial as it finishes.
+
+    Raises:
+        RankError: measuring failed several times in a row.
+        StorageError: the storage is damaged, full or of another search.
+    """
+    if isinstance(storage, str):
+        storage = _open_storage(storage)
+    name = study_name or f"{ranks}-ranks-{context}"
+    with _storage_errors():
+        study = _Study(
+            storage, name, context, ranks, quantum or default_quantum(context, ranks), seeds, sampler, seed
+        )
+        stopped = study.run(measure, budget, on_trial)
+        trials = study.trials()
+        return _conclude(trials, context, ranks, confirm, stopped)
+
+
+class _Study:
+    """The Optuna study and what we keep in it."""
+
+    def __init__(
+        self,
+        storage: optuna.storages.BaseStorage | None,
+        name: str,
+        context: int,
+        ranks: int,
+        quantum: int,
+        seeds: Callable[[], Sequence[Seed]] | None,
+        sampler: str,
+        seed: int,
+    ) -> None:
+        self._study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
+        # Everything a resumed search must agree on is written in one step, so that a kill leaves all or none.
+        begun = self._study.user_attrs.get("begun")
+        if begun is None:
+            given = [Seed("even", Partition.even(context, ranks)), *(seeds() if seeds is not None else ())]
+            self.seeds = _distinct(given)
+            self.space = Space.around(self.seeds, quantum)
+            self._study.set_user_attr("begun", self._describe())
+        else:
+            found = json.loads(begun)
+            if (found["context"], found["ranks"]) != (context, ranks):
+                raise StorageError(
+                    f"study {name!r} in this storage is for context {found['context']} on {found['ranks']} ranks; "
+                    "use another storage or study name"
+                )
+            self.seeds = [Seed(one["name"], Partition(one["sizes"])) for one in found["seeds"]]
+            self.space = Space(context, found["quantum"], tuple((low, high) for low, high in found["ranges"]))
+        self._sampler = sampler
+        self._seed = seed
+
+    def _describe(self) -> str:
+        return json.dumps(
+            {
+                "context": self.space.context,
+                "ranks": len(self.space.ranges) + 1,
+                "quantum": self.space.quantum,
+                "ranges": self.space.ranges,
+                "seeds": [{"name": one.name, "sizes": one.partition.sizes} for one in self.seeds],
+            }
+        )
+
+    def run(self, measure: Measure, budget: int, on_trial: Callable[[Trial], None] | None) -> str:
+        """Measure until the budget is spent; returns what ended it."""
+        self._requeue_interrupted()
+        queued = {
+            trial.user_attrs.get("source")
+            for trial in self._study.get_trials(deepcopy=False)
+            if trial.user_attrs.get("source") is not None
+        }
+        for one in self.seeds:
+            if one.name not in queued:
+                self._study.enqueue_trial(self.space.params(one.partition), user_attrs={"source": one.name})
+        repeats = failures = 0
+        while len(self._known()) < budget:
+            trial, partition = self._ask()
+            known = self._known().get(partition.sizes)
+            if known is not None:
+                # Nothing to measure: the sampler learns the known time, and the budget is not touched.
+                repeats += 1
+                self._tell(trial, known.measurement)
+                if repeats >= MAX_REPEATS:
+                    return "exhausted"
+                continue
+            repeats = 0
+            trial.set_user_attr("sizes", partition.sizes)
+            measurement = measure(partition)
+            # Kept with the trial: the study alone then tells everything about its partitions.
+            trial.set_user_attr("measurement", msgspec.json.encode(measurement).decode())
+            self._tell(trial, measurement)
+            if on_trial is not None:
+                on_trial(Trial(trial.user_attrs.get("source") or self._sampler, measurement))
+            failures = 0 if measurement.ok else failures + 1
+            timed = any(one.measurement.ok for one in self._known().values())
+            if failures >= (MAX_FAILURES if timed else MAX_FAILURES_AT_FIRST):
+                assert measurement.failure is not None
+                raise RankError(
+                    f"measuring failed {failures} times in a row, last: {measurement.failure.message}",
+                    kind=measurement.failure.kind,
+                    traceback=measurement.failure.traceback,
+                )
+        return "budget"
+
+    def trials(self) -> list[Trial]:
+        """All measured partitions, in order."""
+        return list(self._known().values())
+
+    def _requeue_interrupted(self) -> None:
+        """Put trials that a kill left running back into the queue.
+
+        Queued first and ended second: a kill in between leaves a repetition, which costs nothing.
+        """
+        for left in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            kept: dict[str, Any] = {
+                name: left.user_attrs[name] for name in ("source", "sizes") if name in left.user_attrs
+            }
+            if kept:
+                self._study.enqueue_trial(left.params, user_attrs=kept)
+            self._study.tell(left.number, state=TrialState.FAIL)
+
+    def _ask(self) -> tuple[optuna.Trial, Partition]:
+        count = len(self._study.get_trials(deepcopy=False))
+        # A resumed search must not draw the same numbers again, so the count is part of the seed.
+        self._study.sampler = make_sampler(
+            self._sampler,
+            seed=self._seed + 7919 * count,
+            seeds=len(self.seeds),
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            trial = self._study.ask()
+            ranges = zip(self.space.names(), self.space.ranges, strict=True)
+            params = {name: trial.suggest_float(name, low, high) for name, (low, high) in ranges}
+        if "sizes" in trial.user_attrs:
+            return trial, Partition(trial.user_attrs["sizes"])
+        if trial.user_attrs.get("source") is None:
+            return trial, self.space.partition(params)
+        # A seed is measured as it is, not as its rounded image.
+        seed = next(one for one in self.seeds if one.name == trial.user_attrs["source"])
+        return trial, seed.partition
+
+    def _tell(self, trial: optuna.Trial, measurement: Measurement) -> None:
+        if measurement.ok:
+            self._study.tell(trial, measurement.ttft_s)
+        else:
+            self._study.tell(trial, state=TrialState.FAIL)
+
+    def _known(self) -> dict[tuple[int, ...], Trial]:
+        known: dict[tuple[int, ...], Trial] = {}
+        for trial in self._study.get_trials(deepcopy=False):
+            # A measurement is there from just before the trial ends: also for one killed in between.
+            if "measurement" in trial.user_attrs:
+                measurement = msgspec.json.decode(trial.user_attrs["measurement"], type=Measurement)
+                source = trial.user_attrs.get("source") or self._sampler
+                known.setdefault(measurement.sizes, Trial(source, measurement))
+        return known
+
+
+def _distinct(seeds: Sequence[Seed]) -> list[Seed]:
+    """Without seeds that a later, better informed one repeats; order kept."""
+    latest = {seed.partition.sizes: seed for seed in seeds}
+    return [seed for seed in seeds if latest[seed.partition.sizes] is seed]
+
+
+def _conclude(
+    trials: Sequence[Trial],
+    context: int,
+    ranks: int,
+    confirm: Callable[[Sequence[Partition]], Sequence[Measurement]] | None,
+    stopped: str,
+) -> SearchResult:
+    timed = sorted((one for one in trials if one.ttft_s is not None), key=lambda one: one.ttft_s or 0.0)
+    if not timed:
+        raise RankError(f"no partition of context {context} on {ranks} ranks could be measured")
+    if confirm is None:
+        return SearchResult(timed[0].partition, timed[0].measurement, tuple(trials), (), stopped)
+    finalists = [one.partition for one in timed[:3]]
+    even = Partition.even(context, ranks)
+    confirmed = tuple(confirm(finalists if even in finalists else [even, *finalists]))
+    best = min((one for one in confirmed if one.ok), key=lambda one: one.ttft_s, default=None)
+    if best is None:
+        raise RankError(f"none of the best partitions of context {context} could be measured again")
+    return SearchResult(best.partition, best, tuple(trials), confirmed, stopped)
+
+
+def _open_storage(url: str) -> optuna.storages.BaseStorage:
+    with _storage_errors():
+        return optuna.storages.RDBStorage(url)
+
+
+@contextlib.contextmanager
+def _storage_errors() -> Iterator[None]:
+    """One line for what can go wrong with a database, whichever layer noticed it."""
+    try:
+        yield
+    except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error) as error:
+        raise StorageError(f"the study cannot be used: {_root(error)}; {_advice(_root(error))}") from error
+    except RuntimeError as error:
+        if "storage" not in str(error).lower() and "schema" not in str(error).lower():
+            raise
+        raise StorageError(f"the study cannot be used: {' '.join(str(error).split())}") from error
+
+
+def _root(error: BaseException) -> str:
+    cause: BaseException = error
+    while True:
+        inner: Any = getattr(cause, "orig", None) or cause.__cause__ or cause.__context__
+        if inner is None:
+            return " ".join(str(cause).split())
+        cause = inner
+
+
+def _advice(reason: str) -> str:
+    if "full" in reason:
+        return "make room and run the same command again, everything finished so far is kept"
+    return (
+        "move the database away and run the same command again, "
+        "what the measurement log has finished is not measured again"
+    )
