@@ -1,0 +1,131 @@
+"""Run a prompt: KV-Runahead prefill on all ranks, then greedy decoding on the last one.
+
+The text of a prompt needs a tokenizer in the model folder. Without one, give token ids, or a context to
+fill with random tokens.
+
+Examples:
+  kvr-partition generate --context 1536 --table kvr-runs/quickstart-llama-2xcpu-float32/table.json
+  kvr-partition generate --model my-llama --prompt "Once upon a time" --max-new-tokens 64
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from typing import Any
+
+from kvr_partition.cli.options import add_output, add_ranks, make_group, model_folder, need_at_least
+from kvr_partition.errors import PartitionError, UnsupportedError
+from kvr_partition.partition import Partition
+from kvr_partition.table import load
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``generate``."""
+    group = parser.add_argument_group("generate")
+    what = group.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", help="text; - reads it from stdin")
+    what.add_argument("--prompt-ids", metavar="IDS", help="token ids, like 1,17,42")
+    what.add_argument("--context", type=int, help="so many random tokens")
+    group.add_argument("--max-new-tokens", type=int, default=32, help="tokens to decode (default 32)")
+    how = group.add_mutually_exclusive_group()
+    how.add_argument("--table", metavar="FILE", help="take the partition from this table (default: even split)")
+    how.add_argument("--partition", metavar="SIZES", help="use this split, like 9728/6656")
+    add_ranks(parser)
+    add_output(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prefill, decode, and say how long each took."""
+    need_at_least("max-new-tokens", options.max_new_tokens, 1)
+    table = load(options.table) if options.table else None
+    group = make_group(options)
+    tokenizer = _tokenizer(options) if options.prompt is not None else None
+    ids = _prompt_ids(options, tokenizer, group.geometry.vocab_size)
+    if table is not None:
+        found = table.lookup(len(ids), ranks=options.ranks)
+        partition, source = found.partition, str(found.source)
+    elif options.partition is not None:
+        partition, source = Partition.parse(options.partition, len(ids)), "given"
+    else:
+        partition, source = Partition.even(len(ids), options.ranks), "even"
+
+    tokens: list[int] = []
+    times: list[float] = []
+    streams = options.format == "text"
+    shown = ""
+
+    def on_token(token: int, at_s: float) -> None:
+        nonlocal shown
+        tokens.append(token)
+        times.append(at_s)
+        if streams:
+            # Detokenise everything so far: one token may be half a character or change its neighbour.
+            text = " ".join(map(str, tokens)) if tokenizer is None else str(tokenizer.decode(tokens))
+            sys.stdout.write(text[len(shown) :])
+            sys.stdout.flush()
+            shown = text
+
+    with group:
+        group.warm_up(partition)
+        group.generate(ids, partition, options.max_new_tokens, on_token)
+    per_token = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
+    if options.format == "json":
+        from kvr_partition.cli.show import print_json
+
+        print_json(
+            {
+                "context": len(ids),
+                "sizes": partition.sizes,
+                "partition_source": source,
+                "tokens": tokens,
+                "text": None if tokenizer is None else tokenizer.decode(tokens),
+                "ttft_s": times[0],
+                "time_per_output_token_s": per_token,
+            }
+        )
+        return
+    print()
+    if not options.quiet:
+        from kvr_partition.cli.show import seconds
+
+        decoding = "" if per_token is None else f", then {seconds(per_token)} per token"
+        print(
+            f"{len(ids)} tokens as {partition} ({source}): first token after {seconds(times[0])}{decoding}",
+            file=sys.stderr,
+        )
+
+
+def _tokenizer(options: argparse.Namespace) -> Any:
+    from transformers import AutoTokenizer
+
+    folder = model_folder(options.model)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception:  # transformers raises many kinds for the one fact that there is none
+        raise UnsupportedError(
+            f"{folder} has no tokenizer that transformers can load; "
+            "use --prompt-ids or --context instead of --prompt"
+        ) from None
+
+
+def _prompt_ids(options: argparse.Namespace, tokenizer: Any, vocabulary: int) -> list[int]:
+    if tokenizer is not None:
+        text = sys.stdin.read() if options.prompt == "-" else options.prompt
+        ids = [int(token) for token in tokenizer(text)["input_ids"]]
+    elif options.prompt_ids is not None:
+        try:
+            ids = [int(part) for part in options.prompt_ids.split(",")]
+        except ValueError:
+            raise PartitionError(f"token ids are written as 1,17,42; got {options.prompt_ids!r}") from None
+        wrong = [token for token in ids if not 0 <= token < vocabulary]
+        if wrong:
+            raise PartitionError(f"token id {wrong[0]} is not in the model's vocabulary of {vocabulary}")
+    else:
+        need_at_least("context", options.context, 1)
+        draw = random.Random(options.seed)
+        ids = [draw.randrange(vocabulary) for _ in range(options.context)]
+    if not ids:
+        raise PartitionError("the prompt is empty; give at least one token per rank")
+    return ids

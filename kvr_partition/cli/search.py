@@ -1,0 +1,349 @@
+"""Find the best partition of each context by measuring, and write them as a table.
+
+With no options it measures the bundled quick start model on two ranks of this machine. The same command
+goes on where an earlier one stopped, however it stopped.
+
+Examples:
+  kvr-partition search
+  kvr-partition search --model my-llama --ranks 4 --contexts 4096:16384:4096 --budget 20
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvr_partition.cli.options import (
+    add_output,
+    add_ranks,
+    make_group,
+    need_at_least,
+    parse_contexts,
+)
+from kvr_partition.errors import OutOfRangeError
+from kvr_partition.partition import Partition
+
+if TYPE_CHECKING:
+    from kvr_partition.cli.outdir import OutDir
+    from kvr_partition.cli.show import Progress
+    from kvr_partition.cost import ChunkCost
+    from kvr_partition.measurement import Measurement, Sample
+    from kvr_partition.search import Seed, Trial
+    from profiler.measure import Candidate, SamplingPlan
+    from profiler.ranks import RankGroup
+
+QUICKSTART_CONTEXTS = "512,1024,2048"
+QUICKSTART_HELD_OUT = "1536"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``search``."""
+    group = parser.add_argument_group("search")
+    group.add_argument(
+        "--contexts",
+        help=f"prompt lengths: 4096,8192 or start:stop:step (default {QUICKSTART_CONTEXTS}, and "
+        f"{QUICKSTART_HELD_OUT} held out to try KVR-P on)",
+    )
+    group.add_argument("--held-out", help="prompt lengths to predict and time, not to search")
+    group.add_argument("--budget", type=int, default=8, help="partitions to measure per context (default 8)")
+    group.add_argument("--sampler", default="gp", help="gp, tpe or cmaes (default gp)")
+    group.add_argument("--quantum", type=int, help="cut only at multiples of so many tokens")
+    group.add_argument("--samples", type=int, help="most samples per candidate (default 8 on CPU, 40 on GPU)")
+    group.add_argument("--out", metavar="FOLDER", help="results (default kvr-runs/MODEL-RANKSxBACKEND-DTYPE)")
+    again = group.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on with what is in --out (the default)")
+    again.add_argument("--fresh", action="store_true", help="set aside what is in --out and begin anew")
+    add_ranks(parser)
+    add_output(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """The main job."""
+    need_at_least("ranks", options.ranks, 2)
+    need_at_least("budget", options.budget, 1)
+    if options.samples is not None:
+        need_at_least("samples", options.samples, 1)
+    if options.quantum is not None:
+        need_at_least("quantum", options.quantum, 1)
+    contexts = parse_contexts(options.contexts or QUICKSTART_CONTEXTS)
+    held_out_default = QUICKSTART_HELD_OUT if options.contexts is None else None
+    held_out_text = options.held_out or held_out_default
+    held_out = parse_contexts(held_out_text) if held_out_text else []
+    for context in [*contexts, *held_out]:
+        Partition.even(context, options.ranks, quantum=options.quantum or 1)
+
+    from kvr_partition.search.samplers import check_sampler
+
+    check_sampler(options.sampler)
+    group = make_group(options)
+    for context in [*contexts, *held_out]:
+        group.check_context(context)
+
+    import optuna
+
+    from kvr_partition.cli.outdir import OutDir
+    from kvr_partition.cli.show import Progress
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    path = Path(options.out) if options.out else default_out(group)
+    with OutDir(path, fresh=options.fresh) as out:
+        out.check_request(group)
+        group.log = out.log
+        plan = sampling_plan(options.samples, group.backend)
+        total = _work(contexts, held_out, options.budget, plan)
+        with Progress(total, options.quiet) as progress, group:
+            if out.moved_to is not None:
+                progress.say(f"set aside what was in {path} as {out.moved_to}")
+            if out.log.repaired:
+                progress.say(f"{out.log_path}: a torn last line was set aside in {out.log_path.name}.torn")
+            progress.doing(f"starting {group.ranks} {group.backend} ranks of {group.geometry.name}")
+            out.check_conditions(group.provenance)
+            session = _Session(group, out, options, plan, contexts, progress)
+            results = [session.search(context) for context in _ends_first(contexts)]
+            results += [session.predict(context) for context in held_out]
+    results.sort(key=lambda result: (result.held_out, result.context))
+    _report(options, out, group, results)
+
+
+@dataclass(frozen=True)
+class ContextResult:
+    """What was found for one context: its methods side by side."""
+
+    context: int
+    held_out: bool
+    named: list[tuple[str, Measurement]]
+    measured: int
+
+
+class _Session:
+    """One run of the command over several contexts."""
+
+    def __init__(
+        self,
+        group: RankGroup,
+        out: OutDir,
+        options: argparse.Namespace,
+        plan: SamplingPlan,
+        contexts: Sequence[int],
+        progress: Progress,
+    ) -> None:
+        self._group = group
+        self._out = out
+        self._options = options
+        self._plan = plan
+        self._contexts = contexts
+        self._progress = progress
+        self._cost: ChunkCost | None = None
+        self._cost_known = False
+        self._planned = 0.0
+
+    def search(self, context: int) -> ContextResult:
+        """Search one context, compare the best with the baselines, and put it into the table."""
+        from kvr_partition.search import search
+        from kvr_partition.table import Entry, PartitionTable
+        from profiler.measure import Candidate
+
+        self._progress.doing(f"context {context}: searching")
+        finals: list[tuple[Candidate, Measurement]] = []
+
+        def measure(partition: Partition) -> Measurement:
+            return self._measure([Candidate("kvr", partition)], f"search/{context}")[0]
+
+        def confirm(partitions: Sequence[Partition]) -> list[Measurement]:
+            self._progress.doing(f"context {context}: the best ones side by side with the baselines")
+            candidates = self._baselines(context) + [Candidate("kvr", one) for one in partitions]
+            measurements = self._measure(candidates, f"compare/{context}")
+            finals.extend(zip(candidates, measurements, strict=True))
+            return measurements[-len(partitions) :]
+
+        def told(trial: Trial) -> None:
+            time = "failed" if trial.ttft_s is None else f"{trial.ttft_s * 1e3:.1f} ms"
+            self._progress.say(f"  {context:>7} tokens  {trial.partition!s:<24} {time:>12}  {trial.source}")
+
+        found = search(
+            measure,
+            context,
+            self._group.ranks,
+            self._options.budget,
+            seeds=lambda: self._seeds(context),
+            sampler=self._options.sampler,
+            quantum=self._options.quantum,
+            storage=self._out.study_url,
+            study_name=f"{self._group.geometry.name}/{self._group.ranks}/{context}",
+            seed=self._options.seed,
+            confirm=confirm,
+            on_trial=told,
+        )
+        entry = Entry(
+            context,
+            found.best.sizes,
+            ttft_s=found.measurement.ttft_s,
+            interval_s=found.measurement.interval_s,
+            measured=len(found.trials),
+        )
+        self._out.table = PartitionTable(
+            self._out.table.with_entry(entry).entries, self._out.table.provenance or self._group.provenance
+        )
+        self._out.table.save(self._out.table_path)
+        self._finish_phase(context, searched=True)
+        even = Partition.even(context, self._group.ranks)
+        names = {"single": "single", "tsp": "TSP"}
+        named = [(names[one.method], result) for one, result in finals if one.method in names]
+        named += [("KVR-E", result) for one, result in finals if one == Candidate("kvr", even)]
+        named.append(("KVR-S", found.measurement))
+        return ContextResult(context, False, named, len(found.trials))
+
+    def predict(self, context: int) -> ContextResult:
+        """Time the table's answer for a context that was not searched, beside the baselines."""
+        from profiler.measure import Candidate
+
+        self._progress.doing(f"context {context}: trying KVR-P, this context was not searched")
+        predicted: Partition | None
+        try:
+            found = self._out.table.without(context, self._group.ranks).lookup(context, ranks=self._group.ranks)
+            predicted = found.partition
+        except OutOfRangeError as error:
+            self._progress.say(f"  no KVR-P for {context}: {error}")
+            predicted = None
+        candidates = [*self._baselines(context), Candidate("kvr", Partition.even(context, self._group.ranks))]
+        names = ["single", "TSP", "KVR-E"]
+        if predicted is not None:
+            candidates.append(Candidate("kvr", predicted))
+            names.append("KVR-P")
+        measurements = self._measure(candidates, f"predict/{context}")
+        self._finish_phase(context, searched=False)
+        return ContextResult(context, True, list(zip(names, measurements, strict=True)), 0)
+
+    def _baselines(self, context: int) -> list[Candidate]:
+        from profiler.measure import Candidate
+
+        return [Candidate.single(context), Candidate.tsp(context, self._group.ranks)]
+
+    def _measure(self, candidates: Sequence[Candidate], purpose: str) -> list[Measurement]:
+        return self._group.measure_many(candidates, plan=self._plan, purpose=purpose, on_sample=self._sampled)
+
+    def _sampled(self, candidate: Candidate, sample: Sample, warmup: bool) -> None:
+        self._progress.advance(candidate.partition.context)
+
+    def _seeds(self, context: int) -> list[Seed]:
+        """Besides the even split: what the table interpolates, and what a fitted cost balances."""
+        from kvr_partition.schedule import balanced
+        from kvr_partition.search import Seed
+        from kvr_partition.search.space import default_quantum
+
+        seeds = []
+        ranks = self._group.ranks
+        quantum = self._options.quantum or default_quantum(context, ranks)
+        # Until something is searched on both sides of it, there is nothing to interpolate.
+        with contextlib.suppress(OutOfRangeError):
+            seeds.append(Seed("interpolated", self._out.table.lookup(context, ranks=ranks).partition))
+        cost = self._fitted()
+        if cost is not None:
+            seeds.append(Seed("balanced", balanced(cost, context, ranks, quantum=quantum)))
+        return seeds
+
+    def _fitted(self) -> ChunkCost | None:
+        from kvr_partition.cost import FitError
+        from profiler.calibrate import calibrate
+
+        if not self._cost_known:
+            self._progress.doing("timing a few chunks")
+            try:
+                self._cost = calibrate(self._group, max(self._contexts), self._out.log)
+            except FitError as error:
+                self._progress.say(f"  going on without a balanced split: {error}")
+            self._cost_known = True
+            self._progress.doing("measuring the first partitions")
+        return self._cost
+
+    def _finish_phase(self, context: int, *, searched: bool) -> None:
+        budget = self._options.budget if searched else 0
+        self._planned += _context_work(context, budget, self._plan, searched)
+        self._progress.reach(self._planned)
+
+
+def sampling_plan(samples: int | None, backend: str) -> SamplingPlan:
+    """The plan of the backend, with at most ``samples`` samples if that is given."""
+    from dataclasses import replace
+
+    from profiler.measure import SamplingPlan
+
+    plan = SamplingPlan.for_backend(backend)
+    most = samples or (8 if backend == "cpu" else plan.most)
+    return replace(plan, most=most, least=min(plan.least, most))
+
+
+def default_out(group: RankGroup) -> Path:
+    """Where results go unless said otherwise."""
+    return Path("kvr-runs") / f"{group.geometry.name}-{group.ranks}x{group.backend}-{group.dtype}"
+
+
+def _ends_first(contexts: Sequence[int]) -> list[int]:
+    """The shortest and the longest first: every other one then has something to interpolate between."""
+    return [*dict.fromkeys([contexts[0], contexts[-1], *contexts[1:-1]])]
+
+
+def _context_work(context: int, budget: int, plan: SamplingPlan, searched: bool) -> float:
+    samples = plan.warmup + plan.most
+    return context * samples * (budget + (6 if searched else 4))
+
+
+def _work(contexts: Sequence[int], held_out: Sequence[int], budget: int, plan: SamplingPlan) -> float:
+    return sum(_context_work(one, budget, plan, True) for one in contexts) + sum(
+        _context_work(one, 0, plan, False) for one in held_out
+    )
+
+
+def _report(options: argparse.Namespace, out: OutDir, group: RankGroup, results: Sequence[ContextResult]) -> None:
+    from kvr_partition.cli.show import (
+        COMPARISON_HEADER,
+        comparison_json,
+        comparison_rows,
+        print_json,
+        print_table,
+    )
+
+    files = {"table": out.table_path, "measurements": out.log_path, "study": out.path / "study.db"}
+    if options.format == "json":
+        print_json(
+            {
+                "out": str(out.path),
+                "files": {name: str(path) for name, path in files.items()},
+                "contexts": [
+                    {
+                        "context": result.context,
+                        "held_out": result.held_out,
+                        "partitions_measured": result.measured,
+                        "methods": comparison_json(result.named),
+                    }
+                    for result in results
+                ],
+            }
+        )
+        return
+    rows = []
+    for result in results:
+        label = f"{result.context}{' (held out)' if result.held_out else ''}"
+        for row in comparison_rows(result.named):
+            rows.append([label, *row])
+            label = ""
+    print(f"\n{group.geometry.name} on {group.ranks} {group.backend} ranks, {group.dtype}\n")
+    print_table(["context", *COMPARISON_HEADER], rows, left=2)
+    print(f"\nFiles in {out.path}:")
+    print("  table.json          the partitions found; serving code loads this")
+    print("  measurements.jsonl  every sample")
+    print("  study.db            the Optuna study; the same command goes on from it")
+    example = results[-1].context
+    program = "kvr-partition" if sys.argv[0].endswith("kvr-partition") else "python -m kvr_partition"
+    print("\nNext:")
+    print(f"  {program} predict --table {files['table']} --context {example}")
+    print(f"  {program} export {files['table']} --format markdown")
+    print(f"  {program} generate --table {files['table']} --context {example}")
+    print(f"  in Python: from kvr_partition import load; load({str(files['table'])!r}).lookup({example})")
+    if options.model is None:
+        print("Your own model:  kvr-partition search --model FOLDER --ranks N --contexts 4096,8192")
