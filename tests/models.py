@@ -1,0 +1,89 @@
+"""Small configurations of the architectures that tests run for real."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+COMMON = {
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "vocab_size": 257,
+    "intermediate_size": 96,
+    "max_position_embeddings": 512,
+}
+
+# The architectures of the paper and of today; attention depth where transformers lets us.
+CORE: dict[str, dict[str, Any]] = {
+    "llama-mha": {"model_type": "llama", "num_key_value_heads": 4},
+    "llama-gqa": {"model_type": "llama", "num_key_value_heads": 2},
+    "mistral-full": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": None},
+    "mistral-window": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 9},
+    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 2},
+    "qwen3": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 16},
+    "falcon-mqa": {"model_type": "falcon", "multi_query": True, "new_decoder_architecture": False},
+    "falcon-new": {"model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon-alibi": {"model_type": "falcon", "multi_query": True, "alibi": True},
+}
+
+# Whatever else keeps its KV in a transformers cache: soft caps, sinks, mixed windows, shared KV, latent KV.
+OTHERS: dict[str, dict[str, Any]] = {
+    "qwen2-mixed-window": {
+        "model_type": "qwen2",
+        "num_key_value_heads": 2,
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 1,
+    },
+    "gemma2": {"model_type": "gemma2", "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8},
+    "gpt-oss": {
+        "model_type": "gpt_oss",
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "sliding_window": 8,
+        "num_local_experts": 4,
+    },
+    "gpt2": {"model_type": "gpt2", "n_positions": 512},
+    "bloom": {"model_type": "bloom", "n_head": 4, "n_layer": 3},
+    "deepseek-v3": {
+        "model_type": "deepseek_v3",
+        "num_key_value_heads": 4,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 12,
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+        "moe_intermediate_size": 32,
+    },
+}
+
+ALL = {**CORE, **OTHERS}
+
+
+def config(name: str, **changes: Any) -> dict[str, Any]:
+    """The configuration as a dictionary."""
+    return {**COMMON, **ALL[name], **changes}
+
+
+def build(name: str, **changes: Any) -> Any:
+    """The model with seeded random weights, in eval mode."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = config(name, **changes)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields)).eval()
+
+
+def write_folder(folder: Path, name: str, **changes: Any) -> Path:
+    """A model folder with only a config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config(name, **changes)))
+    return folder

@@ -1,0 +1,146 @@
+"""Runs on real gloo ranks, in processes of its own: compares every method with the single run.
+
+``python -m tests.ranks.exactness FOLDER RANK RANKS`` reads ``FOLDER/cases.json`` and, on the last rank,
+writes ``FOLDER/results.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kvr_partition import Partition
+from kvr_partition.runtime import PrefillResult, decode, prefill, probe, single, tsp
+from tests.models import build
+
+NEW_TOKENS = 32
+
+
+class LargestAllocation(TorchDispatchMode):
+    """Notes the largest storage that any operation made for a result, in bytes; bare ``empty`` is not one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self.op = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {one.untyped_storage().data_ptr() for one in _tensors((args, kwargs))}
+        for tensor in _tensors(out):
+            storage = tensor.untyped_storage()
+            made = storage.data_ptr() not in given and "aten.empty" not in str(func)
+            if made and storage.nbytes() > self.bytes:
+                self.bytes, self.op = storage.nbytes(), str(func)
+        return out
+
+
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            yield from _tensors(value)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            yield from _tensors(value)
+
+
+def relative(found: torch.Tensor, right: torch.Tensor) -> float:
+    """Largest difference as a share of the largest value; infinite for NaN or another shape."""
+    if found.shape != right.shape or not torch.isfinite(found).all():
+        return float("inf")
+    return ((found - right).abs().max() / right.abs().max()).item()
+
+
+def run(case: dict[str, Any], model: Any) -> dict[str, Any] | None:
+    """One case on this rank; what the last rank found out."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    sizes, batch = case["sizes"], case["batch"]
+    context = sum(sizes)
+    generator = torch.Generator().manual_seed(context)
+    input_ids = torch.randint(0, 257, (batch, context), generator=generator)
+    partition = Partition(sizes)
+    out: PrefillResult
+    with LargestAllocation() as largest:
+        if case["method"] == "tsp":
+            out = tsp(model, input_ids)
+        else:
+            out = prefill(model, input_ids, partition, depth=case["method"])
+    sent = torch.tensor([out.kv_bytes])
+    dist.all_reduce(sent)
+    held = torch.zeros(ranks, dtype=torch.long)
+    held[rank] = out.cache.kv_bytes
+    dist.all_reduce(held)
+    assert out.is_last == (rank == ranks - 1)
+    assert (out.logits is None) == (out.first_token is None) == (not out.is_last)
+    if out.timeline.layers:
+        assert all(layer.wait_s >= 0 for layer in out.timeline.layers)
+    if not out.is_last:
+        return None
+    assert out.logits is not None
+    right = single(model, input_ids)
+    kv_errors = []
+    for index, layer in out.cache.kv_layers:
+        kv_errors.append(relative(layer.keys, right.cache.layers[index].keys))
+        kv_errors.append(relative(layer.values, right.cache.layers[index].values))
+    assert right.logits is not None
+    error = relative(out.logits, right.logits)
+    support = probe(model)
+    one_layer = next(layer for layer in support.layers if layer is not None)
+    return {
+        **case,
+        "logits_error": error,
+        "kv_error": max(kv_errors),
+        "kv_layers": len(kv_errors) // 2,
+        "same_tokens": torch.equal(
+            decode(model, input_ids, out, NEW_TOKENS), decode(model, input_ids, right, NEW_TOKENS)
+        ),
+        "sent_bytes": int(sent),
+        "held_bytes": held.tolist(),
+        "entry_bytes": support.entry_elements(batch) * 4,
+        "layer_keys_bytes": context * batch * one_layer.key_heads * one_layer.key_dim * 4,
+        "largest_allocation": largest.bytes,
+        "largest_allocation_op": largest.op,
+        "attention_depth": support.attention_depth,
+    }
+
+
+@contextmanager
+def group(folder: Path, rank: int, ranks: int) -> Iterator[None]:
+    """A gloo world that meets in a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=(folder / "meet").as_uri(), rank=rank, world_size=ranks)
+    yield
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    """One rank."""
+    folder, rank, ranks = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    results = []
+    with group(folder, rank, ranks):
+        built: dict[str, Any] = {}
+        for case in json.loads((folder / "cases.json").read_text()):
+            model = built.get(case["model"])
+            if model is None:
+                built.clear()
+                model = built[case["model"]] = build(case["model"])
+            if case["method"] == "attention" and not probe(model).attention_depth:
+                continue
+            results.append(run(case, model))
+    if rank == ranks - 1:
+        (folder / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""KV-Runahead on real ranks equals one rank: logits, KV of every layer and what is decoded after."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from kvr_partition import Partition
+from tests.models import CORE, OTHERS, config
+from tests.ranks.launch import launch
+
+METHODS = ("attention", "cache", "tsp")
+
+# A prime context cut as evenly as it goes, chunks of one token, and very uneven ones.
+SPLITS: dict[int, list[tuple[int, ...]]] = {
+    2: [(24, 23), (1, 46), (46, 1)],
+    3: [(16, 16, 15), (1, 44, 2)],
+    5: [(10, 10, 9, 9, 9), (1, 1, 42, 1, 2)],
+}
+CASES = [
+    {"model": model, "method": method, "sizes": sizes, "batch": batch}
+    for ranks, splits in SPLITS.items()
+    for model in [*CORE, *(OTHERS if ranks == 3 else [])]
+    for method in METHODS
+    for sizes in splits
+    for batch in ([1, 2] if ranks == 3 and sizes == splits[0] else [1])
+    if method != "tsp" or sizes == splits[0]
+]
+
+
+def name(case: dict[str, Any]) -> str:
+    return f"{case['model']}-{case['method']}-{'/'.join(map(str, case['sizes']))}-batch{case['batch']}"
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Every case, each rank count started once: starting ranks takes far longer than a case."""
+    found = {}
+    for ranks in SPLITS:
+        folder = tmp_path_factory.mktemp(f"ranks{ranks}")
+        cases = [case for case in CASES if len(case["sizes"]) == ranks]
+        (folder / "cases.json").write_text(json.dumps(cases))
+        launch("tests.ranks.exactness", folder, ranks)
+        found.update({name(case): case for case in json.loads((folder / "results.json").read_text())})
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_it_equals_the_single_run(results: dict[str, dict[str, Any]], case: dict[str, Any]) -> None:
+    result = results.get(name(case))
+    if result is None:
+        assert case["method"] == "attention"
+        assert not any(found["attention_depth"] for found in results.values() if found["model"] == case["model"])
+        pytest.skip("its attention cannot be replaced; exact through the cache")
+    assert result["logits_error"] < 1e-5
+    assert result["kv_error"] < 1e-5
+    assert result["kv_layers"] == config(case["model"])["num_hidden_layers"]
+    assert result["same_tokens"]
+
+
+@pytest.mark.parametrize("model", ["llama-mha", "llama-gqa", "mistral-full", "qwen2", "qwen3"])
+def test_models_on_the_attention_interface_run_at_attention_depth(
+    results: dict[str, dict[str, Any]], model: str
+) -> None:
+    assert all(found["attention_depth"] for found in results.values() if found["model"] == model)
+
+
+def whole_context(case: dict[str, Any]) -> bool:
+    """Whether every layer sees everything, so that the published formulas hold."""
+    fields = config(case["model"])
+    return fields.get("sliding_window") is None
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if whole_context(case)], ids=name)
+def test_the_wire_carries_what_the_paper_counts(results: dict[str, dict[str, Any]], case: dict[str, Any]) -> None:
+    result = results.get(name(case))
+    if result is None:
+        pytest.skip("does not run at attention depth")
+    partition = Partition(case["sizes"])
+    published = {"tsp": (partition.ranks - 1) * partition.context}
+    entries = published.get(case["method"], sum(partition.ends[:-1]))
+    assert result["sent_bytes"] == entries * result["entry_bytes"]
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if whole_context(case) and case["method"] != "tsp"], ids=name
+)
+def test_a_rank_holds_its_visible_kv_once(results: dict[str, dict[str, Any]], case: dict[str, Any]) -> None:
+    result = results.get(name(case))
+    if result is None:
+        pytest.skip("does not run at attention depth")
+    assert result["held_bytes"] == [end * result["entry_bytes"] for end in Partition(case["sizes"]).ends]
+    if case["method"] == "attention" and case["sizes"][-1] <= 2:
+        # The chunk is a token or two, so every result is small, unless one copies the keys it sees.
+        assert result["largest_allocation"] < result["layer_keys_bytes"] / 2, result["largest_allocation_op"]
+
+
+def test_a_window_carries_and_holds_no_more_than_it_sees(results: dict[str, dict[str, Any]]) -> None:
+    result = results["mistral-window-attention-16/16/15-batch1"]
+    seen = config("mistral-window")["sliding_window"] - 1
+    assert result["sent_bytes"] == 2 * seen * result["entry_bytes"]
+    assert result["held_bytes"] == [tokens * result["entry_bytes"] for tokens in (16, seen + 16, seen + 15)]

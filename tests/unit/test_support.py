@@ -1,0 +1,175 @@
+"""What is refused by name before anything runs, and what is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from kvr_partition import Partition, PartitionError
+from kvr_partition.errors import UnsupportedError
+from kvr_partition.runtime import check_config, check_context, decode, prefill, probe, single
+from profiler.models import open_model, probe_shapes
+from profiler.ranks import RankGroup
+from tests.models import ALL, build, config, write_folder
+
+
+def hf_config(**fields: Any) -> Any:
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"model_type": "mamba", "num_hidden_layers": 2}, "layer 0 of mamba keeps a LinearAttentionLayer"),
+        ({"model_type": "t5"}, "t5 is an encoder-decoder"),
+        ({"model_type": "jamba", "num_hidden_layers": 2}, "layer 0 of jamba keeps a LinearAttention"),
+    ],
+)
+def test_state_that_is_not_keys_and_values_is_refused(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(UnsupportedError, match=says):
+        check_config(hf_config(**fields))
+
+
+def test_positions_end_where_the_model_says() -> None:
+    llama = hf_config(**config("llama-gqa"))
+    check_context(llama, 512)
+    with pytest.raises(PartitionError, match="513 tokens are beyond the 512 positions of this llama model"):
+        check_context(llama, 513)
+    check_context(hf_config(**config("falcon-alibi")), 100_000)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rope_that_changes_with_the_length_read_is_refused_beyond_its_original_length(kind: str) -> None:
+    rope = {
+        "rope_type": kind,
+        "factor": 4.0,
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 64,
+        "long_factor": [1.5] * 8,
+        "short_factor": [1.0] * 8,
+    }
+    scaled = hf_config(**config("llama-gqa"), rope_parameters=rope)
+    check_context(scaled, 64)
+    with pytest.raises(UnsupportedError, match=f"RoPE of type '{kind}' changes with the length read at once"):
+        check_context(scaled, 65)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_shapes_alone_show_what_the_model_itself_shows(name: str, tmp_path: Path) -> None:
+    assert probe_shapes(open_model(write_folder(tmp_path / name, name))) == probe(build(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("falcon-mqa", "does not use transformers' attention interface"),
+        ("gemma2", "passes softcap"),
+        ("gpt-oss", "passes s_aux"),
+        ("deepseek-v3", "attends to something else than the keys and values it stores"),
+    ],
+)
+def test_attention_depth_is_refused_where_it_would_be_wrong(name: str, reason: str, tmp_path: Path) -> None:
+    support = probe(build(name))
+    assert not support.attention_depth
+    assert support.choose("auto") == "cache"
+    with pytest.raises(UnsupportedError, match=f"attention depth is not possible: .*{reason}.*use depth='cache'"):
+        support.choose("attention")
+    with pytest.raises(UnsupportedError, match=reason):
+        RankGroup(write_folder(tmp_path / name, name), ranks=2, backend="cpu", depth="attention")
+
+
+def test_a_probe_leaves_the_model_as_it_was() -> None:
+    model = build("llama-gqa")
+    before = model.config._attn_implementation
+    probe(model)
+    assert model.config._attn_implementation == before
+    ids = torch.arange(20)[None]
+    prefill(model, ids, Partition((20,)))
+    assert model.config._attn_implementation == before
+
+
+def test_calls_that_do_not_fit_are_refused() -> None:
+    model, ids = build("llama-gqa"), torch.arange(20)[None]
+    with pytest.raises(PartitionError, match=r"input_ids must be \[batch, 19\]"):
+        prefill(model, ids, Partition((19,)))
+    with pytest.raises(UnsupportedError, match="past=0"):
+        prefill(model, ids, Partition((20,), past=4))
+    with pytest.raises(PartitionError, match="beyond the 512 positions"):
+        decode(model, ids, single(model, ids), 500)
+
+
+def test_one_rank_needs_no_group_and_decodes_on() -> None:
+    model, ids = build("mistral-window"), torch.arange(40)[None]
+    out = prefill(model, ids, Partition((40,)), reserve=3)
+    right = single(model, ids)
+    assert torch.equal(decode(model, ids, out, 300), decode(model, ids, right, 300))
+    assert out.kv_bytes == 0
+
+
+def test_the_cache_follows_beams_and_batches() -> None:
+    model = build("llama-gqa")
+    ids = torch.randint(0, 257, (2, 30), generator=torch.Generator().manual_seed(3))
+    beams = {"num_beams": 3, "max_new_tokens": 8, "do_sample": False}
+    out = prefill(model, ids, Partition((30,)))
+    right = single(model, ids)
+    found = []
+    for result in (out, right):
+        tokens = torch.cat([ids, result.first_token], 1)  # type: ignore[list-item]
+        result.cache.batch_repeat_interleave(3)
+        found.append(
+            model.generate(tokens, past_key_values=result.cache, attention_mask=torch.ones_like(tokens), **beams)
+        )
+    assert torch.equal(*found)
+
+
+def test_the_cache_can_be_cropped_and_emptied() -> None:
+    model, ids = build("llama-gqa"), torch.arange(30)[None]
+    out = prefill(model, ids, Partition((30,)))
+    keys = out.cache.layers[0].keys.clone()
+    out.cache.crop(-10)
+    assert out.cache.get_seq_length() == 20
+    assert torch.equal(out.cache.layers[0].keys, keys[:, :, :20])
+    with pytest.raises(ValueError, match="crop takes minus the tokens"):
+        out.cache.crop(5)
+    out.cache.reset()
+    assert out.cache.get_seq_length() == 0
+    logits = model(ids, past_key_values=out.cache).logits[:, -1]
+    assert torch.allclose(logits, single(model, ids).logits, atol=1e-5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "has no config.json"),
+        ("{", "is no readable JSON"),
+        ("[]", "names no model_type"),
+        ('{"model_type": "no-such-model"}', "is not accepted by transformers"),
+        ('{"model_type": "bert"}', "attends in both directions"),
+        ('{"model_type": "clip"}', "is no causal LM of transformers"),
+    ],
+)
+def test_folders_that_hold_no_usable_model_are_refused(tmp_path: Path, content: str | None, says: str) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    if content is not None:
+        (folder / "config.json").write_text(content)
+    with pytest.raises(UnsupportedError, match=says) as caught:
+        probe_shapes(open_model(folder))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UnsupportedError, match="does not exist"):
+        open_model(tmp_path / "elsewhere")
+
+
+def test_the_geometry_is_what_the_configuration_says(tmp_path: Path) -> None:
+    for name, heads in (("llama-gqa", 2), ("falcon-mqa", 1), ("falcon-new", 2), ("gpt2", 4)):
+        folder = write_folder(tmp_path / name, name)
+        geometry = open_model(folder).geometry
+        assert (geometry.kv_heads, geometry.name, geometry.layers) == (heads, name, 3)
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(dict(reversed(fields.items()))))
+    assert open_model(folder).geometry.config_digest == geometry.config_digest
