@@ -590,6 +590,7 @@ class _Joined:
     def close(self) -> None:
         with contextlib.suppress(Exception):  # the others may be gone, which is what closing is for
             _broadcast(self._control, messages.encode(messages.Close())[4:])
+        self._worker.leave(self._control)
 
 
 def _join(group: RankGroup) -> Transport:
@@ -614,6 +615,7 @@ def _join(group: RankGroup) -> Transport:
     while True:
         request = messages.decode_request(_broadcast(control, None))
         if isinstance(request, messages.Close):
+            worker.leave(control)
             raise SystemExit(0)
         reply = worker.serve(request, lambda _: None)
         _gather(control, messages.encode(reply)[4:])

@@ -46,7 +46,8 @@ class Worker:
         torch.set_num_threads(setup.threads)
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-        if not dist.is_initialized():
+        self._made_world = not dist.is_initialized()
+        if self._made_world:
             backend = "nccl" if self._device.type == "cuda" else "gloo"
             dist.init_process_group(
                 backend,
@@ -78,6 +79,15 @@ class Worker:
             nccl=".".join(map(str, torch.cuda.nccl.version())) if on_cuda else None,
             driver=driver_version() if on_cuda else None,
         )
+
+    def leave(self, control: Any) -> None:
+        """Take down what joining the world set up.
+
+        A process group that is still there when the interpreter ends can abort the process: its threads
+        ask for an interpreter that no longer answers.
+        """
+        with contextlib.suppress(Exception):  # peers that are gone cannot be told
+            dist.destroy_process_group(None if self._made_world else control)
 
     def serve(self, request: messages.Request, stream: Callable[[messages.Reply], None]) -> messages.Reply:
         """Answer one request; an error is an answer too. ``stream`` takes what comes before the answer."""
