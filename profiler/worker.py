@@ -187,7 +187,7 @@ class Worker:
         return ids.to(self._device)
 
     def _attention(self, method: str) -> contextlib.AbstractContextManager[None]:
-        if method == "kvr" and self._depth == "attention":
+        if method == "kvr" and self._depth == "attention" and probe(self._model).route == "interface":
             return runahead_attention(self._model)
         return contextlib.nullcontext()
 

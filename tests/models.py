@@ -23,7 +23,12 @@ CORE: dict[str, dict[str, Any]] = {
     "mistral-window": {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 9},
     "qwen2": {"model_type": "qwen2", "num_key_value_heads": 2},
     "qwen3": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 16},
-    "falcon-mqa": {"model_type": "falcon", "multi_query": True, "new_decoder_architecture": False},
+    "falcon-mqa": {
+        "model_type": "falcon",
+        "multi_query": True,
+        "new_decoder_architecture": False,
+        "ffn_hidden_size": 96,
+    },
     "falcon-new": {"model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2},
     "falcon-alibi": {"model_type": "falcon", "multi_query": True, "alibi": True},
 }

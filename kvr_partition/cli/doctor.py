@@ -101,7 +101,7 @@ def _kernels(device: str) -> list[dict[str, str]]:
     """Try every kernel of the table that claims this device against the plain one."""
     import torch
 
-    from kvr_partition.runtime.attention import KERNELS
+    from kvr_partition.runtime.kernels import KERNELS
 
     lines = []
     plain = KERNELS[-1]

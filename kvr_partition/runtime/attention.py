@@ -1,181 +1,23 @@
-"""Own block and prefix attended separately, merged by log-sum-exp; and which kernel does it."""
+"""Own block and prefix attended separately, merged by log-sum-exp; registered with transformers."""
 
 from __future__ import annotations
 
-import threading
+import contextvars
+import functools
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from kvr_partition.runtime.kernels import attend, merge_
+
 IMPLEMENTATION = "kv_runahead"
 """Name under which the attention is registered with transformers."""
-
-# ------------------------------------------------------------------------------------------- kernels
-
-
-class Kernel(Protocol):
-    """Attention that also returns the log-sum-exp of its scores.
-
-    Shapes: query ``[batch, heads, rows, dim]``; key and value ``[batch, kv_heads, tokens, dim]``, any
-    strides; bias None or ``[rows, tokens]`` added to the scores; ``causal`` needs rows == tokens.
-    Returns the output ``[batch, heads, rows, value dim]`` and the log-sum-exp ``[batch, heads, rows]``
-    in float32.
-    """
-
-    def __call__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *,
-        scale: float,
-        causal: bool,
-        bias: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
-
-
-def _plain(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    scale: float,
-    causal: bool,
-    bias: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Any device, dtype and shape; a few hundred query rows at a time, so the scores stay small."""
-    batch, heads, rows, _ = query.shape
-    kv_heads, tokens = key.shape[1], key.shape[2]
-    grouped = query.reshape(batch, kv_heads, heads // kv_heads, rows, -1)
-    keys, values = key.float().unsqueeze(2), value.float().unsqueeze(2)
-    outputs, sums = [], []
-    step = 256
-    for low in range(0, rows, step):
-        part = grouped[..., low : low + step, :].float()
-        scores = part @ keys.transpose(-1, -2) * scale
-        if bias is not None:
-            scores = scores + bias[low : low + step].float()
-        if causal:
-            row = torch.arange(low, low + part.shape[-2], device=query.device)
-            hidden = torch.arange(tokens, device=query.device)[None, :] > row[:, None]
-            scores = scores.masked_fill(hidden, -torch.inf)
-        lse = torch.logsumexp(scores, dim=-1)
-        outputs.append((torch.exp(scores - lse[..., None]) @ values).to(query.dtype))
-        sums.append(lse)
-    output = torch.cat(outputs, dim=-2).reshape(batch, heads, rows, value.shape[-1])
-    return output, torch.cat(sums, dim=-1).reshape(batch, heads, rows)
-
-
-def _cpu_flash(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    scale: float,
-    causal: bool,
-    bias: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """torch's CPU flash kernel. It wants as many KV heads as query heads.
-
-    Grouped heads become a batch of groups that share one KV head with stride 0, so KV is not repeated.
-    """
-    batch, heads, rows, dim = query.shape
-    kv_heads, tokens = key.shape[1], key.shape[2]
-    groups = heads // kv_heads
-    if groups > 1:
-        query = query.reshape(batch * kv_heads, groups, rows, dim)
-        key = key.reshape(batch * kv_heads, 1, tokens, dim).expand(-1, groups, -1, -1)
-        value = value.reshape(batch * kv_heads, 1, tokens, dim).expand(-1, groups, -1, -1)
-    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query,
-        key,
-        value,
-        0.0,
-        causal,
-        attn_mask=None
-        if bias is None
-        else bias[None, None].expand(query.shape[0], groups, -1, -1)
-        if groups > 1
-        else bias[None, None],
-        scale=scale,
-    )
-    return output.reshape(batch, heads, rows, dim), lse.reshape(batch, heads, rows)
-
-
-def _cuda_flash(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    scale: float,
-    causal: bool,
-    bias: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """FlashAttention as shipped with torch; takes grouped KV heads as they are."""
-    assert bias is None
-    output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-        query, key, value, 0.0, causal, False, scale=scale
-    )
-    return output, lse
-
-
-@dataclass(frozen=True, slots=True)
-class KernelChoice:
-    """One line of the kernel table: a kernel and what it can take."""
-
-    name: str
-    kernel: Kernel
-    device: str | None
-    dtypes: tuple[torch.dtype, ...]
-    max_dim: int
-    takes_bias: bool
-
-    def fits(self, query: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None) -> bool:
-        """Whether this kernel can do the call."""
-        return (
-            self.device in (None, query.device.type)
-            and (not self.dtypes or query.dtype in self.dtypes)
-            and (self.device is None or query.shape[-1] == value.shape[-1] <= self.max_dim)
-            and (self.takes_bias or bias is None)
-        )
-
-
-KERNELS: list[KernelChoice] = [
-    KernelChoice("cuda-flash", _cuda_flash, "cuda", (torch.float16, torch.bfloat16), 256, False),
-    KernelChoice("cpu-flash", _cpu_flash, "cpu", (torch.float32, torch.float16, torch.bfloat16), 1024, True),
-    KernelChoice("plain", _plain, None, (), 0, True),
-]
-"""Kernels in order of preference: the first line that fits is used. Add a line to add a kernel."""
-
-
-def attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    scale: float,
-    causal: bool = False,
-    bias: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention and the log-sum-exp of its scores by the first kernel of `KERNELS` that fits; see `Kernel`."""
-    choice = next(choice for choice in KERNELS if choice.fits(query, value, bias))
-    return choice.kernel(query, key, value, scale=scale, causal=causal, bias=bias)
-
-
-def merge_(output: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> None:
-    """Fold attention over other keys into ``output``, in place, as if both had been one softmax.
-
-    With ``w = sigmoid(other_lse − lse)`` the joint result is ``(1 − w)·output + w·other``: exact, and
-    without the overflow of exponentials. ``lse`` is not updated; merge once.
-    """
-    weight = torch.sigmoid(other_lse - lse).unsqueeze(-1).to(output.dtype)
-    output.lerp_(other, weight)
-
 
 # ----------------------------------------------------------------------------- a chunk and its prefix
 
@@ -255,7 +97,7 @@ def _band(rows: int, tokens: int, window: int, like: torch.Tensor) -> torch.Tens
 # ------------------------------------------------------------------------- the hook into transformers
 
 Hook = Callable[..., torch.Tensor]
-_active = threading.local()
+_active: contextvars.ContextVar[Hook | None] = contextvars.ContextVar("kv_runahead", default=None)
 
 
 class active:  # noqa: N801 - reads as a statement: with active(hook): model(...)
@@ -269,11 +111,59 @@ class active:  # noqa: N801 - reads as a statement: with active(hook): model(...
         self._hook = hook
 
     def __enter__(self) -> None:
-        self._before = getattr(_active, "hook", None)
-        _active.hook = self._hook
+        self._token = _active.set(self._hook)
 
     def __exit__(self, *_: object) -> None:
-        _active.hook = self._before
+        _active.reset(self._token)
+
+
+class sdpa_calls(TorchFunctionMode):  # noqa: N801 - used like a function
+    """While it lasts, calls of ``scaled_dot_product_attention`` itself go to ``hook``.
+
+    For models that do not use transformers' attention interface. They are run with `no_mask` as their mask,
+    which they hand on as it is.
+    """
+
+    def __init__(self, hook: Hook) -> None:
+        super().__init__()
+        self._hook = hook
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not torch.nn.functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        call = _SDPA.bind(*args, **(kwargs or {})).arguments
+        return self._hook(
+            None,
+            call["query"],
+            call["key"],
+            call["value"],
+            attention_mask=call.get("attn_mask"),
+            scaling=call.get("scale"),
+            dropout=call.get("dropout_p") or None,
+        ).transpose(1, 2)
+
+
+def _sdpa_signature(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> None: ...
+
+
+_SDPA = inspect.signature(_sdpa_signature)
+
+
+@functools.cache
+def no_mask(device: torch.device) -> torch.Tensor:
+    """A four-dimensional mask, which models take for a finished one; it masks nothing and is never read."""
+    return torch.zeros((1, 1, 1, 1), device=device)
 
 
 def _attention(
@@ -284,7 +174,7 @@ def _attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    hook = getattr(_active, "hook", None)
+    hook = _active.get()
     if hook is None:
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return output, None
@@ -292,7 +182,7 @@ def _attention(
 
 
 def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    return sdpa_mask(*args, **kwargs) if getattr(_active, "hook", None) is None else None
+    return sdpa_mask(*args, **kwargs) if _active.get() is None else None
 
 
 def register() -> None:

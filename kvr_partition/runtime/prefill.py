@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,7 @@ from kvr_partition.runtime.support import (
     first_token,
     forward,
     probe,
-    runahead_attention,
+    replaced_attention,
 )
 from kvr_partition.timeline import LayerTimes, RankTimeline
 
@@ -151,14 +150,10 @@ def run_chunk(
     run = _ChunkRun(cache, links, clock.stamp)
     clock.stamp()
     links.start([layer.slot for _, layer in cache.kv_layers])
-    if chosen == "attention":
-        cache.prefilling = run.store_own
-        scope: Any = attention.active(run.attend)
-    else:
-        cache.prefilling = run.store_and_wait
-        scope = nullcontext()
-    with runahead_attention(model) if chosen == "attention" else nullcontext(), scope:
-        output = forward(model, chunk_ids, cache)
+    cache.prefilling = run.store_own if chosen == "attention" else run.store_and_wait
+    route = support.route if chosen == "attention" else None
+    with replaced_attention(model, route, run.attend) as extra:
+        output = forward(model, chunk_ids, cache, **extra)
     cache.prefilling = None
     logits, token = first_token(output) if rank == ranks - 1 else (None, None)
     clock.stamp()
@@ -204,7 +199,7 @@ class _ChunkRun:
 
     def attend(
         self,
-        module: torch.nn.Module,
+        module: torch.nn.Module | None,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,

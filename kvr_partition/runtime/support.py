@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,13 +45,19 @@ class ModelSupport:
 
     Attributes:
         layers: what each layer keeps of a token, None for layers without KV of their own.
-        attention_depth: whether own block and prefix can be attended separately.
+        route: how own block and prefix can be attended separately: ``"interface"`` (transformers'
+            attention interface), ``"calls"`` (the model calls SDPA itself), or None when they cannot.
         reason: why not, when not.
     """
 
     layers: tuple[LayerKV | None, ...]
-    attention_depth: bool
+    route: Literal["interface", "calls"] | None
     reason: str = ""
+
+    @property
+    def attention_depth(self) -> bool:
+        """Whether own block and prefix can be attended separately."""
+        return self.route is not None
 
     @property
     def kv_layers(self) -> int:
@@ -185,17 +193,23 @@ def _probe(model: Any) -> ModelSupport:
     if missing:
         raise UnsupportedError(f"layer {missing[0]} of {type(model).__name__} has a cache but stores no KV in it")
     layers = tuple(cache.seen.get(index) for index in range(len(cache.layers)))
-    reason = _why_no_attention_depth(model, layers)
-    return ModelSupport(layers, attention_depth=not reason, reason=reason)
+    route: Literal["interface", "calls"] = "interface" if _uses_interface(model) else "calls"
+    reason = _why_no_attention_depth(model, layers, route)
+    return ModelSupport(layers, route=None if reason else route, reason=reason)
 
 
-def _why_no_attention_depth(model: Any, layers: tuple[LayerKV | None, ...]) -> str:
+def _uses_interface(model: Any) -> bool:
+    return bool(getattr(model, "_can_set_attn_implementation", lambda: False)())
+
+
+def _why_no_attention_depth(
+    model: Any, layers: tuple[LayerKV | None, ...], route: Literal["interface", "calls"]
+) -> str:
     name = type(model).__name__
-    if not getattr(model, "_can_set_attn_implementation", lambda: False)():
-        return f"{name} does not use transformers' attention interface"
     cache = _ProbeCache(model.config)
     windows = [layer.window for layer in layers if layer is not None]
     complaints: list[str] = []
+    no_mask = attention.no_mask(model.device)
 
     def hook(
         module: Any,
@@ -218,24 +232,26 @@ def _why_no_attention_depth(model: Any, layers: tuple[LayerKV | None, ...]) -> s
         if cache.returned is None or key is not cache.returned[0] or value is not cache.returned[1]:
             # Latent attention keeps something smaller and expands it after the cache.
             complaints.append(f"{name} attends to something else than the keys and values it stores")
-        if attention_mask is not None:
+        if attention_mask is not (no_mask if route == "calls" else None):
             complaints.append(f"{name} makes attention masks of its own")
         if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
             raise UnsupportedError(f"{name} attends in both directions; KV-Runahead needs causal attention")
-        if at < len(windows) and kwargs.get("sliding_window") != windows[at]:
+        if at < len(windows) and (windows[at] if route == "interface" else None) != kwargs.get("sliding_window"):
             # A chunked-attention layer looks like a window to the cache but masks differently.
             complaints.append(f"{name} masks layer {at} otherwise than by its cached window")
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
     try:
-        with runahead_attention(model), attention.active(hook):
-            _forward_two_tokens(model, cache)
+        with replaced_attention(model, route, hook) as extra:
+            _forward_two_tokens(model, cache, **extra)
     except UnsupportedError:
         raise
     except Exception as error:  # any failure only means that this model keeps its own attention
         return f"{name} does not run with its attention replaced ({type(error).__name__})"
     if complaints:
         return complaints[0]
+    if route == "calls" and "attend" not in cache.events:
+        return f"{name} uses neither transformers' attention interface nor SDPA"
     if cache.events != ["update", "attend"] * len(windows):
         return f"{name} does not attend once right after storing the KV of each layer"
     return ""
@@ -258,6 +274,25 @@ class runahead_attention:  # noqa: N801 - reads as a statement: with runahead_at
             self._model.set_attn_implementation(self._before)
 
 
+@contextmanager
+def replaced_attention(
+    model: Any, route: Literal["interface", "calls"] | None, hook: attention.Hook
+) -> Iterator[dict[str, Any]]:
+    """Send a model's attention to ``hook`` by a route of `ModelSupport`; by None it keeps its own.
+
+    Yields:
+        What `forward` must be given besides.
+    """
+    if route == "interface":
+        with runahead_attention(model), attention.active(hook):
+            yield {}
+    elif route == "calls":
+        with attention.sdpa_calls(hook):
+            yield {"attention_mask": attention.no_mask(model.device)}
+    else:
+        yield {}
+
+
 def forward(model: Any, input_ids: torch.Tensor, cache: Cache, **extra: Any) -> Any:
     """One pass of the model over ``input_ids`` into ``cache``, without logits that nobody asked for."""
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
@@ -275,9 +310,9 @@ def first_token(output: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def _forward_two_tokens(model: Any, cache: Cache) -> None:
+def _forward_two_tokens(model: Any, cache: Cache, **extra: Any) -> None:
     device = next(model.parameters()).device
-    forward(model, torch.zeros((1, 2), dtype=torch.long, device=device), cache)
+    forward(model, torch.zeros((1, 2), dtype=torch.long, device=device), cache, **extra)
 
 
 def _rope_parameters(config: Any) -> list[dict[str, Any]]:

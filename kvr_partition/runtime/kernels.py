@@ -1,0 +1,432 @@
+"""Attention kernels that also return the log-sum-exp, which one does a call, and how results are merged."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+class Kernel(Protocol):
+    """Attention that also returns the log-sum-exp of its scores.
+
+    Shapes: query ``[batch, heads, rows, dim]``; key and value ``[batch, kv_heads, tokens, dim]``, any
+    strides; bias None or ``[rows, tokens]`` added to the scores; ``causal`` needs rows == tokens.
+    Returns the output ``[batch, heads, rows, value dim]`` and the log-sum-exp ``[batch, heads, rows]``
+    in float32.
+    """
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float,
+        causal: bool,
+        bias: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def _plain(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Any device, dtype and shape; a few hundred query rows at a time, so the scores stay small."""
+    batch, heads, rows, _ = query.shape
+    kv_heads, tokens = key.shape[1], key.shape[2]
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads, rows, -1)
+    keys, values = key.float().unsqueeze(2), value.float().unsqueeze(2)
+    outputs, sums = [], []
+    step = 256
+    for low in range(0, rows, step):
+        part = grouped[..., low : low + step, :].float()
+        scores = part @ keys.transpose(-1, -2) * scale
+        if bias is not None:
+            scores = scores + bias[low : low + step].float()
+        if causal:
+            row = torch.arange(low, low + part.shape[-2], device=query.device)
+            hidden = torch.arange(tokens, device=query.device)[None, :] > row[:, None]
+            scores = scores.masked_fill(hidden, -torch.inf)
+        lse = torch.logsumexp(scores, dim=-1)
+        outputs.append((torch.exp(scores - lse[..., None]) @ values).to(query.dtype))
+        sums.append(lse)
+    output = torch.cat(outputs, dim=-2).reshape(batch, heads, rows, value.shape[-1])
+    return output, torch.cat(sums, dim=-1).reshape(batch, heads, rows)
+
+
+def _cpu_flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """torch's CPU flash kernel. It wants as many KV heads as query heads.
+
+    Grouped heads become a batch of groups that share one KV head with stride 0, so KV is not repeated.
+    """
+    batch, heads, rows, dim = query.shape
+    kv_heads, tokens = key.shape[1], key.shape[2]
+    groups = heads // kv_heads
+    if groups > 1:
+        query = query.reshape(batch * kv_heads, groups, rows, dim)
+        key = key.reshape(batch * kv_heads, 1, tokens, dim).expand(-1, groups, -1, -1)
+        value = value.reshape(batch * kv_heads, 1, tokens, dim).expand(-1, groups, -1, -1)
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query,
+        key,
+        value,
+        0.0,
+        causal,
+        attn_mask=None
+        if bias is None
+        else bias[None, None].expand(query.shape[0], groups, -1, -1)
+        if groups > 1
+        else bias[None, None],
+        scale=scale,
+    )
+    return output.reshape(batch, heads, rows, dim), lse.reshape(batch, heads, rows)
+
+
+def _cuda_flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """FlashAttention as shipped with torch; takes grouped KV heads as they are."""
+    assert bias is None
+    output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+        query, key, value, 0.0, causal, False, scale=scale
+    )
+    return output, lse
+
+
+def _cuda_cudnn(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cuDNN's fused attention: about twice FlashAttention-2 on Hopper; takes grouped KV heads as they are.
+
+    It builds a plan for every new shape (some 40 ms). See `CudnnPlans` for how a cold shape avoids that.
+    """
+    assert bias is None
+    query, key, value = (_plain_batch_stride(one) for one in (query, key, value))
+    plans = CudnnPlans.here()
+    pattern = _Pattern.of(query, key, value)
+    rows, tokens = query.shape[2], key.shape[2]
+    if plans.use(pattern, rows, tokens, causal):
+        return _cudnn_call(query, key, value, scale, causal)
+    return _attend_in_pieces(query, key, value, scale, causal, plans.ahead(pattern))
+
+
+def _cudnn_call(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    output, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query, key, value, None, True, 0.0, causal, False, scale=scale
+    )
+    return output, lse.reshape(lse.shape[:3])  # newer versions give it a trailing axis of one
+
+
+def _plain_batch_stride(tensor: torch.Tensor) -> torch.Tensor:
+    """The same view; with a batch of one, with the batch stride that follows from the shape.
+
+    A plan is kept by shape and strides, and a slice of a longer tensor would otherwise count as another.
+    """
+    if tensor.shape[0] != 1:
+        return tensor
+    return tensor.as_strided(tensor.shape, (tensor.shape[2] * tensor.stride(2), *tensor.stride()[1:]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Pattern:
+    """What of a call, besides its lengths, decides on a plan."""
+
+    device: torch.device
+    dtype: torch.dtype
+    batch: int
+    heads: int
+    kv_heads: int
+    dim: int
+    strides: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> _Pattern:
+        # Strides of batch and heads may depend on the length; then each length is a pattern of its own.
+        return cls(
+            query.device,
+            query.dtype,
+            query.shape[0],
+            query.shape[1],
+            key.shape[1],
+            query.shape[3],
+            tuple(one.stride()[1:] if one.shape[0] == 1 else one.stride() for one in (query, key, value)),
+        )
+
+    def tensor(self, which: int, tokens: int) -> torch.Tensor:
+        """Random data of this pattern, for query (0), key (1) or value (2)."""
+        heads = self.heads if which == 0 else self.kv_heads
+        shape = (1, heads, tokens, self.dim)
+        strides = (tokens * self.strides[which][1], *self.strides[which])
+        length = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        return torch.randn(length, device=self.device, dtype=self.dtype).as_strided(shape, strides)
+
+
+PIECES = (16384, 8192, 4096, 2048, 1024, 512, 256)
+"""Lengths of rows and of tokens for which plans are built ahead."""
+
+
+class CudnnPlans:
+    """Which cuDNN plans this thread has, since cuDNN keeps them per thread and does not tell.
+
+    After `build_ahead`, a call of an unknown shape is put together from pieces whose plans are there, a
+    few percent slower than a plan of its own, and builds nothing; without it, or inside `planning`, the
+    plan of the exact shape is built.
+    """
+
+    _threads = threading.local()
+
+    def __init__(self) -> None:
+        self._known: set[tuple[_Pattern, int, int, bool]] = set()
+        self._ahead: dict[_Pattern, int] = {}
+        self._seen: dict[_Pattern, None] = {}
+        self.exact = False
+
+    @classmethod
+    def here(cls) -> CudnnPlans:
+        """Those of this thread."""
+        plans: CudnnPlans | None = getattr(cls._threads, "plans", None)
+        if plans is None:
+            plans = cls._threads.plans = cls()
+        return plans
+
+    def use(self, pattern: _Pattern, rows: int, tokens: int, causal: bool) -> bool:
+        """Whether to do this call as it is; False when to do it in pieces."""
+        self._seen[pattern] = None
+        if (pattern, rows, tokens, causal) in self._known:
+            return True
+        if not self.exact and self.ahead(pattern):
+            return False
+        self._known.add((pattern, rows, tokens, causal))
+        return True
+
+    def ahead(self, pattern: _Pattern) -> int:
+        """Up to how many tokens `build_ahead` has built plans of this pattern."""
+        return self._ahead.get(pattern, 0)
+
+    def build_ahead(self, most: int) -> int:
+        """Build the plans of all `PIECES` up to ``most`` tokens for every pattern this thread has seen.
+
+        Returns:
+            How many were built.
+        """
+        built = 0
+        for pattern in list(self._seen):
+            if pattern.batch != 1 or self.ahead(pattern) >= most:
+                continue
+            sizes = [size for size in PIECES if size <= most]
+            shapes = [(size, size, True) for size in sizes] + [(r, t, False) for r in sizes for t in sizes]
+            for rows, tokens, causal in shapes:
+                if (pattern, rows, tokens, causal) not in self._known:
+                    query, key, value = (pattern.tensor(at, n) for at, n in enumerate((rows, tokens, tokens)))
+                    _cudnn_call(query, key, value, 1.0, causal)
+                    self._known.add((pattern, rows, tokens, causal))
+                    built += 1
+            self._ahead[pattern] = most
+        return built
+
+
+@contextlib.contextmanager
+def planning() -> Iterator[None]:
+    """While it lasts, kernels of this thread build the plan of every exact shape they meet."""
+    plans = CudnnPlans.here()
+    before, plans.exact = plans.exact, True
+    try:
+        yield
+    finally:
+        plans.exact = before
+
+
+def split_length(length: int, most: int) -> tuple[list[tuple[int, int]], int]:
+    """Runs ``(start, end)`` of `PIECES` no longer than ``most`` that fill a length, and where they end."""
+    runs, at = [], 0
+    for size in (size for size in PIECES if size <= most):
+        while length - at >= size:
+            runs.append((at, at + size))
+            at += size
+    return runs, at
+
+
+def _attend_in_pieces(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool, most: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention from pieces whose plans exist; what is too short for any piece goes to FlashAttention."""
+    rows = query.shape[2]
+    blocks, end = split_length(rows, most)
+    if end < rows:
+        blocks.append((end, rows))
+    parts = []
+    for low, high in blocks:
+        block = query[:, :, low:high]
+        short = low == end
+        if causal:
+            own = _flash_or_cudnn(
+                short, block, key[:, :, low:high], value[:, :, low:high], scale=scale, causal=True
+            )
+            before = low
+        else:
+            own = None
+            before = key.shape[2]
+        parts.append(
+            _fold(own, block, key[:, :, :before], value[:, :, :before], scale=scale, most=0 if short else most)
+        )
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([output for output, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
+
+
+def _fold(
+    first: tuple[torch.Tensor, torch.Tensor] | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    most: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of some rows to all tokens, piece by piece, folded into ``first``."""
+    tokens = key.shape[2]
+    runs, end = split_length(tokens, most)
+    if end < tokens:
+        runs.append((end, tokens))
+    for low, high in runs:
+        part = _flash_or_cudnn(
+            low == end, query, key[:, :, low:high], value[:, :, low:high], scale=scale, causal=False
+        )
+        if first is None:
+            first = part
+        else:
+            merge_(*first, *part)
+    assert first is not None
+    return first
+
+
+def _flash_or_cudnn(
+    flash: bool, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if flash:
+        return _cuda_flash(query, key, value, scale=scale, causal=causal, bias=None)
+    query, key, value = (_plain_batch_stride(one) for one in (query, key, value))
+    return _cudnn_call(query, key, value, scale, causal)
+
+
+@functools.cache
+def _cudnn_fits(device_index: int) -> bool:
+    """Whether a GPU and the cuDNN that is there have the fused attention (Ampere or newer)."""
+    return (
+        torch.backends.cudnn.is_available()
+        and torch.backends.cudnn.version() >= 90000
+        and torch.cuda.get_device_capability(device_index) >= (8, 0)
+        and hasattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention")
+    )
+
+
+def _cudnn_takes(query: torch.Tensor, key: torch.Tensor) -> bool:
+    return query.shape[-1] % 8 == 0 and key.shape[2] >= 64 and _cudnn_fits(query.get_device())
+
+
+@dataclass(frozen=True, slots=True)
+class KernelChoice:
+    """One line of the kernel table: a kernel and what it can take."""
+
+    name: str
+    kernel: Kernel
+    device: str | None
+    dtypes: tuple[torch.dtype, ...]
+    max_dim: int
+    takes_bias: bool
+    least_rows: int = 1
+
+    def fits(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None) -> bool:
+        """Whether this kernel can do the call."""
+        return (
+            self.device in (None, query.device.type)
+            and (not self.dtypes or query.dtype in self.dtypes)
+            and (self.device is None or query.shape[-1] == value.shape[-1] <= self.max_dim)
+            and (self.takes_bias or bias is None)
+            and query.shape[2] >= self.least_rows
+            and (self.kernel is not _cuda_cudnn or _cudnn_takes(query, key))
+        )
+
+
+KERNELS: list[KernelChoice] = [
+    KernelChoice("cuda-cudnn", _cuda_cudnn, "cuda", (torch.float16, torch.bfloat16), 128, False, least_rows=64),
+    KernelChoice("cuda-flash", _cuda_flash, "cuda", (torch.float16, torch.bfloat16), 256, False),
+    KernelChoice("cpu-flash", _cpu_flash, "cpu", (torch.float32, torch.float16, torch.bfloat16), 1024, True),
+    KernelChoice("plain", _plain, None, (), 0, True),
+]
+"""Kernels in order of preference: the first line that fits is used. Add a line to add a kernel."""
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention and the log-sum-exp of its scores by the first kernel of `KERNELS` that fits; see `Kernel`."""
+    choice = next(choice for choice in KERNELS if choice.fits(query, key, value, bias))
+    return choice.kernel(query, key, value, scale=scale, causal=causal, bias=bias)
+
+
+def merge_(output: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> None:
+    """Fold attention over other keys into ``output`` and ``lse``, in place, as if both had been one softmax.
+
+    With ``w = sigmoid(other_lse − lse)`` the joint result is ``(1 − w)·output + w·other``: exact, and
+    without the overflow of exponentials. One fused kernel on CUDA, where Triton is there.
+
+    Args:
+        output, other: ``[batch, heads, rows, dim]``.
+        lse, other_lse: ``[batch, heads, rows]``, float32.
+    """
+    fused = _fused_merge() if output.is_cuda else None
+    if fused is not None:
+        fused(output, lse, other, other_lse)
+        return
+    weight = torch.sigmoid(other_lse - lse).unsqueeze(-1).to(output.dtype)
+    output.lerp_(other, weight)
+    torch.logaddexp(lse, other_lse, out=lse)
+
+
+@functools.cache
+def _fused_merge() -> Any:
+    try:
+        from kvr_partition.runtime.triton_kernels import merge
+    except ImportError:
+        return None
+    return merge
