@@ -1,10 +1,12 @@
 """Run a prefill on real ranks: KV-Runahead, and the baselines it is compared with."""
 
-from kvr_partition.runtime.baselines import single, tsp
+from kvr_partition.runtime.baselines import single, tsp, zigzag
+from kvr_partition.runtime.links import LinkLimits
 from kvr_partition.runtime.prefill import PrefillResult, decode, prefill
 from kvr_partition.runtime.support import ModelSupport, check_config, check_context, probe
 
 __all__ = [
+    "LinkLimits",
     "ModelSupport",
     "PrefillResult",
     "check_config",
@@ -14,4 +16,5 @@ __all__ = [
     "probe",
     "single",
     "tsp",
+    "zigzag",
 ]

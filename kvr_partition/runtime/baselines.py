@@ -1,36 +1,53 @@
-"""What KV-Runahead is compared with: the whole prompt on one rank, and TSP as the paper describes it."""
+"""What KV-Runahead is compared with: one rank alone, and methods that gather the KV of all ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from transformers.cache_utils import DynamicCache
 
-from kvr_partition.errors import PartitionError
+from kvr_partition.errors import PartitionError, UnsupportedError
 from kvr_partition.partition import Partition
+from kvr_partition.runtime.attention import attend_chunk
 from kvr_partition.runtime.cache import LayerKV, RunaheadCache, RunaheadLayer
-from kvr_partition.runtime.clock import clock_for
+from kvr_partition.runtime.execution import AT_ONCE, Execution
+from kvr_partition.runtime.gather import Gather, GroupGather, Runs
+from kvr_partition.runtime.links import NO_LIMITS, LinkLimits, visible_prefix
 from kvr_partition.runtime.prefill import PrefillResult
-from kvr_partition.runtime.support import check_context, first_token, forward, probe, text_config
+from kvr_partition.runtime.support import (
+    ModelSupport,
+    check_context,
+    first_token,
+    forward,
+    probe,
+    replaced_attention,
+    text_config,
+)
 from kvr_partition.timeline import LayerTimes, RankTimeline
+
+GatheringMethod = Literal["tsp", "tsp-causal", "zigzag"]
 
 
 @torch.no_grad()
-def single(model: Any, input_ids: torch.Tensor, *, rank: int = 0, ranks: int = 1) -> PrefillResult:
+def single(
+    model: Any, input_ids: torch.Tensor, *, rank: int = 0, ranks: int = 1, execution: Execution = AT_ONCE
+) -> PrefillResult:
     """The whole prompt on this rank, through the model's stock attention and cache.
 
     Args:
         input_ids: the prompt, ``[batch, context]``.
         rank, ranks: what the result says of itself; the last rank keeps the logits.
+        execution: at once, or to be recorded.
     """
     check_context(model.config, input_ids.shape[1])
-    clock = clock_for(input_ids.device)
+    clock = execution.clock(input_ids.device)
     clock.stamp()
     cache = DynamicCache(config=model.config)
-    logits, token = first_token(forward(model, input_ids, cache))
+    logits, token = first_token(forward(model, input_ids, cache), execution.to_host)
     clock.stamp()
     return PrefillResult(
         rank=rank,
@@ -43,8 +60,14 @@ def single(model: Any, input_ids: torch.Tensor, *, rank: int = 0, ranks: int = 1
     )
 
 
-@torch.no_grad()
-def tsp(model: Any, input_ids: torch.Tensor, *, group: dist.ProcessGroup | None = None) -> PrefillResult:
+def tsp(
+    model: Any,
+    input_ids: torch.Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    causal: bool = False,
+    limits: LinkLimits = NO_LIMITS,
+) -> PrefillResult:
     """Tensor-and-sequence-parallel prefill, the paper's baseline, on all ranks of a group.
 
     Even chunks; in every layer each rank gathers the keys and values of all ranks, then attends its
@@ -52,35 +75,158 @@ def tsp(model: Any, input_ids: torch.Tensor, *, group: dist.ProcessGroup | None 
 
     Args:
         input_ids: the whole prompt on every rank, ``[batch, context]``.
+        causal: attend to what a token can see only, through the same kernels as KV-Runahead, rather than
+            to everything under a mask. Not in the paper.
+        limits: what the links are held to.
 
     Raises:
         PartitionError: a context shorter than the group has ranks, or beyond the model's positions.
+        UnsupportedError: ``causal`` for a model whose attention cannot be replaced.
     """
-    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    method: GatheringMethod = "tsp-causal" if causal else "tsp"
+    return gathered(model, input_ids, method, GroupGather(group, limits))
+
+
+def zigzag(
+    model: Any,
+    input_ids: torch.Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    limits: LinkLimits = NO_LIMITS,
+) -> PrefillResult:
+    """Zigzag context parallelism on all ranks of a group: what serving engines do today.
+
+    The prompt is cut into twice as many even chunks as there are ranks; rank i takes the i-th chunk from
+    the front and the i-th from the back, so all have equal work. In every layer each rank gathers the
+    keys and values of all ranks, then attends to what its tokens can see. Rank 0 has the prompt's last
+    token and so the first new one.
+
+    Args:
+        input_ids: the whole prompt on every rank, ``[batch, context]``.
+        limits: what the links are held to.
+
+    Raises:
+        PartitionError: fewer tokens than twice the ranks, or more than the model has positions.
+        UnsupportedError: a model whose attention cannot be replaced, or with a sliding window.
+    """
+    return gathered(model, input_ids, "zigzag", GroupGather(group, limits))
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Consecutive tokens that a rank computes, and where KV lies in the gathered rows.
+
+    Attributes:
+        start, end: absolute positions of the tokens.
+        rows: where their own KV goes, the first row.
+        prefix: rows of everything before them.
+    """
+
+    start: int
+    end: int
+    rows: int
+    prefix: tuple[int, int]
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens."""
+        return self.end - self.start
+
+
+def parts_of(method: GatheringMethod, context: int, ranks: int) -> list[list[Part]]:
+    """The parts of each rank, in the order in which the rank reads them.
+
+    Zigzag's rows hold the chunks from the back first, then those from the front, each in the order of
+    ranks: so one contiguous run of rows is what one collective fills, and everything a chunk sees before
+    it is one contiguous run as well. Attention does not mind the order.
+
+    Raises:
+        PartitionError: too few tokens.
+    """
+    if method != "zigzag":
+        even = Partition.even(context, ranks)
+        return [[Part(start, end, start, (0, start))] for start, end in zip(even.starts, even.ends, strict=True)]
+    if context < 2 * ranks:
+        raise PartitionError(f"zigzag on {ranks} ranks needs at least {2 * ranks} tokens; got {context}")
+    even = Partition.even(context, 2 * ranks)
+    back = [2 * ranks - 1 - rank for rank in range(ranks)]
+    behind = sum(even.sizes[chunk] for chunk in back)
+    parts, at = [], 0
+    for rank in range(ranks):
+        front = Part(
+            even.starts[rank], even.ends[rank], behind + even.starts[rank], (behind, behind + even.starts[rank])
+        )
+        size = even.sizes[back[rank]]
+        # What the chunk from the back sees: the chunks of later ranks from the back, and all from the front.
+        tail = Part(even.starts[back[rank]], even.ends[back[rank]], at, (at + size, context))
+        parts.append([front, tail])
+        at += size
+    return parts
+
+
+@torch.no_grad()
+def gathered(
+    model: Any, input_ids: torch.Tensor, method: GatheringMethod, gather: Gather, execution: Execution = AT_ONCE
+) -> PrefillResult:
+    """One rank's part of a prefill that gathers the KV of all ranks in every layer.
+
+    Args:
+        input_ids: the whole prompt, ``[batch, context]``.
+        gather: brings the other ranks' rows.
+        execution: at once, or to be recorded.
+
+    Raises:
+        PartitionError: too few tokens for so many ranks, or too many for the model.
+        UnsupportedError: the method needs attention that this model does not have.
+    """
     if input_ids.dim() != 2:
         raise PartitionError(f"input_ids must be [batch, context]; got {list(input_ids.shape)}")
     check_context(model.config, input_ids.shape[1])
-    partition = Partition.even(input_ids.shape[1], ranks)
-    clock = clock_for(input_ids.device)
+    support = probe(model)
+    check_gathering(support, method)
+    parts = parts_of(method, input_ids.shape[1], gather.ranks)
+    clock = execution.clock(input_ids.device)
     clock.stamp()
-    cache = _GatherCache(model, input_ids, partition, rank, group, clock.stamp)
-    chunk_ids = input_ids[:, partition.starts[rank] : partition.ends[rank]]
-    # Models with ALiBi take the number of keys from the attention mask, or else assume that none come later.
-    extra = {"attention_mask": torch.ones_like(input_ids)} if _has_alibi(model) else {}
-    output = forward(model, chunk_ids, cache, **extra)
-    cache.prefilling = None
-    logits, token = first_token(output) if rank == ranks - 1 else (None, None)
+    run = _GatherRun(model, input_ids, parts, gather, clock.stamp, execution)
+    own = parts[gather.rank]
+    chunk_ids = torch.cat([input_ids[:, part.start : part.end] for part in own], dim=1)
+    extra: dict[str, Any] = {}
+    if method == "zigzag":
+        positions = [torch.arange(part.start, part.end, device=input_ids.device) for part in own]
+        extra["position_ids"] = torch.cat(positions)[None].expand(input_ids.shape[0], -1)
+    if method == "tsp" and _has_alibi(model):
+        # Models with ALiBi take the number of keys from the attention mask, or else assume none come later.
+        extra["attention_mask"] = torch.ones_like(input_ids)
+    with replaced_attention(model, None if method == "tsp" else support.route, run.attend) as more:
+        output = forward(model, chunk_ids, run.cache, **extra, **more)
+    run.cache.prefilling = None
+    has_token = own[-1].end == input_ids.shape[1]
+    logits, token = first_token(output, execution.to_host) if has_token else (None, None)
     clock.stamp()
-    layers = len(cache.kv_layers)
+    layers = len(run.cache.kv_layers)
     return PrefillResult(
-        rank=rank,
-        ranks=ranks,
+        rank=gather.rank,
+        ranks=gather.ranks,
         first_token=token,
         logits=logits,
-        cache=cache,
-        kv_bytes=cache.sent_bytes,
+        cache=run.cache,
+        kv_bytes=gather.sent_bytes,
         _timeline=lambda: _timeline(clock.seconds(), layers),
     )
+
+
+def check_gathering(support: ModelSupport, method: GatheringMethod) -> None:
+    """Refuse a method that cannot be exact for a model.
+
+    Raises:
+        UnsupportedError: it cannot.
+    """
+    if method == "tsp":
+        return
+    if not support.attention_depth:
+        raise UnsupportedError(f"{method} needs the model's attention replaced: {support.reason}")
+    if method == "zigzag" and any(layer is not None and layer.window is not None for layer in support.layers):
+        raise UnsupportedError("zigzag is there for full attention only; this model has a sliding window")
 
 
 def _has_alibi(model: Any) -> bool:
@@ -92,9 +238,14 @@ class _GatherLayer(RunaheadLayer):
     """A layer with room for the whole context, which the model sees from its chunk's position on."""
 
     def __init__(
-        self, kv: LayerKV, partition: Partition, rank: int, input_ids: torch.Tensor, dtype: torch.dtype
+        self,
+        kv: LayerKV,
+        context: int,
+        start: int,
+        input_ids: torch.Tensor,
+        dtype: torch.dtype,
+        empty: Callable[..., torch.Tensor],
     ) -> None:
-        context = partition.context
         super().__init__(
             kv,
             batch=input_ids.shape[0],
@@ -103,8 +254,9 @@ class _GatherLayer(RunaheadLayer):
             reserve=0,
             dtype=dtype,
             device=input_ids.device,
+            empty=empty,
         )
-        self.start = partition.starts[rank]
+        self.start = start
         self.context = context
         self.gathered = False
 
@@ -122,48 +274,78 @@ class _GatherLayer(RunaheadLayer):
         return super().get_seq_length() if self.gathered else self.start
 
 
-class _GatherCache(RunaheadCache):
-    """Gathers every layer's KV from all ranks, in place."""
+class _GatherRun:
+    """Gathers every layer's KV from all ranks, in place, and attends to what each part can see."""
 
     def __init__(
         self,
         model: Any,
         input_ids: torch.Tensor,
-        partition: Partition,
-        rank: int,
-        group: dist.ProcessGroup | None,
+        parts: list[list[Part]],
+        gather: Gather,
         stamp: Callable[[], int],
+        execution: Execution,
     ) -> None:
-        super().__init__(
+        self._parts = parts[gather.rank]
+        context, start = input_ids.shape[1], self._parts[0].start
+        self.cache = RunaheadCache(
             [
-                None if kv is None else _GatherLayer(kv, partition, rank, input_ids, model.dtype)
+                None if kv is None else _GatherLayer(kv, context, start, input_ids, model.dtype, execution.empty)
                 for kv in probe(model).layers
             ]
         )
-        self.sent_bytes = 0
-        self._partition = partition
-        self._rank = rank
-        self._group = group
+        self.cache.prefilling = self._gather
+        self._position = {index: position for position, (index, _) in enumerate(self.cache.kv_layers)}
+        self._owned: list[Runs] = [[(part.rows, part.rows + part.tokens) for part in of_rank] for of_rank in parts]
+        self._by = gather
         self._stamp = stamp
-        self.prefilling = self._gather
+        self._layer: _GatherLayer | None = None
 
     def _gather(
         self, layer: _GatherLayer, index: int, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows, sizes, starts = layer.store.rows, self._partition.sizes, self._partition.starts
-        layer.store.write(layer.start, keys, values)
-        own = rows[starts[self._rank] : starts[self._rank] + sizes[self._rank]]
-        self.sent_bytes += own.nbytes * (self._partition.ranks - 1)
+        at = 0
+        for part in self._parts:
+            until = at + part.tokens
+            layer.store.write(part.rows, keys[:, :, at:until], values[:, :, at:until])
+            at = until
         self._stamp()
-        if len(set(sizes)) == 1:
-            dist.all_gather_into_tensor(rows, own, group=self._group)
-        else:
-            # A collective wants equal parts. One broadcast from each rank moves the same bytes without
-            # padding them to the longest chunk.
-            for source, (start, size) in enumerate(zip(starts, sizes, strict=True)):
-                dist.broadcast(rows[start : start + size], group=self._group, group_src=source)
+        self._by.gather(self._position[index], layer.store.rows, self._owned)
         self._stamp()
+        self._layer = layer
         return layer.complete()
+
+    def attend(
+        self,
+        module: torch.nn.Module | None,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scaling: float | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Attention of each part to itself and to everything before it, nothing else."""
+        assert self._layer is not None
+        store, window = self._layer.store, self._layer.kv.window
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        outputs, at = [], 0
+        for part in self._parts:
+            low, high = part.prefix
+            low = high - visible_prefix(high - low, window)
+            prefix = (store.keys(low, high), store.values(low, high)) if low < high else None
+            outputs.append(
+                attend_chunk(
+                    query[:, :, at : at + part.tokens],
+                    store.keys(part.rows, part.rows + part.tokens),
+                    store.values(part.rows, part.rows + part.tokens),
+                    lambda prefix=prefix: prefix,  # type: ignore[misc]
+                    scale=scale,
+                    window=window,
+                ).transpose(1, 2)
+            )
+            at += part.tokens
+        return outputs[0].contiguous() if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
 def _timeline(seconds: list[float], layers: int) -> RankTimeline:

@@ -42,10 +42,18 @@ class TokenRows:
     place and sent straight from it, keys and values in one message; attention gets strided views.
     """
 
-    def __init__(self, kv: LayerKV, batch: int, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        kv: LayerKV,
+        batch: int,
+        tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        empty: Callable[..., torch.Tensor] = torch.empty,
+    ) -> None:
         self.kv = kv
         self.batch = batch
-        self.rows = torch.empty((tokens, kv.entry(batch)), dtype=dtype, device=device)
+        self.rows = empty((tokens, kv.entry(batch)), dtype=dtype, device=device)
 
     def keys(self, start: int, end: int) -> torch.Tensor:
         """Keys of rows ``start`` to ``end`` as ``[batch, heads, tokens, dim]``, no copy."""
@@ -87,13 +95,14 @@ class RunaheadLayer(CacheLayerMixin):
         reserve: int,
         dtype: torch.dtype,
         device: torch.device,
+        empty: Callable[..., torch.Tensor] = torch.empty,
     ) -> None:
         self.kv = kv
         self.is_sliding = kv.window is not None
         self.is_croppable = not self.is_sliding
         self.is_initialized = True
         self.kept_prefix = visible_prefix(prefix, kv.window)
-        self.store = TokenRows(kv, batch, self.kept_prefix + chunk + reserve, dtype, device)
+        self.store = TokenRows(kv, batch, self.kept_prefix + chunk + reserve, dtype, device, empty)
         self._length = prefix
         self._filled = self.kept_prefix
         self._visible = self.kept_prefix + chunk
@@ -214,6 +223,7 @@ class RunaheadCache(Cache):
         reserve: int = 0,
         dtype: torch.dtype,
         device: torch.device,
+        empty: Callable[..., torch.Tensor] = torch.empty,
     ) -> RunaheadCache:
         """Rows for exactly the tokens a rank can see, and for ``reserve`` tokens to decode."""
         return cls(
@@ -221,7 +231,14 @@ class RunaheadCache(Cache):
                 None
                 if one is None
                 else RunaheadLayer(
-                    one, batch=batch, prefix=prefix, chunk=chunk, reserve=reserve, dtype=dtype, device=device
+                    one,
+                    batch=batch,
+                    prefix=prefix,
+                    chunk=chunk,
+                    reserve=reserve,
+                    dtype=dtype,
+                    device=device,
+                    empty=empty,
                 )
                 for one in kv
             ]

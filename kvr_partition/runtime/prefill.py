@@ -13,8 +13,9 @@ from kvr_partition.errors import PartitionError, UnsupportedError
 from kvr_partition.partition import Partition
 from kvr_partition.runtime import attention
 from kvr_partition.runtime.cache import RunaheadCache, RunaheadLayer
-from kvr_partition.runtime.clock import clock_for
-from kvr_partition.runtime.links import Links, chain
+from kvr_partition.runtime.execution import AT_ONCE, Execution
+from kvr_partition.runtime.group_links import group_links
+from kvr_partition.runtime.links import NO_LIMITS, LinkLimits, Links, Topology
 from kvr_partition.runtime.support import (
     Depth,
     check_context,
@@ -66,6 +67,8 @@ def prefill(
     group: dist.ProcessGroup | None = None,
     depth: Depth = "auto",
     reserve: int = 0,
+    topology: Topology = "chain",
+    limits: LinkLimits = NO_LIMITS,
 ) -> PrefillResult:
     """Read a prompt on all ranks of an initialised ``torch.distributed`` world.
 
@@ -78,6 +81,9 @@ def prefill(
         group: the process group; the default group when None. A single-chunk partition needs none.
         depth: how far to reach into the model; ``"auto"`` takes attention depth where it is exact.
         reserve: tokens of room for decoding to allocate at once on the last rank.
+        topology: ``"chain"``: each rank hands on everything to the next, as published; ``"fanout"``: each
+            sends its own chunk to all later ones.
+        limits: what links are held to, for experiments.
 
     Raises:
         PartitionError: the partition does not fit the prompt or the group, or the model's positions.
@@ -96,7 +102,7 @@ def prefill(
         raise UnsupportedError("prefill starts from an empty cache; use a partition with past=0")
     check_context(model.config, partition.context + reserve)
     start, end = partition.starts[rank], partition.ends[rank]
-    links = chain(partition, rank, input_ids.device, group)
+    links = group_links(partition, rank, input_ids.device, topology=topology, limits=limits, group=group)
     try:
         return run_chunk(
             model,
@@ -125,6 +131,7 @@ def run_chunk(
     depth: Depth = "auto",
     reserve: int = 0,
     fill: Callable[[RunaheadCache], None] | None = None,
+    execution: Execution = AT_ONCE,
 ) -> PrefillResult:
     """Run a model over one chunk behind a prefix that ``links`` deliver.
 
@@ -132,10 +139,11 @@ def run_chunk(
         chunk_ids: the chunk's tokens, ``[batch, tokens]``.
         prefix: tokens before the chunk.
         fill: called with the cache before anything runs; for prefixes that no link brings.
+        execution: at once, or to be recorded.
     """
     support = probe(model)
     chosen = support.choose(depth)
-    clock = clock_for(chunk_ids.device)
+    clock = execution.clock(chunk_ids.device)
     cache = RunaheadCache.allocate(
         support.layers,
         batch=chunk_ids.shape[0],
@@ -144,6 +152,7 @@ def run_chunk(
         reserve=reserve,
         dtype=model.dtype,
         device=chunk_ids.device,
+        empty=execution.empty,
     )
     if fill is not None:
         fill(cache)
@@ -155,7 +164,7 @@ def run_chunk(
     with replaced_attention(model, route, run.attend) as extra:
         output = forward(model, chunk_ids, cache, **extra)
     cache.prefilling = None
-    logits, token = first_token(output) if rank == ranks - 1 else (None, None)
+    logits, token = first_token(output, execution.to_host) if rank == ranks - 1 else (None, None)
     clock.stamp()
     transfer_s = links.finish()
     return PrefillResult(

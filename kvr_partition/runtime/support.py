@@ -300,13 +300,14 @@ def forward(model: Any, input_ids: torch.Tensor, cache: Cache, **extra: Any) -> 
     return model(input_ids=input_ids, past_key_values=cache, use_cache=True, **extra)
 
 
-def first_token(output: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def first_token(output: Any, to_host: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of the last position ``[batch, vocabulary]`` and the greedy token ``[batch, 1]`` on the host.
 
     The copy to the host is what ends a prefill: until it is there, nobody has a first token.
     """
     logits: torch.Tensor = output.logits[:, -1]
-    return logits, logits.argmax(-1, keepdim=True).cpu()
+    token = logits.argmax(-1, keepdim=True)
+    return logits, token.cpu() if to_host else token
 
 
 @torch.no_grad()

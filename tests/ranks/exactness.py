@@ -1,7 +1,7 @@
 """Runs on real gloo ranks, in processes of its own: compares every method with the single run.
 
-``python -m tests.ranks.exactness FOLDER RANK RANKS`` reads ``FOLDER/cases.json`` and, on the last rank,
-writes ``FOLDER/results.json``.
+``python -m tests.ranks.exactness FOLDER RANK RANKS`` reads ``FOLDER/cases.json`` and writes what it found,
+on the rank that has the first token, to ``FOLDER/results<rank>.json``.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvr_partition import Partition
-from kvr_partition.runtime import PrefillResult, decode, prefill, probe, single, tsp
+from kvr_partition.errors import UnsupportedError
+from kvr_partition.runtime import LinkLimits, PrefillResult, decode, prefill, probe, single, tsp, zigzag
+from kvr_partition.runtime.baselines import check_gathering, parts_of
 from tests.models import build
 
 NEW_TOKENS = 32
+LIMITS = LinkLimits(bandwidth=20e6, noise=30_000, seed=3)
 
 
 class LargestAllocation(TorchDispatchMode):
@@ -71,27 +74,48 @@ def run(case: dict[str, Any], model: Any) -> dict[str, Any] | None:
     partition = Partition(sizes)
     out: PrefillResult
     with LargestAllocation() as largest:
-        if case["method"] == "tsp":
-            out = tsp(model, input_ids)
-        else:
-            out = prefill(model, input_ids, partition, depth=case["method"])
+        match case["method"]:
+            case "tsp" | "tsp-causal":
+                out = tsp(model, input_ids, causal=case["method"] == "tsp-causal")
+            case "tsp-limited":
+                out = tsp(model, input_ids, limits=LIMITS)
+            case "zigzag":
+                out = zigzag(model, input_ids)
+            case "chain-limited":
+                out = prefill(model, input_ids, partition, limits=LIMITS)
+            case "fanout-limited":
+                out = prefill(model, input_ids, partition, topology="fanout", limits=LIMITS)
+            case "fanout":
+                out = prefill(model, input_ids, partition, topology="fanout")
+            case depth:
+                out = prefill(model, input_ids, partition, depth=depth)
     sent = torch.tensor([out.kv_bytes])
     dist.all_reduce(sent)
     held = torch.zeros(ranks, dtype=torch.long)
     held[rank] = out.cache.kv_bytes
     dist.all_reduce(held)
     assert out.is_last == (rank == ranks - 1)
-    assert (out.logits is None) == (out.first_token is None) == (not out.is_last)
+    finishes = rank == (0 if case["method"] == "zigzag" else ranks - 1)
+    assert (out.logits is None) == (out.first_token is None) == (not finishes)
     if out.timeline.layers:
         assert all(layer.wait_s >= 0 for layer in out.timeline.layers)
-    if not out.is_last:
+    if not finishes:
         return None
     assert out.logits is not None
     right = single(model, input_ids)
     kv_errors = []
+    order = torch.arange(context)
+    if case["method"] == "zigzag":
+        for part in (part for of_rank in parts_of("zigzag", context, ranks) for part in of_rank):
+            order[part.start : part.end] = torch.arange(part.rows, part.rows + part.tokens)
     for index, layer in out.cache.kv_layers:
-        kv_errors.append(relative(layer.keys, right.cache.layers[index].keys))
-        kv_errors.append(relative(layer.values, right.cache.layers[index].values))
+        keys, values = (
+            (layer.keys[:, :, order], layer.values[:, :, order])
+            if case["method"] == "zigzag"
+            else (layer.keys, layer.values)
+        )
+        kv_errors.append(relative(keys, right.cache.layers[index].keys))
+        kv_errors.append(relative(values, right.cache.layers[index].values))
     assert right.logits is not None
     error = relative(out.logits, right.logits)
     support = probe(model)
@@ -135,11 +159,17 @@ def main() -> None:
             if model is None:
                 built.clear()
                 model = built[case["model"]] = build(case["model"])
-            if case["method"] == "attention" and not probe(model).attention_depth:
+            support = probe(model)
+            if case["method"] == "attention" and not support.attention_depth:
                 continue
+            if case["method"] in ("tsp-causal", "zigzag"):
+                try:
+                    check_gathering(support, case["method"])
+                except UnsupportedError:
+                    continue
             results.append(run(case, model))
-    if rank == ranks - 1:
-        (folder / "results.json").write_text(json.dumps(results))
+    found = [result for result in results if result is not None]
+    (folder / f"results{rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

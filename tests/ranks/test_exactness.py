@@ -12,6 +12,10 @@ from tests.models import CORE, OTHERS, config
 from tests.ranks.launch import launch
 
 METHODS = ("attention", "cache", "tsp")
+GATHERING = ("tsp", "tsp-causal", "zigzag", "tsp-limited")
+# Besides those, on three ranks, for the core models.
+MORE_METHODS = ("tsp-causal", "zigzag", "fanout")
+LIMITED_METHODS = ("chain-limited", "fanout-limited", "tsp-limited")
 
 # A prime context cut as evenly as it goes, chunks of one token, and very uneven ones.
 SPLITS: dict[int, list[tuple[int, ...]]] = {
@@ -28,6 +32,16 @@ CASES = [
     for batch in ([1, 2] if ranks == 3 and sizes == splits[0] else [1])
     if method != "tsp" or sizes == splits[0]
 ]
+CASES += [
+    {"model": model, "method": method, "sizes": sizes, "batch": batch}
+    for models, methods in ((CORE, MORE_METHODS), (["llama-gqa", "mistral-window"], LIMITED_METHODS))
+    for model in models
+    for method in methods
+    for sizes in (SPLITS[3] if method.startswith("fanout") else SPLITS[3][:1])
+    for batch in ([1, 2] if sizes == SPLITS[3][0] and method in MORE_METHODS else [1])
+]
+CASES += [{"model": "llama-gqa", "method": "zigzag", "sizes": (12, 12), "batch": 1}]  # equal chunks: a collective
+CASES += [{"model": "llama-gqa", "method": "fanout", "sizes": SPLITS[5][1], "batch": 1}]
 
 
 def name(case: dict[str, Any]) -> str:
@@ -43,7 +57,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
         cases = [case for case in CASES if len(case["sizes"]) == ranks]
         (folder / "cases.json").write_text(json.dumps(cases))
         launch("tests.ranks.exactness", folder, ranks)
-        found.update({name(case): case for case in json.loads((folder / "results.json").read_text())})
+        for file in folder.glob("results*.json"):
+            found.update({name(case): case for case in json.loads(file.read_text())})
     return found
 
 
@@ -51,7 +66,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
 def test_it_equals_the_single_run(results: dict[str, dict[str, Any]], case: dict[str, Any]) -> None:
     result = results.get(name(case))
     if result is None:
-        assert case["method"] == "attention"
+        assert case["method"] in ("attention", "tsp-causal", "zigzag")
+        if case["method"] == "zigzag" and not whole_context(case):
+            pytest.skip("zigzag is for full attention")
         assert not any(found["attention_depth"] for found in results.values() if found["model"] == case["model"])
         pytest.skip("its attention cannot be replaced; exact through the cache")
     assert result["logits_error"] < 1e-5
@@ -60,8 +77,10 @@ def test_it_equals_the_single_run(results: dict[str, dict[str, Any]], case: dict
     assert result["same_tokens"]
 
 
-@pytest.mark.parametrize("model", ["llama-mha", "llama-gqa", "mistral-full", "qwen2", "qwen3"])
-def test_models_on_the_attention_interface_run_at_attention_depth(
+@pytest.mark.parametrize(
+    "model", ["llama-mha", "llama-gqa", "mistral-full", "qwen2", "qwen3", "falcon-mqa", "falcon-new"]
+)
+def test_models_whose_attention_can_be_replaced_run_at_attention_depth(
     results: dict[str, dict[str, Any]], model: str
 ) -> None:
     assert all(found["attention_depth"] for found in results.values() if found["model"] == model)
@@ -79,13 +98,17 @@ def test_the_wire_carries_what_the_paper_counts(results: dict[str, dict[str, Any
     if result is None:
         pytest.skip("does not run at attention depth")
     partition = Partition(case["sizes"])
-    published = {"tsp": (partition.ranks - 1) * partition.context}
-    entries = published.get(case["method"], sum(partition.ends[:-1]))
+    if case["method"] in GATHERING:
+        entries = (partition.ranks - 1) * partition.context
+    elif case["method"].startswith("fanout"):
+        entries = sum(size * (partition.ranks - 1 - rank) for rank, size in enumerate(partition.sizes))
+    else:
+        entries = sum(partition.ends[:-1])
     assert result["sent_bytes"] == entries * result["entry_bytes"]
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in CASES if whole_context(case) and case["method"] != "tsp"], ids=name
+    "case", [case for case in CASES if whole_context(case) and case["method"] not in GATHERING], ids=name
 )
 def test_a_rank_holds_its_visible_kv_once(results: dict[str, dict[str, Any]], case: dict[str, Any]) -> None:
     result = results.get(name(case))

@@ -1,0 +1,28 @@
+"""How a run is carried out: at once, or recorded to be replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from kvr_partition.runtime.clock import Clock, clock_for
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What a recorded run does differently from one that is carried out at once.
+
+    Attributes:
+        clock: takes the stamps of the timeline.
+        to_host: whether the first token is copied to the host, which waits for the device.
+        empty: allocates the rows of KV, like ``torch.empty``.
+    """
+
+    clock: Callable[[torch.device], Clock] = clock_for
+    to_host: bool = True
+    empty: Callable[..., torch.Tensor] = torch.empty
+
+
+AT_ONCE = Execution()

@@ -1,0 +1,311 @@
+"""Links over a ``torch.distributed`` process group: posted ahead, received in place, never holding up compute."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from kvr_partition.errors import RankError
+from kvr_partition.partition import Partition
+from kvr_partition.runtime.links import (
+    NO_LIMITS,
+    Hop,
+    LinkLimits,
+    Links,
+    NoLinks,
+    Slot,
+    Topology,
+    receives,
+    sends,
+)
+
+
+class _GroupLinks:
+    """What both kinds share: the plan of a prefill and the messages that carry it out."""
+
+    def __init__(
+        self,
+        partition: Partition,
+        rank: int,
+        topology: Topology,
+        limits: LinkLimits,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        self.sent_bytes = 0
+        self._partition = partition
+        self._rank = rank
+        self._topology: Topology = topology
+        self._limits = limits
+        self._group = group
+        self._slots: Sequence[Slot] = ()
+        self._receives: list[list[Hop]] = []
+        self._sends: list[dict[int, list[Hop]]] = []
+        self._foreign: torch.Tensor | None = None
+
+    def _plan(self, slots: Sequence[Slot]) -> None:
+        self._slots = slots
+        self._receives = [receives(self._partition, self._rank, slot.window, self._topology) for slot in slots]
+        self._sends = [sends(self._partition, self._rank, slot.window, self._topology) for slot in slots]
+        if self._limits.noise:
+            self._foreign = torch.zeros(self._limits.noise, dtype=torch.uint8, device=slots[0].rows.device)
+
+    def _tag(self, layer: int, chunk: int) -> int:
+        return layer * (self._partition.ranks + 1) + chunk
+
+    def _isend(self, layer: int, hop: Hop) -> dist.Work:
+        rows = self._slots[layer].at(hop.piece)
+        self.sent_bytes += rows.nbytes
+        return _begun(
+            dist.isend(rows, group=self._group, group_dst=hop.peer, tag=self._tag(layer, hop.piece.chunk))
+        )
+
+    def _irecv(self, layer: int, hop: Hop) -> dist.Work:
+        rows = self._slots[layer].at(hop.piece)
+        return _begun(
+            dist.irecv(rows, group=self._group, group_src=hop.peer, tag=self._tag(layer, hop.piece.chunk))
+        )
+
+    def _noisy(self, layer: int) -> int | None:
+        return self._limits.noisy_link(layer, self._partition.ranks)
+
+    def _isend_foreign(self, layer: int) -> dist.Work:
+        assert self._foreign is not None
+        tag = self._tag(layer, self._partition.ranks)
+        return _begun(dist.isend(self._foreign, group=self._group, group_dst=self._rank + 1, tag=tag))
+
+    def _irecv_foreign(self, layer: int) -> dist.Work:
+        assert self._foreign is not None
+        tag = self._tag(layer, self._partition.ranks)
+        # What arrives is never read; a buffer of its own keeps it from what this rank may be sending.
+        into = torch.empty_like(self._foreign)
+        return _begun(dist.irecv(into, group=self._group, group_src=self._rank - 1, tag=tag))
+
+
+def _begun(work: dist.Work | None) -> dist.Work:
+    assert work is not None
+    return work
+
+
+class HostLinks(_GroupLinks):
+    """Links over a process group that works on host memory (gloo).
+
+    One thread for each rank that sends here waits for arrivals in order, and one for each rank that is
+    sent to writes, so the compute thread does neither. A chunk is forwarded the moment it has arrived,
+    before the rest of the prefix has: the chain costs one hop of latency per rank, not one whole prefix.
+    """
+
+    def __init__(
+        self,
+        partition: Partition,
+        rank: int,
+        topology: Topology = "chain",
+        limits: LinkLimits = NO_LIMITS,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(partition, rank, topology, limits, group)
+        self._missing: list[int] = []
+        self._change = threading.Condition()
+        self._outboxes: dict[int, queue.SimpleQueue[tuple[int, Hop | None] | None]] = {}
+        self._receivers: list[threading.Thread] = []
+        self._senders: list[threading.Thread] = []
+        self._transfer_s: list[float] = []
+        self._error: BaseException | None = None
+
+    def start(self, slots: Sequence[Slot]) -> None:
+        self._plan(slots)
+        self._transfer_s = [0.0] * len(slots)
+        self._missing = [len(hops) for hops in self._receives]
+        arrivals: dict[int, list[tuple[int, Hop | None, dist.Work]]] = {}
+        for layer, hops in enumerate(self._receives):
+            if self._noisy(layer) == self._rank - 1:
+                arrivals.setdefault(self._rank - 1, []).append((layer, None, self._irecv_foreign(layer)))
+            for hop in hops:
+                arrivals.setdefault(hop.peer, []).append((layer, hop, self._irecv(layer, hop)))
+        peers = {hop.peer for by_chunk in self._sends for hops in by_chunk.values() for hop in hops}
+        if any(self._noisy(layer) == self._rank for layer in range(len(slots))):
+            peers.add(self._rank + 1)
+        self._outboxes = {peer: queue.SimpleQueue() for peer in sorted(peers)}
+        self._senders = [self._spawn(f"send{peer}", partial(self._send_to, peer)) for peer in peers]
+        self._receivers = [
+            self._spawn(f"receive{peer}", partial(self._receive, works)) for peer, works in arrivals.items()
+        ]
+
+    def own_ready(self, layer: int) -> None:
+        if self._noisy(layer) == self._rank:
+            self._outboxes[self._rank + 1].put((layer, None))
+        self._send_on(layer, self._rank)
+
+    def wait_prefix(self, layer: int) -> None:
+        with self._change:
+            self._change.wait_for(lambda: self._missing[layer] <= 0 or self._error is not None)
+        self._raise_error()
+
+    def finish(self) -> list[float]:
+        # Once everything has arrived, everything that is to be forwarded is queued.
+        for thread in self._receivers:
+            thread.join()
+        self.abort()
+        for thread in self._senders:
+            thread.join()
+        self._raise_error()
+        return self._transfer_s
+
+    def abort(self) -> None:
+        for outbox in self._outboxes.values():
+            outbox.put(None)
+
+    def _spawn(self, name: str, target: Callable[[], None]) -> threading.Thread:
+        thread = threading.Thread(
+            target=self._guard, args=(target,), name=f"kvr-rank{self._rank}-{name}", daemon=True
+        )
+        thread.start()
+        return thread
+
+    def _guard(self, target: Callable[[], None]) -> None:
+        try:
+            target()
+        except BaseException as error:  # handed to the compute thread, which raises it
+            with self._change:
+                self._error = self._error or error
+                self._change.notify_all()
+
+    def _receive(self, works: list[tuple[int, Hop | None, dist.Work]]) -> None:
+        for layer, hop, work in works:
+            work.wait()
+            if hop is None:
+                continue
+            self._send_on(layer, hop.piece.chunk)
+            with self._change:
+                self._missing[layer] -= 1
+                self._change.notify_all()
+
+    def _send_on(self, layer: int, chunk: int) -> None:
+        for hop in self._sends[layer].get(chunk, ()):
+            self._outboxes[hop.peer].put((layer, hop))
+
+    def _send_to(self, peer: int) -> None:
+        free_at = 0.0
+        while (job := self._outboxes[peer].get()) is not None:
+            layer, hop = job
+            began = time.perf_counter()
+            size = self._limits.noise if hop is None else self._slots[layer].at(hop.piece).nbytes
+            free_at = max(free_at, began) + self._limits.held_s(size)
+            while (left := free_at - time.perf_counter()) > 0:
+                time.sleep(left)
+            if hop is None:
+                self._isend_foreign(layer).wait()
+            else:
+                self._isend(layer, hop).wait()
+                self._transfer_s[layer] += time.perf_counter() - began
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise RankError(
+                f"rank {self._rank} lost its link: {self._error}", rank=self._rank, kind="lost"
+            ) from self._error
+
+
+class StreamLinks(_GroupLinks):
+    """Links over NCCL: sends and receives are ordered by streams and the host waits for none of them."""
+
+    def __init__(
+        self,
+        partition: Partition,
+        rank: int,
+        topology: Topology = "chain",
+        limits: LinkLimits = NO_LIMITS,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(partition, rank, topology, limits, group)
+        self._receive_streams: dict[int, torch.cuda.Stream] = {}
+        self._send_streams: dict[int, torch.cuda.Stream] = {}
+        self._works: list[list[tuple[Hop, dist.Work]]] = []
+        self._foreign_works: list[dist.Work] = []
+        self._spans: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = []
+
+    def start(self, slots: Sequence[Slot]) -> None:
+        self._plan(slots)
+        self._spans = [[] for _ in slots]
+        for layer, hops in enumerate(self._receives):
+            if self._noisy(layer) == self._rank - 1:
+                with torch.cuda.stream(self._stream(self._receive_streams, self._rank - 1)):
+                    self._foreign_works.append(self._irecv_foreign(layer))
+            works = []
+            for hop in hops:
+                stream = self._stream(self._receive_streams, hop.peer)
+                slots[layer].rows.record_stream(stream)
+                with torch.cuda.stream(stream):
+                    works.append((hop, self._irecv(layer, hop)))
+            self._works.append(works)
+
+    def own_ready(self, layer: int) -> None:
+        ready = torch.cuda.current_stream().record_event()
+        if self._noisy(layer) == self._rank:
+            with torch.cuda.stream(self._stream(self._send_streams, self._rank + 1)):
+                self._hold(self._limits.noise)
+                self._isend_foreign(layer).wait()
+        for hop in self._sends[layer].get(self._rank, ()):
+            with torch.cuda.stream(self._stream(self._send_streams, hop.peer)):
+                torch.cuda.current_stream().wait_event(ready)
+                self._timed_send(layer, hop)
+        for received, work in self._works[layer]:
+            for hop in self._sends[layer].get(received.piece.chunk, ()):
+                with torch.cuda.stream(self._stream(self._send_streams, hop.peer)):
+                    work.wait()
+                    self._timed_send(layer, hop)
+
+    def wait_prefix(self, layer: int) -> None:
+        for _, work in self._works[layer]:
+            work.wait()
+
+    def finish(self) -> list[float]:
+        for stream in self._send_streams.values():
+            stream.synchronize()
+        return [sum(begin.elapsed_time(end) for begin, end in spans) / 1e3 for spans in self._spans]
+
+    def abort(self) -> None:
+        pass
+
+    def _stream(self, streams: dict[int, torch.cuda.Stream], peer: int) -> torch.cuda.Stream:
+        if peer not in streams:
+            streams[peer] = torch.cuda.Stream()
+            # The rows were allocated on the compute stream; nothing may be written to them before that.
+            streams[peer].wait_stream(torch.cuda.current_stream())
+        return streams[peer]
+
+    def _timed_send(self, layer: int, hop: Hop) -> None:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self._slots[layer].rows.record_stream(torch.cuda.current_stream())
+        begin.record()
+        self._hold(self._slots[layer].at(hop.piece).nbytes)
+        self._isend(layer, hop).wait()
+        end.record()
+        self._spans[layer].append((begin, end))
+
+    def _hold(self, nbytes: int) -> None:
+        if self._limits.bandwidth is not None:
+            from kvr_partition.runtime.triton_kernels import hold
+
+            hold(self._limits.held_s(nbytes))
+
+
+def group_links(
+    partition: Partition,
+    rank: int,
+    device: torch.device,
+    *,
+    topology: Topology = "chain",
+    limits: LinkLimits = NO_LIMITS,
+    group: dist.ProcessGroup | None = None,
+) -> Links:
+    """The links of one rank of a process group, whichever its device needs."""
+    if partition.ranks == 1:
+        return NoLinks()
+    kind = StreamLinks if device.type == "cuda" else HostLinks
+    return kind(partition, rank, topology, limits, group)
