@@ -53,6 +53,8 @@ class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     run: str = ""
     """The run in the measurement log whose provenance these samples have."""
     failure: Failure | None = None
+    noise: int = 0
+    """Bytes of foreign traffic in each layer, on one random link between neighbours."""
 
     @property
     def partition(self) -> Partition:

@@ -10,15 +10,27 @@ from kvr_partition.measurement import Failure, Measurement, Sample, interval_is_
 from kvr_partition.partition import Partition
 from profiler.store import MeasurementLine, MeasurementLog, SampleLine
 
-METHODS = ("single", "tsp", "kvr")
+METHODS = {
+    "single": "the whole prompt on one rank, stock attention",
+    "tsp": "even chunks, all-gather of KV in every layer, dense masked attention",
+    "tsp-causal": "the same with causal kernels",
+    "zigzag": "even chunks dealt from both ends, all-gather of KV, causal kernels",
+    "tp": "tensor parallelism as transformers ships it",
+    "kvr": "KV-Runahead over the group's topology",
+    "kvr-chain": "KV-Runahead, each rank handing everything on to the next",
+    "kvr-fanout": "KV-Runahead, each rank sending its own chunk to all later ones",
+    "bound": "TTFT(p): KV-Runahead with every wait and transfer removed",
+}
+"""What can be timed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """What is timed: a method and the chunks it runs with."""
+    """What is timed: a method, the chunks it runs with, and bytes of foreign traffic in each layer."""
 
     method: str
     partition: Partition
+    noise: int = 0
 
     @classmethod
     def single(cls, context: int) -> Candidate:
@@ -28,7 +40,12 @@ class Candidate:
     @classmethod
     def tsp(cls, context: int, ranks: int) -> Candidate:
         """The paper's baseline: even chunks."""
-        return cls("tsp", Partition.even(context, ranks))
+        return cls.even("tsp", context, ranks)
+
+    @classmethod
+    def even(cls, method: str, context: int, ranks: int) -> Candidate:
+        """A method that knows no other chunks than even ones, or KV-Runahead with them."""
+        return cls(method, Partition.even(context, ranks))
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +66,7 @@ class SamplingPlan:
     @classmethod
     def for_backend(cls, backend: str) -> SamplingPlan:
         """1% on a GPU of one's own, 5% on a shared CPU."""
-        return cls(tolerance=0.01, most=40) if backend == "cuda" else cls()
+        return cls() if backend == "cpu" else cls(tolerance=0.01, most=40)
 
     def precise(self, seconds: Sequence[float]) -> bool:
         """Whether these samples are enough."""
@@ -92,7 +109,7 @@ def measure_interleaved(
         on_sample: told of each sample, and whether it was a warm-up.
     """
     if log is not None:
-        known = [log.finished(purpose, one.method, one.partition.sizes) for one in candidates]
+        known = [log.finished(purpose, one.method, one.partition.sizes, one.noise) for one in candidates]
         found = [measurement for measurement in known if measurement is not None]
         if len(found) == len(candidates):
             return found
@@ -111,7 +128,17 @@ def measure_interleaved(
                 series.failure = Failure(error.kind, str(error), error.traceback)
                 continue
             if log is not None:
-                log.append(SampleLine(run, purpose, candidate.method, candidate.partition.sizes, warmup, sample))
+                log.append(
+                    SampleLine(
+                        run,
+                        purpose,
+                        candidate.method,
+                        candidate.partition.sizes,
+                        warmup,
+                        sample,
+                        candidate.noise,
+                    )
+                )
             if not warmup:
                 series.samples.append(sample)
             if on_sample is not None:
@@ -126,6 +153,7 @@ def measure_interleaved(
             stopped,
             run,
             series.failure,
+            series.candidate.noise,
         )
         if log is not None:
             log.append(
@@ -137,6 +165,7 @@ def measure_interleaved(
                     len(measurement.samples),
                     stopped,
                     series.failure,
+                    measurement.noise,
                 )
             )
         measurements[series.candidate] = measurement

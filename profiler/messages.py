@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 
+from kvr_partition.certificate import Deviation
 from kvr_partition.measurement import RankTimes
 
 
@@ -23,6 +24,12 @@ class Setup(msgspec.Struct, frozen=True, tag=True):
     threads: int
     rendezvous: str
     timeout_s: float
+    backend: str = "cpu"
+    topology: str = "chain"
+    bandwidth: float | None = None
+    noise_seed: int = 0
+    scratch: str = ""
+    """A folder that all ranks of this machine share."""
 
 
 class Prefill(msgspec.Struct, frozen=True, tag=True):
@@ -31,6 +38,24 @@ class Prefill(msgspec.Struct, frozen=True, tag=True):
     method: str
     sizes: tuple[int, ...]
     token_seed: int
+    noise: int = 0
+    cold: bool = False
+    """As a shape that was never seen: nothing is planned for it before the clock starts."""
+
+
+class Verify(msgspec.Struct, frozen=True, tag=True):
+    """One prefill like a timed one, compared with the single run; see `certificate`."""
+
+    method: str
+    sizes: tuple[int, ...]
+    token_seed: int
+    noise: int = 0
+
+
+class PlanAhead(msgspec.Struct, frozen=True, tag=True):
+    """Have kernels plan for whatever shapes may come, up to so many tokens."""
+
+    tokens: int
 
 
 class TimeChunk(msgspec.Struct, frozen=True, tag=True):
@@ -75,6 +100,20 @@ class PrefillDone(msgspec.Struct, frozen=True, tag=True):
     first_token: int | None
 
 
+class VerifyDone(msgspec.Struct, frozen=True, tag=True):
+    """What one rank found; ``same_token`` is None on ranks without a first token."""
+
+    deviations: tuple[Deviation, ...]
+    same_token: bool | None
+
+
+class PlanDone(msgspec.Struct, frozen=True, tag=True):
+    """How many plans were built, in how many seconds."""
+
+    built: int
+    seconds: float
+
+
 class ChunkDone(msgspec.Struct, frozen=True, tag=True):
     """Seconds for the chunk."""
 
@@ -92,6 +131,12 @@ class GenerateDone(msgspec.Struct, frozen=True, tag=True):
     """Decoding has ended."""
 
 
+class Many(msgspec.Struct, frozen=True, tag=True):
+    """The replies of all ranks that live in one process."""
+
+    replies: tuple[Ready | PrefillDone | VerifyDone | PlanDone | ChunkDone | GenerateDone, ...]
+
+
 class Failed(msgspec.Struct, frozen=True, tag=True):
     """The request failed on this rank."""
 
@@ -100,8 +145,8 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     traceback: str
 
 
-Request = Setup | Prefill | TimeChunk | Generate | Close
-Reply = Ready | PrefillDone | ChunkDone | Token | GenerateDone | Failed
+Request = Setup | Prefill | Verify | PlanAhead | TimeChunk | Generate | Close
+Reply = Ready | PrefillDone | VerifyDone | PlanDone | ChunkDone | Token | GenerateDone | Many | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)

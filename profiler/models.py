@@ -104,6 +104,35 @@ def build_model(folder: ModelFolder, *, dtype: str, device: str, seed: int) -> A
     return model.eval()
 
 
+def build_tensor_parallel(folder: Path, *, dtype: str, rank: int, ranks: int) -> Any:
+    """A checkpoint with its layers cut across all ranks of the world, the way transformers does it.
+
+    Raises:
+        UnsupportedError: transformers cannot cut this model into so many parts.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    # Transformers reads its place in the world from what torchrun would have set.
+    for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", ranks)):
+        os.environ.setdefault(name, str(value))
+    try:
+        from transformers.distributed.configuration_utils import DistributedConfig
+
+        # What tp_plan="auto" stands for in newer versions.
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            local_files_only=True,
+            distributed_config=DistributedConfig(tp_size=ranks),
+        )
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise UnsupportedError(
+            f"transformers cannot run this model tensor-parallel: {_first_line(error)}"
+        ) from None
+    return model.eval()
+
+
 def probe_shapes(folder: ModelFolder) -> Any:
     """What a probe of this model shows, from shapes alone: no weights are drawn or loaded.
 

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import msgspec
 
 from kvr_partition._version import __version__
+from kvr_partition.certificate import Certificate
 from kvr_partition.errors import KVRError, PartitionError, RankError, UnsupportedError
 from kvr_partition.measurement import Measurement, Sample
 from kvr_partition.partition import Partition
@@ -30,8 +31,9 @@ from profiler.measure import METHODS, Candidate, SamplingPlan, measure_interleav
 from profiler.models import DTYPES, ModelFolder, open_model, probe_shapes
 from profiler.store import SCHEMA, MeasurementLog, RunLine
 
-BACKENDS = ("auto", "cpu", "cuda")
+BACKENDS = ("auto", "cpu", "cuda", "sm")
 DEPTHS = ("auto", "attention", "cache")
+TOPOLOGIES = ("chain", "fanout")
 
 
 class Transport(Protocol):
@@ -57,13 +59,16 @@ class RankGroup:
     Args:
         model: folder with ``config.json`` (random weights from ``seed``) or a checkpoint folder.
         ranks: how many; ``torchrun`` worlds must have as many processes.
-        backend: ``"cpu"`` (gloo), ``"cuda"`` (NCCL, one GPU a rank) or ``"auto"``: CUDA if there are
-            enough GPUs, else CPU.
+        backend: ``"cpu"`` (gloo), ``"cuda"`` (NCCL, one GPU a rank), ``"sm"`` (one GPU cut into as many
+            groups of SMs as there are ranks) or ``"auto"``: CUDA if there are enough GPUs, else CPU.
         dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
         depth: how far the runtime reaches into the model.
         threads: compute threads of each CPU rank.
         seed: of the random weights.
         batch: equal prompts per prefill.
+        topology: how KV travels with method ``"kvr"``: ``"chain"`` or ``"fanout"``.
+        bandwidth: bytes per second that each link is held to; None for what it can.
+        noise_seed: of the choice of links that foreign traffic disturbs.
         timeout_s: seconds a single request, or starting up, may take.
 
     Raises:
@@ -82,11 +87,15 @@ class RankGroup:
     threads: int = 1
     seed: int = 0
     batch: int = 1
+    topology: str = "chain"
+    bandwidth: float | None = None
+    noise_seed: int = 0
     timeout_s: float = 600.0
     log: MeasurementLog | None = None
     _folder: ModelFolder = field(init=False, repr=False)
     _transport: Transport | None = field(init=False, default=None, repr=False)
     _ready: list[messages.Ready] = field(init=False, default_factory=list, repr=False)
+    _support: Any = field(init=False, default=None, repr=False)
     _run: str = field(init=False, default="", repr=False)
 
     def __post_init__(self) -> None:
@@ -94,16 +103,19 @@ class RankGroup:
             ("backend", self.backend, BACKENDS),
             ("dtype", self.dtype, DTYPES),
             ("depth", self.depth, DEPTHS),
+            ("topology", self.topology, TOPOLOGIES),
         ):
             if value not in known:
                 raise UnsupportedError(f"unknown {what} {value!r}; there are {', '.join(known)}")
         for name, least in (("ranks", 1), ("threads", 1), ("batch", 1)):
             if getattr(self, name) < least:
                 raise UnsupportedError(f"{name} must be at least {least}; got {getattr(self, name)}")
+        if self.bandwidth is not None and not self.bandwidth > 0:
+            raise UnsupportedError(f"bandwidth must be more than 0 bytes a second; got {self.bandwidth:g}")
         self.backend = _choose_backend(self.backend, self.ranks)
         self._folder = open_model(self.model)
         if self.depth == "attention":
-            probe_shapes(self._folder).choose("attention")
+            self._shapes().choose("attention")
 
     # ---------------------------------------------------------------- life
 
@@ -126,7 +138,7 @@ class RankGroup:
         """
         if self._transport is not None:
             return
-        probe_shapes(self._folder)
+        self._shapes()
         if in_torchrun():
             self._transport = _join(self)
         else:
@@ -169,7 +181,7 @@ class RankGroup:
             weights=self._folder.weights(self.seed),
             ranks=self.ranks,
             backend=self.backend,
-            topology="chain",
+            topology=self.topology,
             depth=first.depth,
             batch=self.batch,
             device=first.device_name,
@@ -195,6 +207,7 @@ class RankGroup:
             "ranks": self.ranks,
             "backend": self.backend,
             "batch": self.batch,
+            "topology": self.topology,
             "threads_per_rank": self.threads,
         }
 
@@ -203,6 +216,21 @@ class RankGroup:
         """The model's shape."""
         return self._folder.geometry
 
+    @property
+    def windows(self) -> list[int | None]:
+        """Of each layer that keeps KV, the tokens a query sees, itself included; None for all before it."""
+        return [layer.window for layer in self._shapes().layers if layer is not None]
+
+    @property
+    def resolved_depth(self) -> str:
+        """How far the runtime reaches into the model, ``"auto"`` decided."""
+        return str(self._shapes().choose(self.depth))
+
+    def _shapes(self) -> Any:
+        if self._support is None:
+            self._support = probe_shapes(self._folder)
+        return self._support
+
     def check_context(self, context: int) -> None:
         """Refuse a context that this group cannot measure.
 
@@ -210,7 +238,7 @@ class RankGroup:
             PartitionError: fewer tokens than ranks, or more than the model has positions.
             UnsupportedError: a model whose positions depend on what is read at once.
         """
-        self._check(Candidate("kvr", Partition.even(context, self.ranks)))
+        self.check(Candidate("kvr", Partition.even(context, self.ranks)))
 
     # ------------------------------------------------------------- requests
 
@@ -248,7 +276,7 @@ class RankGroup:
             PartitionError: a partition that does not fit the group or the model.
         """
         for candidate in candidates:
-            self._check(candidate)
+            self.check(candidate)
         if self.log is not None:
             self.start()
         return measure_interleaved(
@@ -261,24 +289,64 @@ class RankGroup:
             on_sample=on_sample,
         )
 
-    def sample(self, candidate: Candidate) -> Sample:
+    def sample(self, candidate: Candidate, *, cold: bool = False) -> Sample:
         """Time one prefill.
+
+        Args:
+            cold: as a shape that was never seen, for which kernels plan nothing beforehand; see `plan_ahead`.
 
         Raises:
             RankError: it failed; the group has ended and starts anew with the next request.
         """
-        self._check(candidate)
-        request = messages.Prefill(candidate.method, candidate.partition.sizes, token_seed=1)
+        self.check(candidate)
+        request = messages.Prefill(
+            candidate.method, candidate.partition.sizes, token_seed=1, noise=candidate.noise, cold=cold
+        )
         replies = [reply for reply in self._ask(request) if isinstance(reply, messages.PrefillDone)]
-        last = replies[-1]
+        finishing = next(reply for reply in reversed(replies) if reply.first_token is not None)
         # Processes of one host share a monotonic clock, so the first rank to leave the barrier counts.
         same_host = len({ready.host for ready in self._ready}) == 1
-        began = min(reply.began for reply in replies) if same_host else last.began
+        began = min(reply.began for reply in replies) if same_host else finishing.began
+        ended = finishing.ended
+        if candidate.method == "bound" and same_host:
+            # Nobody waits for anybody, so the slowest rank, whichever it is, sets the bound.
+            ended = max(reply.ended for reply in replies)
         return Sample(
-            ttft_s=last.ended - began,
+            ttft_s=ended - began,
             ranks=tuple(reply.times for reply in replies),
             kv_bytes=sum(reply.kv_bytes for reply in replies),
         )
+
+    def verify(self, candidate: Candidate) -> Certificate:
+        """Compare one prefill with the single run, both against higher precision.
+
+        Raises:
+            RankError: it failed.
+            UnsupportedError, PartitionError: as `measure_many`.
+        """
+        self.check(candidate)
+        request = messages.Verify(candidate.method, candidate.partition.sizes, token_seed=1, noise=candidate.noise)
+        replies = [reply for reply in self._ask(request) if isinstance(reply, messages.VerifyDone)]
+        return Certificate(
+            method=candidate.method,
+            sizes=candidate.partition.sizes,
+            reference="float64" if self.dtype == "float32" else "float32",
+            same_token=all(reply.same_token is not False for reply in replies),
+            deviations=tuple(deviation for reply in replies for deviation in reply.deviations),
+            provenance=self.provenance,
+        )
+
+    def plan_ahead(self, tokens: int) -> tuple[int, float]:
+        """Have kernels plan for any shape up to so many tokens, so that an unseen context starts warm.
+
+        Returns:
+            Plans built on the slowest rank, and the seconds it took.
+        """
+        replies = [
+            reply for reply in self._ask(messages.PlanAhead(tokens)) if isinstance(reply, messages.PlanDone)
+        ]
+        slowest = max(replies, key=lambda reply: reply.seconds)
+        return slowest.built, slowest.seconds
 
     def time_chunk(self, chunk: int, prefix: int) -> list[float]:
         """Seconds each rank takes for a chunk behind a prefix, all ranks at once, without links.
@@ -315,7 +383,7 @@ class RankGroup:
         """
         from kvr_partition.runtime.support import check_context
 
-        self._check(Candidate("kvr", partition))
+        self.check(Candidate("kvr", partition))
         check_context(self._folder.config, partition.context + max_new_tokens)
         self._ask(
             messages.Generate(tuple(input_ids), partition.sizes, max_new_tokens),
@@ -336,7 +404,13 @@ class RankGroup:
             self.close()
             raise
 
-    def _check(self, candidate: Candidate) -> None:
+    def check(self, candidate: Candidate) -> None:
+        """Refuse a candidate that this group cannot run, before any rank starts.
+
+        Raises:
+            UnsupportedError: an unknown method, or one that cannot be exact for this model.
+            PartitionError: a partition that does not fit the group or the model.
+        """
         from kvr_partition.runtime.support import check_context
 
         if candidate.method not in METHODS:
@@ -350,22 +424,34 @@ class RankGroup:
         if candidate.partition.past:
             raise PartitionError("the profiler measures prompts from an empty cache; use past=0")
         check_context(self._folder.config, candidate.partition.context)
+        if candidate.method in ("tsp-causal", "zigzag"):
+            from kvr_partition.runtime.baselines import check_gathering, parts_of
+
+            check_gathering(self._shapes(), candidate.method)  # type: ignore[arg-type]
+            parts_of(candidate.method, candidate.partition.context, self.ranks)  # type: ignore[arg-type]
+        if candidate.method == "tp":
+            if self.backend == "sm":
+                raise UnsupportedError("tensor parallelism needs process ranks; use --backend cpu or cuda")
+            if not getattr(self._folder.config, "base_model_tp_plan", None):
+                raise UnsupportedError(f"transformers has no tensor-parallel plan for {self.geometry.model_type}")
 
     def _link(self) -> str:
         if self.ranks == 1:
             return "none"
-        if self.backend == "cuda":
-            return "nccl"
-        return "gloo over loopback" if len({ready.host for ready in self._ready}) == 1 else "gloo"
+        kind = {"cuda": "nccl", "sm": "copies on the device"}.get(self.backend)
+        if kind is None:
+            kind = "gloo over loopback" if len({ready.host for ready in self._ready}) == 1 else "gloo"
+        return kind if self.bandwidth is None else f"{kind}, held to {self.bandwidth / 1e9:g} GB/s"
 
     def _setups(self, rendezvous: str = "", devices: Sequence[str] | None = None) -> list[messages.Setup]:
         on_cuda = self.backend == "cuda"
+        on_sms = self.backend == "sm"
         return [
             messages.Setup(
                 model=str(Path(self.model).resolve()),
                 rank=rank,
                 ranks=self.ranks,
-                device=devices[rank] if devices else (f"cuda:{rank}" if on_cuda else "cpu"),
+                device=devices[rank] if devices else "cuda:0" if on_sms else f"cuda:{rank}" if on_cuda else "cpu",
                 dtype=self.dtype,
                 depth=self.depth,
                 seed=self.seed,
@@ -373,6 +459,10 @@ class RankGroup:
                 threads=self.threads,
                 rendezvous=rendezvous,
                 timeout_s=self.timeout_s,
+                backend=self.backend,
+                topology=self.topology,
+                bandwidth=self.bandwidth,
+                noise_seed=self.noise_seed,
             )
             for rank in range(self.ranks)
         ]
@@ -384,6 +474,14 @@ def _choose_backend(backend: str, ranks: int) -> str:
     import torch
 
     gpus = torch.cuda.device_count()
+    if backend == "sm":
+        if in_torchrun():
+            raise UnsupportedError("SM-partition ranks live in one process; do not use torchrun with them")
+        if not gpus:
+            raise UnsupportedError(
+                "backend 'sm' cuts one NVIDIA GPU into ranks, and there is none; use --backend cpu"
+            )
+        return backend
     if backend == "auto":
         return "cuda" if gpus >= ranks else "cpu"
     if in_torchrun():
@@ -403,6 +501,10 @@ class _Spawned:
     """One process per rank on this machine, each with a control socket and a file for what it prints."""
 
     def __init__(self, setups: Sequence[messages.Setup]) -> None:
+        # The ranks of one GPU's SMs share a process and its weights; the process answers for all of them.
+        self._shared = setups[0].backend == "sm"
+        if self._shared:
+            setups = setups[:1]
         self._timeout_s = setups[0].timeout_s
         self._folder = tempfile.TemporaryDirectory(prefix="kvr-ranks-")
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -436,7 +538,8 @@ class _Spawned:
             )
         self._processes.append(process)
         self._sockets.append(ours)
-        ours.sendall(messages.encode(msgspec.structs.replace(setup, rendezvous=rendezvous)))
+        scratch = self._folder.name
+        ours.sendall(messages.encode(msgspec.structs.replace(setup, rendezvous=rendezvous, scratch=scratch)))
 
     @property
     def pids(self) -> list[int]:
@@ -446,7 +549,7 @@ class _Spawned:
     def exchange(
         self, requests: Sequence[messages.Request], on_token: Callable[[messages.Token], None] | None = None
     ) -> list[messages.Reply]:
-        for rank, request in enumerate(requests):
+        for rank, request in enumerate(requests[: len(self._sockets)]):
             try:
                 self._sockets[rank].sendall(messages.encode(request))
             except OSError:
@@ -485,7 +588,10 @@ class _Spawned:
                         deadline = min(deadline, time.monotonic() + 2.0)
         if failures:
             raise _worst(failures)
-        return [replies[rank] for rank in range(len(self._sockets))]
+        answers = [replies[rank] for rank in range(len(self._sockets))]
+        return [
+            each for reply in answers for each in (reply.replies if isinstance(reply, messages.Many) else (reply,))
+        ]
 
     def close(self) -> None:
         for control in self._sockets:

@@ -34,6 +34,7 @@ class SampleLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="s
     sizes: tuple[int, ...]
     warmup: bool
     sample: Sample
+    noise: int = 0
 
 
 class MeasurementLine(
@@ -48,6 +49,7 @@ class MeasurementLine(
     samples: int
     stopped: str
     failure: Failure | None = None
+    noise: int = 0
 
 
 class ChunkLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="chunk", tag_field="type"):
@@ -91,8 +93,8 @@ class MeasurementLog:
             self._file.close()
             raise
         self._provenance: dict[str, Provenance] = {}
-        self._samples: dict[tuple[str, str, str, tuple[int, ...]], list[Sample]] = {}
-        self._finished: dict[tuple[str, str, tuple[int, ...]], Measurement] = {}
+        self._samples: dict[tuple[str, str, str, tuple[int, ...], int], list[Sample]] = {}
+        self._finished: dict[tuple[str, str, tuple[int, ...], int], Measurement] = {}
         self._chunks: list[ChunkLine] = []
         for line in lines:
             self._note(line)
@@ -116,13 +118,13 @@ class MeasurementLog:
             raise write_error(self.path, error) from None
         self._note(line)
 
-    def finished(self, purpose: str, method: str, sizes: tuple[int, ...]) -> Measurement | None:
+    def finished(self, purpose: str, method: str, sizes: tuple[int, ...], noise: int = 0) -> Measurement | None:
         """The finished measurement of a candidate, if there is one."""
-        return self._finished.get((purpose, method, sizes))
+        return self._finished.get((purpose, method, sizes, noise))
 
     def measurements(self, purpose: str | None = None) -> list[Measurement]:
         """All finished measurements, in the order they finished, of one purpose or of all."""
-        return [found for (of, _, _), found in self._finished.items() if purpose in (None, of)]
+        return [found for (of, _, _, _), found in self._finished.items() if purpose in (None, of)]
 
     @property
     def chunks(self) -> list[ChunkLine]:
@@ -155,17 +157,18 @@ class MeasurementLog:
             case ChunkLine():
                 self._chunks.append(line)
             case SampleLine() if not line.warmup:
-                key = (line.run, line.purpose, line.method, line.sizes)
+                key = (line.run, line.purpose, line.method, line.sizes, line.noise)
                 self._samples.setdefault(key, []).append(line.sample)
             case MeasurementLine():
-                samples = self._samples.get((line.run, line.purpose, line.method, line.sizes), [])
-                self._finished[line.purpose, line.method, line.sizes] = Measurement(
+                samples = self._samples.get((line.run, line.purpose, line.method, line.sizes, line.noise), [])
+                self._finished[line.purpose, line.method, line.sizes, line.noise] = Measurement(
                     method=line.method,
                     sizes=line.sizes,
                     samples=tuple(samples[-line.samples :] if line.samples else ()),
                     stopped=line.stopped,
                     run=line.run,
                     failure=line.failure,
+                    noise=line.noise,
                 )
 
     def _read(self) -> Iterator[Line]:

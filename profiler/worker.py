@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import faulthandler
 import gc
 import os
@@ -28,13 +29,15 @@ from transformers.generation.streamers import BaseStreamer
 from kvr_partition.errors import KVRError, RankError
 from kvr_partition.measurement import RankTimes
 from kvr_partition.partition import Partition
-from kvr_partition.runtime import decode, prefill, probe, single, tsp
+from kvr_partition.runtime import decode, prefill, probe, single, tsp, zigzag
 from kvr_partition.runtime.cache import RunaheadCache
-from kvr_partition.runtime.links import NoLinks
+from kvr_partition.runtime.kernels import CudnnPlans, planning
+from kvr_partition.runtime.links import LinkLimits, NoLinks, Topology
 from kvr_partition.runtime.prefill import PrefillResult, run_chunk
 from kvr_partition.runtime.support import Depth, runahead_attention
+from kvr_partition.runtime.verify import SingleRun, compare, run_reference, run_single
 from profiler import messages
-from profiler.models import build_model, open_model
+from profiler.models import build_model, build_tensor_parallel, open_model
 
 
 class Worker:
@@ -46,8 +49,10 @@ class Worker:
         torch.set_num_threads(setup.threads)
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-        self._made_world = not dist.is_initialized()
-        if self._made_world:
+        # Ranks that share a process meet in it.
+        self._world = setup.ranks if setup.backend != "sm" else 1
+        self._made_world = (self._world > 1 and not dist.is_initialized()) or setup.backend == "cuda"
+        if self._made_world and not dist.is_initialized():
             backend = "nccl" if self._device.type == "cuda" else "gloo"
             dist.init_process_group(
                 backend,
@@ -59,6 +64,8 @@ class Worker:
             )
         folder = open_model(setup.model)
         self._model = build_model(folder, dtype=setup.dtype, device=setup.device, seed=setup.seed)
+        self._has_weights = folder.has_weights
+        self._tensor_parallel_model: Any = None
         self._vocab = folder.geometry.vocab_size
         self._depth: Depth = probe(self._model).choose(setup.depth)  # type: ignore[arg-type]
         # The model lives as long as this process; collecting garbage never needs to look at it again.
@@ -66,7 +73,7 @@ class Worker:
         gc.freeze()
         self._barrier()
 
-    def ready(self) -> messages.Ready:
+    def ready(self) -> messages.Reply:
         """What the driver wants to know of a rank that has started."""
         on_cuda = self._device.type == "cuda"
         return messages.Ready(
@@ -95,6 +102,10 @@ class Worker:
             match request:
                 case messages.Prefill():
                     return self._timed_prefill(request)
+                case messages.Verify():
+                    return self._verify(request)
+                case messages.PlanAhead():
+                    return self._plan_ahead(request.tokens)
                 case messages.TimeChunk():
                     return self._timed_chunk(request)
                 case messages.Generate():
@@ -104,25 +115,12 @@ class Worker:
         except Exception as error:
             return failed(error)
 
-    def _timed_prefill(self, request: messages.Prefill) -> messages.PrefillDone:
-        partition = Partition(request.sizes)
-        input_ids = self._tokens(partition.context, request.token_seed)
-        setup = self._setup
-        run: Callable[[], PrefillResult | None]
-        match request.method:
-            case "kvr":
-                run = lambda: prefill(self._model, input_ids, partition, depth=self._depth)  # noqa: E731
-            case "tsp":
-                run = lambda: tsp(self._model, input_ids)  # noqa: E731
-            case "single":
-                last = setup.rank == setup.ranks - 1
-                run = lambda: (  # noqa: E731
-                    single(self._model, input_ids, rank=setup.rank, ranks=setup.ranks) if last else None
-                )
-            case _:
-                raise KVRError(f"unknown method {request.method!r}; there are kvr, tsp and single")
+    def _timed_prefill(self, request: messages.Prefill) -> messages.Reply:
+        run = self._runner(request)
+        if request.method == "tp":
+            self._tensor_parallel()
         # Switching the attention walks over all modules; that is set-up, not prefill.
-        with self._attention(request.method), _no_garbage_collection():
+        with self._attention(request.method), self._planning(request), _no_garbage_collection():
             self._barrier()
             began = time.perf_counter()
             result = run()
@@ -138,30 +136,111 @@ class Worker:
             first_token=None if result.first_token is None else int(result.first_token[0, 0]),
         )
 
-    def _timed_chunk(self, request: messages.TimeChunk) -> messages.ChunkDone:
-        chunk_ids = self._tokens(request.chunk, seed=0)
+    def _runner(self, request: messages.Prefill | messages.Verify) -> Callable[[], PrefillResult | None]:
+        """This rank's part of a method, ready to run."""
+        partition = Partition(request.sizes)
+        ids = self._tokens(partition.context, request.token_seed)
+        setup, model, depth = self._setup, self._model, self._depth
+        limits = LinkLimits(setup.bandwidth, request.noise, setup.noise_seed)
+        last = setup.rank == setup.ranks - 1
+        match request.method:
+            case "kvr" | "kvr-chain" | "kvr-fanout":
+                topology: Topology = "fanout" if request.method == "kvr-fanout" else "chain"
+                if request.method == "kvr":
+                    topology = setup.topology  # type: ignore[assignment]
+                return lambda: prefill(model, ids, partition, depth=depth, topology=topology, limits=limits)
+            case "bound":
+                start, end = partition.starts[setup.rank], partition.ends[setup.rank]
+                return lambda: run_chunk(
+                    model,
+                    ids[:, start:end],
+                    prefix=start,
+                    rank=setup.rank,
+                    ranks=setup.ranks,
+                    links=NoLinks(),
+                    depth=depth,
+                    fill=random_prefix,
+                )
+            case "tsp":
+                return lambda: tsp(model, ids, limits=limits)
+            case "tsp-causal":
+                return lambda: tsp(model, ids, limits=limits, causal=True)
+            case "zigzag":
+                return lambda: zigzag(model, ids, limits=limits)
+            case "tp":
+                return lambda: single(self._tensor_parallel(), ids, rank=setup.rank, ranks=setup.ranks)
+            case "single":
+                return lambda: single(model, ids, rank=setup.rank, ranks=setup.ranks) if last else None
+            case _:
+                raise KVRError(f"unknown method {request.method!r}")
 
-        def fill(cache: RunaheadCache) -> None:
-            for _, layer in cache.kv_layers:
-                layer.store.rows[: layer.kept_prefix].normal_()
-
-        with self._attention("kvr"), _no_garbage_collection():
+    def _verify(self, request: messages.Verify) -> messages.Reply:
+        run = self._runner(request)
+        if request.method == "tp":
+            self._tensor_parallel()
+        with self._attention(request.method):
             self._barrier()
-            result = run_chunk(
-                self._model,
-                chunk_ids,
-                prefix=request.prefix,
-                rank=0,
-                ranks=1,
-                links=NoLinks(),
-                depth=self._depth,
-                fill=fill,
+            result = run()
+        if result is None:
+            return messages.VerifyDone((), None)
+        partition = Partition(request.sizes)
+        ids = self._tokens(partition.context, request.token_seed)
+        alone, reference = run_single(self._model, ids), run_reference(self._model, ids)
+        return verified(result, partition, request.method, alone, reference)
+
+    def _tensor_parallel(self) -> Any:
+        """The same model, its layers cut across all ranks by transformers; built at the first call."""
+        if self._tensor_parallel_model is None:
+            setup = self._setup
+            folder = Path(setup.model)
+            if not self._has_weights:
+                folder = Path(setup.scratch) / "checkpoint"
+                if setup.rank == 0:
+                    self._model.save_pretrained(folder)
+                self._barrier()
+            self._tensor_parallel_model = build_tensor_parallel(
+                folder, dtype=setup.dtype, rank=setup.rank, ranks=setup.ranks
             )
+            self._barrier()
+        return self._tensor_parallel_model
+
+    def _plan_ahead(self, tokens: int) -> messages.Reply:
+        return self._planned(tokens)
+
+    def _planned(self, tokens: int) -> messages.PlanDone:
+        began = time.perf_counter()
+        built = 0
+        if self._device.type == "cuda":
+            # A chunk behind a prefix shows which kinds of calls the model makes.
+            with self._attention("kvr"):
+                self._chunk(512, 512)
+            built = CudnnPlans.here().build_ahead(tokens)
+            torch.cuda.synchronize()
+        return messages.PlanDone(built, time.perf_counter() - began)
+
+    def _planning(self, request: messages.Prefill) -> contextlib.AbstractContextManager[None]:
+        """Plans of the very shapes are wanted; a run of its own builds them, so the timed one does not."""
+        return contextlib.nullcontext() if request.cold else planning()
+
+    def _timed_chunk(self, request: messages.TimeChunk) -> messages.Reply:
+        with self._attention("kvr"), planning(), _no_garbage_collection():
+            self._barrier()
+            result = self._chunk(request.chunk, request.prefix)
         return messages.ChunkDone(result.timeline.compute_s)
 
-    def _generate(
-        self, request: messages.Generate, stream: Callable[[messages.Reply], None]
-    ) -> messages.GenerateDone:
+    def _chunk(self, chunk: int, prefix: int) -> PrefillResult:
+        return run_chunk(
+            self._model,
+            self._tokens(chunk, seed=0),
+            prefix=prefix,
+            rank=0,
+            ranks=1,
+            links=NoLinks(),
+            depth=self._depth,
+            fill=random_prefix,
+        )
+
+    def _generate(self, request: messages.Generate, stream: Callable[[messages.Reply], None]) -> messages.Reply:
         input_ids = torch.tensor([request.input_ids], device=self._device)
         with self._attention("kvr"):
             self._barrier()
@@ -187,17 +266,37 @@ class Worker:
         return ids.to(self._device)
 
     def _attention(self, method: str) -> contextlib.AbstractContextManager[None]:
-        if method == "kvr" and self._depth == "attention" and probe(self._model).route == "interface":
+        ours = method.startswith("kvr") or method in ("bound", "tsp-causal", "zigzag")
+        if ours and self._depth == "attention" and probe(self._model).route == "interface":
             return runahead_attention(self._model)
         return contextlib.nullcontext()
 
     def _barrier(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize()
-        if self._setup.ranks > 1:
+        if self._world > 1:
             dist.barrier()
         if self._device.type == "cuda":
             torch.cuda.synchronize()
+
+
+def random_prefix(cache: RunaheadCache) -> None:
+    """Fill in a prefix that no link brings: zeros would be faster to multiply than real data."""
+    for _, layer in cache.kv_layers:
+        layer.store.rows[: layer.kept_prefix].normal_()
+
+
+def verified(
+    result: PrefillResult, partition: Partition, method: str, alone: SingleRun, reference: SingleRun
+) -> messages.VerifyDone:
+    """Compare one rank's result with the single run."""
+    if not method.startswith("kvr"):
+        # Their rows are in an order of their own; the logits depend on all of them.
+        result = dataclasses.replace(result, cache=None)
+    deviations = compare(result, partition.ends[result.rank % partition.ranks], alone, reference)
+    token = result.first_token
+    same = None if token is None else bool((token.cpu() == alone.token.cpu()).all())
+    return messages.VerifyDone(tuple(deviations), same)
 
 
 def failed(error: BaseException) -> messages.Failed:
@@ -278,7 +377,7 @@ def main() -> None:
     setup = requests.get()
     assert isinstance(setup, messages.Setup)
     try:
-        worker = Worker(setup)
+        worker = _worker_for(setup)
     except Exception as error:
         send(failed(error))
         return
@@ -288,6 +387,14 @@ def main() -> None:
     # Leaving through the interpreter would wait for peers that may already be gone.
     control.close()
     os._exit(0)
+
+
+def _worker_for(setup: messages.Setup) -> Worker:
+    if setup.backend == "sm":
+        from profiler.sm import SMWorker
+
+        return SMWorker(setup)
+    return Worker(setup)
 
 
 def _listen(control: socket.socket, requests: queue.SimpleQueue[messages.Request]) -> None:

@@ -1,7 +1,10 @@
-"""Time single, TSP, KVR-E, KVR-S and KVR-P side by side, interleaved.
+"""Time KV-Runahead and what people would use instead side by side, interleaved in one run.
 
-KVR-S is what the table found for this very context; KVR-P is what the table would say had that context
-never been searched. Each is left out, with a word why, where the table has no such answer.
+Methods: single (one rank, stock attention); TSP, the baseline of the paper; TSP with causal kernels; zigzag
+context parallelism; transformers' tensor parallelism; KVR-E (even split); KVR-S, what the table found for
+this very context; KVR-P, what it would say had that context never been searched; the best of these over a
+fan-out; and TTFT(p), that split with all waits and transfers removed. Each is first verified to equal one
+rank. What cannot run here is left out, with a word why.
 
 Example:
   kvr-partition compare --context 1024 --table kvr-runs/quickstart-llama-2xcpu-float32/table.json
@@ -10,12 +13,40 @@ Example:
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from kvr_partition.cli.options import add_output, add_ranks, make_group, need_at_least, parse_contexts
-from kvr_partition.errors import OutOfRangeError, PartitionError
+from kvr_partition.cli.options import (
+    add_output,
+    add_ranks,
+    make_group,
+    need_at_least,
+    parse_bytes,
+    parse_contexts,
+)
+from kvr_partition.errors import KVRError, OutOfRangeError, PartitionError, UnsupportedError
 from kvr_partition.partition import Partition
 from kvr_partition.table import PartitionTable, load
+
+if TYPE_CHECKING:
+    from kvr_partition.cli.show import Progress
+    from profiler.measure import Candidate
+    from profiler.ranks import RankGroup
+
+NAMES = {
+    "single": "single",
+    "tsp": "TSP",
+    "tsp-causal": "TSP causal",
+    "zigzag": "zigzag",
+    "tp": "tensor parallel",
+    "kvr-e": "KVR-E",
+    "kvr-s": "KVR-S",
+    "kvr-p": "KVR-P",
+    "given": "given",
+    "other": "the other topology",
+    "bound": "TTFT(p)",
+}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +55,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--context", required=True, help="prompt lengths: 4096,8192 or start:stop:step")
     group.add_argument("--table", metavar="FILE", help="a table.json written by search, for KVR-S and KVR-P")
     group.add_argument("--partition", metavar="SIZES", help="also time this split, like 9728/6656")
+    group.add_argument("--methods", help=f"only these, comma-separated: {', '.join(NAMES)}")
+    group.add_argument("--noise", metavar="BYTES", help="time all again under foreign traffic, like 16MB a layer")
+    group.add_argument("--no-verify", action="store_true", help="do not verify the methods first")
     group.add_argument("--samples", type=int, help="most samples per method (default 8 on CPU, 40 on GPU)")
     group.add_argument("--log", metavar="FILE", help="append every sample to this measurement log")
     add_ranks(parser)
@@ -37,64 +71,146 @@ def run(options: argparse.Namespace) -> None:
         need_at_least("samples", options.samples, 1)
     contexts = parse_contexts(options.context)
     table = load(options.table) if options.table else PartitionTable([])
-    given: list[Partition] = []
+    given: Partition | None = None
     if options.partition is not None:
         if len(contexts) != 1:
             raise PartitionError("--partition goes with a single --context")
-        given.append(Partition.parse(options.partition, contexts[0]))
+        given = Partition.parse(options.partition, contexts[0])
+    wanted = list(NAMES) if options.methods is None else [word.strip() for word in options.methods.split(",")]
+    for word in wanted:
+        if word not in NAMES:
+            raise UnsupportedError(f"unknown method {word!r} in --methods; there are {', '.join(NAMES)}")
+    noise = 0 if options.noise is None else int(parse_bytes(options.noise, "--noise"))
     for context in contexts:
         Partition.even(context, options.ranks)
     group = make_group(options)
     for context in contexts:
         group.check_context(context)
 
+    from kvr_partition.cli.comparison import Comparison, together
     from kvr_partition.cli.search import sampling_plan
-    from kvr_partition.cli.show import (
-        COMPARISON_HEADER,
-        Progress,
-        comparison_json,
-        comparison_rows,
-        print_json,
-        print_table,
-    )
-    from profiler.measure import Candidate
+    from kvr_partition.cli.show import Progress, print_json, print_table
     from profiler.store import MeasurementLog
 
     plan = sampling_plan(options.samples, group.backend)
-    results = []
-    group.log = MeasurementLog(Path(options.log)) if options.log else None
-    work = sum(contexts) * 5.0 * (plan.warmup + plan.most)
-    with Progress(work, options.quiet) as progress, group:
+    results: list[tuple[int, Comparison]] = []
+    work = sum(contexts) * len(wanted) * (2.0 if noise else 1.0) * (plan.warmup + plan.most)
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress(work, options.quiet))
+        if options.log:
+            group.log = stack.enter_context(MeasurementLog(Path(options.log)))
+        stack.enter_context(group)
         progress.doing(f"starting {group.ranks} {group.backend} ranks of {group.geometry.name}")
         group.start()
         for context in contexts:
-            named = [
-                ("single", Candidate.single(context)),
-                ("TSP", Candidate.tsp(context, group.ranks)),
-                ("KVR-E", Candidate("kvr", Partition.even(context, group.ranks))),
-            ]
-            for name, source in (("KVR-S", table), ("KVR-P", table.without(context, group.ranks))):
-                try:
-                    found = source.lookup(context, ranks=group.ranks)
-                except OutOfRangeError as error:
-                    progress.say(f"no {name} for {context}: {error}")
-                    continue
-                if name == "KVR-P" or found.source == "searched":
-                    named.append((name, Candidate("kvr", found.partition)))
-            named += [("given", Candidate("kvr", one)) for one in given]
+            named = _candidates(context, group, table, given, wanted, progress)
+            if not options.no_verify:
+                named = _verified(named, group, progress)
             progress.doing(f"context {context}: {', '.join(name for name, _ in named)}")
+            timed = [candidate for _, candidate in named]
+            if noise:
+                timed += [_noisy(candidate, noise) for _, candidate in named if candidate.method != "single"]
             measurements = group.measure_many(
-                [candidate for _, candidate in named],
+                timed,
                 plan=plan,
                 purpose=f"compare/{context}/{group.run}",
                 on_sample=lambda candidate, sample, warmup: progress.advance(candidate.partition.context),
             )
-            results.append((context, list(zip((name for name, _ in named), measurements, strict=True))))
+            found = dict(zip(timed, measurements, strict=True))
+            results.append(
+                (
+                    context,
+                    Comparison(
+                        [(name, found[one]) for name, one in named],
+                        [(name, found[_noisy(one, noise)]) for name, one in named if _noisy(one, noise) in found]
+                        if noise
+                        else [],
+                        ranks=group.ranks,
+                        shared=group.backend == "sm",
+                        windows=group.windows,
+                        depth=group.resolved_depth,
+                    ),
+                )
+            )
     if options.format == "json":
-        print_json([{"context": context, "methods": comparison_json(methods)} for context, methods in results])
+        print_json([{"context": context, "methods": comparison.facts()} for context, comparison in results])
         return
-    rows = []
-    for context, methods in results:
-        for index, row in enumerate(comparison_rows(methods)):
-            rows.append([str(context) if index == 0 else "", *row])
-    print_table(["context", *COMPARISON_HEADER], rows, left=2)
+    print_table(*together([(str(context), comparison) for context, comparison in results]), left=2)
+
+
+def _noisy(candidate: Candidate, noise: int) -> Candidate:
+    from dataclasses import replace
+
+    return replace(candidate, noise=noise)
+
+
+def _candidates(
+    context: int,
+    group: RankGroup,
+    table: PartitionTable,
+    given: Partition | None,
+    wanted: list[str],
+    progress: Progress,
+) -> list[tuple[str, Candidate]]:
+    """What there is to time for a context, under the name it is shown by."""
+    from profiler.measure import Candidate
+
+    splits: list[tuple[str, Partition]] = [("kvr-e", Partition.even(context, group.ranks))]
+    for name, source in (("kvr-s", table), ("kvr-p", table.without(context, group.ranks))):
+        try:
+            found = source.lookup(context, ranks=group.ranks)
+        except OutOfRangeError as error:
+            if name in wanted:
+                progress.say(f"no {NAMES[name]} for {context}: {error}")
+            continue
+        if name == "kvr-p" or found.source == "searched":
+            splits.append((name, found.partition))
+    if given is not None:
+        splits.append(("given", given))
+    # The split that the rows about a split's surroundings are about: a given one, else the best known.
+    by_name = dict(splits)
+    chosen = next(name for name in ("given", "kvr-s", "kvr-p", "kvr-e") if name in by_name)
+    other = "fanout" if group.topology == "chain" else "chain"
+    named = [("single", Candidate.single(context))]
+    named += [
+        (method, Candidate.even(method, context, group.ranks)) for method in ("tsp", "tsp-causal", "zigzag", "tp")
+    ]
+    named += [(name, Candidate("kvr", split)) for name, split in splits]
+    named += [
+        ("other", Candidate(f"kvr-{other}", by_name[chosen])),
+        ("bound", Candidate("bound", by_name[chosen])),
+    ]
+    shown = {**NAMES, "other": f"{NAMES[chosen]} {other}", "bound": f"TTFT(p) of {NAMES[chosen]}"}
+    kept = []
+    for name, candidate in named:
+        if name not in wanted:
+            continue
+        try:
+            group.check(candidate)
+        except (UnsupportedError, PartitionError) as error:
+            progress.say(f"no {shown[name]}: {error}")
+            continue
+        kept.append((shown[name], candidate))
+    return kept
+
+
+def _verified(
+    named: list[tuple[str, Candidate]], group: RankGroup, progress: Progress
+) -> list[tuple[str, Candidate]]:
+    """Those that equal one rank; the others are named."""
+    kept = []
+    for name, candidate in named:
+        if candidate.method in ("single", "bound"):
+            kept.append((name, candidate))
+            continue
+        progress.doing(f"context {candidate.partition.context}: verifying {name}")
+        try:
+            certificate = group.verify(candidate)
+        except KVRError as error:
+            progress.say(f"no {name}: {error}")
+            continue
+        if certificate.holds:
+            kept.append((name, candidate))
+        else:
+            progress.say(f"no {name}: it does not equal one rank (see kvr-partition verify)")
+    return kept

@@ -14,7 +14,8 @@ from kvr_partition.errors import KVRError, PartitionError
 # Standard library only up to here: `predict` and `export` must work where only msgspec is installed.
 COMMANDS = {
     "search": "measure, search and write the best partitions (start here)",
-    "compare": "time single, TSP, KVR-E, KVR-S and KVR-P side by side",
+    "compare": "time KV-Runahead and what people would use instead, side by side",
+    "verify": "certify that a split prefill equals one rank",
     "predict": "the partition for a context, from a table",
     "export": "a table as JSON, CSV or Markdown",
     "generate": "run a prompt: KV-Runahead prefill, then decode",
@@ -89,6 +90,7 @@ _EXTRA_OF = {
     "torch": "run",
     "transformers": "run",
     "numpy": "run",
+    "accelerate": "search",
     "optuna": "search",
     "rich": "search",
     "scipy": "search",

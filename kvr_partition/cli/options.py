@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,10 +38,16 @@ def add_ranks(parser: argparse.ArgumentParser) -> None:
         help="folder with config.json (random weights) or a checkpoint; default: the bundled quick start Llama",
     )
     group.add_argument("--ranks", type=int, default=2, help="number of ranks (default 2)")
-    group.add_argument("--backend", default="auto", help="auto, cpu or cuda (default auto)")
+    group.add_argument(
+        "--backend",
+        default="auto",
+        help="auto, cpu (gloo), cuda (NCCL, a GPU a rank) or sm (one GPU cut into ranks); default auto",
+    )
     group.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16 (default float32)")
     group.add_argument("--depth", default="auto", help="auto, attention or cache (default auto)")
     group.add_argument("--threads", type=int, default=1, help="compute threads of each CPU rank (default 1)")
+    group.add_argument("--topology", default="chain", help="how KV travels: chain or fanout (default chain)")
+    group.add_argument("--bandwidth", metavar="RATE", help="hold every link to this rate, like 10GB/s")
     group.add_argument("--batch", type=int, default=1, help="equal prompts per prefill (default 1)")
     group.add_argument("--seed", type=int, default=0, help="seed of random weights (default 0)")
     group.add_argument(
@@ -60,6 +67,8 @@ def make_group(options: argparse.Namespace) -> RankGroup:
         depth=options.depth,
         threads=options.threads,
         batch=options.batch,
+        topology=options.topology,
+        bandwidth=None if options.bandwidth is None else parse_rate(options.bandwidth),
         seed=options.seed,
         timeout_s=options.timeout,
     )
@@ -94,6 +103,33 @@ def parse_contexts(text: str) -> list[int]:
     if not contexts or min(contexts) < 1:
         raise PartitionError(f"contexts are written as 4096,8192 or start:stop:step; got {text!r}")
     return sorted(contexts)
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(text: str, what: str) -> float:
+    """A number of bytes like ``64MB`` or ``1.5GiB``.
+
+    Raises:
+        UnsupportedError: anything else, or less than nothing.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?(?:[eE][0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise UnsupportedError(f"{what} is written like 64MB or 1.5GiB; got {text!r}")
+    return float(match[1]) * _UNITS[match[2].upper()]
+
+
+def parse_rate(text: str) -> float:
+    """Bytes per second from ``10GB/s``.
+
+    Raises:
+        UnsupportedError: anything else, or nothing at all.
+    """
+    rate = parse_bytes(text.removesuffix("/s"), "a bandwidth, in bytes per second,")
+    if rate <= 0:
+        raise UnsupportedError(f"a bandwidth must be more than 0; got {text!r}")
+    return rate
 
 
 def need_at_least(name: str, value: int, least: int) -> None:

@@ -280,7 +280,12 @@ def sampling_plan(samples: int | None, backend: str) -> SamplingPlan:
 
 def default_out(group: RankGroup) -> Path:
     """Where results go unless said otherwise."""
-    return Path("kvr-runs") / f"{group.geometry.name}-{group.ranks}x{group.backend}-{group.dtype}"
+    name = f"{group.geometry.name}-{group.ranks}x{group.backend}-{group.dtype}"
+    if group.topology != "chain":
+        name += f"-{group.topology}"
+    if group.bandwidth is not None:
+        name += f"-{group.bandwidth / 1e9:g}GBs"
+    return Path("kvr-runs") / name
 
 
 def _ends_first(contexts: Sequence[int]) -> list[int]:
@@ -300,14 +305,19 @@ def _work(contexts: Sequence[int], held_out: Sequence[int], budget: int, plan: S
 
 
 def _report(options: argparse.Namespace, out: OutDir, group: RankGroup, results: Sequence[ContextResult]) -> None:
-    from kvr_partition.cli.show import (
-        COMPARISON_HEADER,
-        comparison_json,
-        comparison_rows,
-        print_json,
-        print_table,
-    )
+    from kvr_partition.cli.comparison import Comparison, together
+    from kvr_partition.cli.show import print_json, print_table
 
+    compared = {
+        result.context: Comparison(
+            result.named,
+            ranks=group.ranks,
+            shared=group.backend == "sm",
+            windows=group.windows,
+            depth=group.resolved_depth,
+        )
+        for result in results
+    }
     files = {"table": out.table_path, "measurements": out.log_path, "study": out.path / "study.db"}
     if options.format == "json":
         print_json(
@@ -319,21 +329,19 @@ def _report(options: argparse.Namespace, out: OutDir, group: RankGroup, results:
                         "context": result.context,
                         "held_out": result.held_out,
                         "partitions_measured": result.measured,
-                        "methods": comparison_json(result.named),
+                        "methods": compared[result.context].facts(),
                     }
                     for result in results
                 ],
             }
         )
         return
-    rows = []
-    for result in results:
-        label = f"{result.context}{' (held out)' if result.held_out else ''}"
-        for row in comparison_rows(result.named):
-            rows.append([label, *row])
-            label = ""
     print(f"\n{group.geometry.name} on {group.ranks} {group.backend} ranks, {group.dtype}\n")
-    print_table(["context", *COMPARISON_HEADER], rows, left=2)
+    labelled = [
+        (f"{result.context}{' (held out)' if result.held_out else ''}", compared[result.context])
+        for result in results
+    ]
+    print_table(*together(labelled), left=2)
     print(f"\nFiles in {out.path}:")
     print("  table.json          the partitions found; serving code loads this")
     print("  measurements.jsonl  every sample")

@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 
 from kvr_partition.cli.options import on_terminal
-from kvr_partition.measurement import Measurement
 
 
 def print_json(document: Any) -> None:
@@ -38,44 +37,6 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int 
 def seconds(value: float) -> str:
     """A time as people read it."""
     return f"{value * 1e3:.1f} ms" if value < 1 else f"{value:.3f} s"
-
-
-def comparison_rows(named: Sequence[tuple[str, Measurement]]) -> list[list[str]]:
-    """One row per method: name, TTFT, 95% interval, speed-up over TSP, chunk sizes."""
-    tsp = next((found.ttft_s for _, found in named if found.method == "tsp" and found.ok), None)
-    rows = []
-    for name, found in named:
-        sizes = "/".join(str(size) for size in found.sizes)
-        if not found.ok:
-            reason = found.failure.message if found.failure is not None else "no samples"
-            rows.append([name, "failed", "", "", f"{sizes}  {reason}"])
-            continue
-        low, high = found.interval_s
-        speedup = "" if tsp is None else f"{tsp / found.ttft_s:.2f}×"
-        rows.append([name, seconds(found.ttft_s), f"{seconds(low)} – {seconds(high)}", speedup, sizes])
-    return rows
-
-
-COMPARISON_HEADER = ["method", "TTFT", "95% interval", "vs TSP", "chunks"]
-
-
-def comparison_json(named: Sequence[tuple[str, Measurement]]) -> list[dict[str, Any]]:
-    """The same as data; times in seconds."""
-    tsp = next((found.ttft_s for _, found in named if found.method == "tsp" and found.ok), None)
-    return [
-        {
-            "method": name,
-            "sizes": found.sizes,
-            "ttft_s": found.ttft_s if found.ok else None,
-            "interval_s": found.interval_s if found.ok else None,
-            "speedup_over_tsp": tsp / found.ttft_s if tsp is not None and found.ok else None,
-            "samples": len(found.samples),
-            "stopped": found.stopped,
-            "kv_bytes": found.samples[-1].kv_bytes if found.ok else None,
-            "failure": found.failure.message if found.failure is not None else None,
-        }
-        for name, found in named
-    ]
 
 
 class Progress:

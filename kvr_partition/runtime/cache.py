@@ -119,6 +119,11 @@ class RunaheadLayer(CacheLayerMixin):
         return Slot(self.store.rows[: self._visible], first, self.kv.window)
 
     @property
+    def filled(self) -> int:
+        """Rows in use, from row 0."""
+        return self._filled
+
+    @property
     def keys(self) -> torch.Tensor:  # type: ignore[override]
         """Keys the next token can see, ``[batch, heads, tokens, dim]``, no copy."""
         return self.store.keys(self._filled - self._lookback(), self._filled)

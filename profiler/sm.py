@@ -1,0 +1,629 @@
+"""SM-partition ranks: one GPU as many ranks, each on SMs of its own, recorded once and replayed.
+
+All ranks live in one process and share the weights. What a rank computes is recorded as CUDA graphs, cut
+wherever it meets a link, so that a prefill costs two launches a layer and rank. With eager launches, eight
+ranks would wait for the host and not for each other. What happens between graphs (events, copies from one
+rank's rows to another's, holding a link to its bandwidth) is ordinary stream work that a single thread
+enqueues. One graph over all ranks would not do: it runs on the SMs of one rank.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from kvr_partition.errors import KVRError
+from kvr_partition.measurement import RankTimes
+from kvr_partition.partition import Partition
+from kvr_partition.runtime import probe, single
+from kvr_partition.runtime.baselines import gathered
+from kvr_partition.runtime.execution import Execution
+from kvr_partition.runtime.gather import Runs
+from kvr_partition.runtime.kernels import planning
+from kvr_partition.runtime.links import Hop, LinkLimits, NoLinks, Slot, Topology, receives, sends
+from kvr_partition.runtime.prefill import PrefillResult, run_chunk
+from kvr_partition.runtime.verify import run_reference, run_single
+from profiler import messages
+from profiler.green import SMGroup, split_sms
+from profiler.worker import Worker, verified
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One thing a rank does in a replay."""
+
+    kind: Literal["graph", "stamp", "own", "wait", "gather"]
+    layer: int = 0
+    graph: Any = None
+
+
+class Recorder:
+    """Records what one rank enqueues on its stream: graphs, and the steps between them."""
+
+    def __init__(self, stream: torch.cuda.Stream, pool: Any) -> None:
+        self.steps: list[Step] = []
+        self._stream = stream
+        self._pool = pool
+        self._graph: Any = None
+
+    def begin(self) -> None:
+        """Start a graph."""
+        self._graph = torch.cuda.CUDAGraph(keep_graph=True)
+        self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+
+    def end(self) -> None:
+        """End the graph, and keep it if there is anything in it."""
+        graph, self._graph = self._graph, None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a graph is empty is no news here
+            graph.capture_end()
+        if _nodes(graph):
+            graph.instantiate()
+            self.steps.append(Step("graph", graph=graph))
+
+    def abandon(self) -> None:
+        """Leave capture mode after an error."""
+        if self._graph is not None:
+            graph, self._graph = self._graph, None
+            graph.capture_end()
+
+    def cut(self, step: Step) -> None:
+        """Put a step between two graphs."""
+        self.end()
+        self.steps.append(step)
+        self.begin()
+
+
+def _nodes(graph: Any) -> int:
+    from cuda.bindings import driver
+
+    error, _, count = driver.cuGraphGetNodes(driver.CUgraph(graph.raw_cuda_graph()), 0)
+    if int(error) != 0:
+        raise KVRError(f"a recorded graph cannot be read: {error.name}")
+    return int(count)
+
+
+class _RecordedClock:
+    """Stamps become steps; their times are those of the latest replay."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._taken = 0
+        self.events: list[torch.cuda.Event] = []
+
+    def stamp(self) -> int:
+        self._recorder.cut(Step("stamp"))
+        self._taken += 1
+        return self._taken - 1
+
+    def seconds(self) -> list[float]:
+        return [self.events[0].elapsed_time(event) / 1e3 for event in self.events]
+
+
+class _RecordedLinks:
+    """Meetings with links become steps."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.sent_bytes = 0
+        self.slots: Sequence[Slot] = ()
+        self.transfer_s: list[float] = []
+        self._recorder = recorder
+
+    def start(self, slots: Sequence[Slot]) -> None:
+        self.slots = slots
+        self.transfer_s = [0.0] * len(slots)
+
+    def own_ready(self, layer: int) -> None:
+        self._recorder.cut(Step("own", layer))
+
+    def wait_prefix(self, layer: int) -> None:
+        self._recorder.cut(Step("wait", layer))
+
+    def finish(self) -> list[float]:
+        return self.transfer_s
+
+    def abort(self) -> None:
+        pass
+
+
+class _RecordedGather:
+    """Meetings for an all-gather become steps."""
+
+    def __init__(self, recorder: Recorder | None, rank: int, ranks: int) -> None:
+        self.rank = rank
+        self.ranks = ranks
+        self.sent_bytes = 0
+        self.rows: list[torch.Tensor] = []
+        self.owned: list[Sequence[Runs]] = []
+        self._recorder = recorder
+
+    def gather(self, layer: int, rows: torch.Tensor, owned: Sequence[Runs]) -> None:
+        own = sum(end - start for start, end in owned[self.rank])
+        self.sent_bytes += own * rows[0].nbytes * (self.ranks - 1)
+        self.rows.append(rows)
+        self.owned.append(owned)
+        if self._recorder is not None:
+            self._recorder.cut(Step("gather", layer))
+
+
+@dataclass
+class RecordedRank:
+    """One rank of a recorded prefill."""
+
+    steps: list[Step]
+    result: PrefillResult
+    clock: _RecordedClock
+    links: _RecordedLinks | None
+    gather: _RecordedGather | None
+
+
+@dataclass
+class Recording:
+    """A recorded prefill: all ranks of one method on one split."""
+
+    method: str
+    partition: Partition
+    ranks: list[RecordedRank]
+    topology: Topology
+    host_token: torch.Tensor
+    _hops: dict[tuple[int, int | None], tuple[list[Hop], dict[int, list[Hop]]]] = field(default_factory=dict)
+
+    def receives(self, rank: int, window: int | None) -> list[Hop]:
+        """`links.receives` of this prefill."""
+        return self._plan(rank, window)[0]
+
+    def sends(self, rank: int, window: int | None) -> dict[int, list[Hop]]:
+        """`links.sends` of this prefill."""
+        return self._plan(rank, window)[1]
+
+    def _plan(self, rank: int, window: int | None) -> tuple[list[Hop], dict[int, list[Hop]]]:
+        # Layers share their plans, and working one out takes as long as enqueueing it.
+        if (rank, window) not in self._hops:
+            self._hops[rank, window] = (
+                receives(self.partition, rank, window, self.topology),
+                sends(self.partition, rank, window, self.topology),
+            )
+        return self._hops[rank, window]
+
+
+@dataclass
+class _Arena:
+    """KV rows of the recordings. They share the memory: no two of them are ever under way at once."""
+
+    buffer: torch.Tensor
+    used: int = 0
+
+    def empty(self, shape: tuple[int, int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        size = shape[0] * shape[1] * dtype.itemsize
+        start = self.used
+        self.used = start + (size + 511) // 512 * 512
+        if self.used > self.buffer.numel():
+            raise torch.OutOfMemoryError("the rows of this method do not fit in the memory set aside for them")
+        return self.buffer[start : start + size].view(dtype).view(shape)
+
+
+class Replayer:
+    """Replays recordings: graphs on each rank's stream, links and events in between."""
+
+    def __init__(self, streams: Sequence[torch.cuda.Stream], spare: SMGroup | None) -> None:
+        self.streams = streams
+        self._spare = spare
+        self._link_streams: dict[tuple[int, int, bool], torch.cuda.Stream] = {}
+        self._foreign: torch.Tensor | None = None
+
+    def run(self, recording: Recording, limits: LinkLimits) -> tuple[float, float, list[float]]:
+        """One replay.
+
+        Returns:
+            When it began and when the first token was on the host, and when each rank was done
+            (``time.perf_counter`` seconds; the ranks' as the host saw them, in order of rank).
+        """
+        replay = _Replay(self, recording, limits)
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        replay.enqueue()
+        finishing = next(at for at, rank in enumerate(recording.ranks) if rank.result.first_token is not None)
+        token = recording.ranks[finishing].result.first_token
+        assert token is not None
+        with torch.cuda.stream(self.streams[finishing]):
+            recording.host_token.copy_(token, non_blocking=True)
+            done = torch.cuda.current_stream().record_event()
+        done.synchronize()
+        ended = time.perf_counter()
+        done_at = []
+        for stream in self.streams[: len(recording.ranks)]:
+            stream.synchronize()
+            done_at.append(time.perf_counter())
+        torch.cuda.synchronize()
+        replay.tell_times()
+        return began, ended, done_at
+
+    def link_stream(self, source: int, target: int, limited: bool) -> torch.cuda.Stream:
+        """The stream of one directed link.
+
+        Links held to a bandwidth have the SMs that no rank has, so that holding them disturbs nobody.
+        Others must be able to use the memory's full speed, which takes more SMs than are left over.
+        """
+        key = (source, target, limited)
+        if key not in self._link_streams:
+            spare = self._spare if limited else None
+            self._link_streams[key] = torch.cuda.Stream() if spare is None else spare.stream()
+        return self._link_streams[key]
+
+    def foreign(self, nbytes: int) -> torch.Tensor:
+        """Two buffers for foreign traffic, ``[2, nbytes]``."""
+        if self._foreign is None or self._foreign.shape[1] != nbytes:
+            self._foreign = torch.zeros((2, nbytes), dtype=torch.uint8, device="cuda")
+        return self._foreign
+
+
+@dataclass
+class _Replay:
+    """The state of one replay."""
+
+    by: Replayer
+    recording: Recording
+    limits: LinkLimits
+    at: list[int] = field(init=False)
+    arrived: dict[tuple[int, int, int], torch.cuda.Event] = field(default_factory=dict)
+    stamps: list[list[torch.cuda.Event]] = field(init=False)
+    spans: list[tuple[int, int, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+    meeting: dict[int, dict[int, torch.cuda.Event]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.at = [0] * len(self.recording.ranks)
+        self.stamps = [[] for _ in self.recording.ranks]
+        if self.limits.noise:
+            self.by.foreign(self.limits.noise)
+
+    def enqueue(self) -> None:
+        """Enqueue everything, a layer of each rank in turn, so that nobody runs out of work first."""
+        ranks = range(len(self.recording.ranks))
+        while any(self.at[rank] < len(self.recording.ranks[rank].steps) for rank in ranks):
+            before = list(self.at)
+            for rank in ranks:
+                with torch.cuda.stream(self.by.streams[rank]):
+                    self._advance(rank)
+            assert self.at != before, "the recorded ranks wait for each other"
+
+    def tell_times(self) -> None:
+        """Hand the times of this replay to the recorded clocks and links."""
+        for rank, recorded in enumerate(self.recording.ranks):
+            recorded.clock.events = self.stamps[rank]
+            if recorded.links is not None:
+                recorded.links.transfer_s = [0.0] * len(recorded.links.slots)
+        for rank, layer, begin, end in self.spans:
+            links = self.recording.ranks[rank].links
+            assert links is not None
+            links.transfer_s[layer] += begin.elapsed_time(end) / 1e3
+
+    def _advance(self, rank: int) -> None:
+        steps = self.recording.ranks[rank].steps
+        handed_over, launched = False, 0
+        while self.at[rank] < len(steps):
+            step = steps[self.at[rank]]
+            if step.kind == "graph":
+                if launched == 2:
+                    return  # two launches make a layer: the other ranks' turn
+                launched += 1
+                step.graph.replay()
+            elif step.kind == "stamp":
+                event = torch.cuda.Event(enable_timing=True)
+                event.record()
+                self.stamps[rank].append(event)
+            elif step.kind == "own":
+                if handed_over:
+                    return  # the next layer: the other ranks' turn
+                handed_over = True
+                self._own_ready(rank, step.layer)
+            elif step.kind == "wait":
+                if not self._wait_prefix(rank, step.layer):
+                    return
+            elif not self._gather(rank, step.layer):
+                return
+            self.at[rank] += 1
+
+    def _own_ready(self, rank: int, layer: int) -> None:
+        recording = self.recording
+        links = recording.ranks[rank].links
+        assert links is not None
+        limited = self.limits.bandwidth is not None
+        ready = torch.cuda.current_stream().record_event()
+        if self.limits.noisy_link(layer, len(recording.ranks)) == rank:
+            with torch.cuda.stream(self.by.link_stream(rank, rank + 1, limited)):
+                self._hold(self.limits.noise)
+                foreign = self.by.foreign(self.limits.noise)
+                foreign[1].copy_(foreign[0], non_blocking=True)
+        slot = links.slots[layer]
+        outgoing = recording.sends(rank, slot.window)
+        incoming = recording.receives(rank, slot.window)
+        for chunk in (rank, *(hop.piece.chunk for hop in incoming)):
+            for hop in outgoing.get(chunk, ()):
+                to = recording.ranks[hop.peer].links
+                assert to is not None
+                source, target = slot.at(hop.piece), to.slots[layer].at(hop.piece)
+                with torch.cuda.stream(self.by.link_stream(rank, hop.peer, limited)):
+                    stream = torch.cuda.current_stream()
+                    stream.wait_event(ready if chunk == rank else self.arrived[rank, layer, chunk])
+                    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                    begin.record()
+                    self._hold(source.nbytes)
+                    target.copy_(source, non_blocking=True)
+                    end.record()
+                    self.arrived[hop.peer, layer, chunk] = end
+                    self.spans.append((rank, layer, begin, end))
+
+    def _wait_prefix(self, rank: int, layer: int) -> bool:
+        links = self.recording.ranks[rank].links
+        assert links is not None
+        hops = self.recording.receives(rank, links.slots[layer].window)
+        events = [self.arrived.get((rank, layer, hop.piece.chunk)) for hop in hops]
+        if any(event is None for event in events):
+            return False
+        for event in events:
+            assert event is not None
+            torch.cuda.current_stream().wait_event(event)
+        return True
+
+    def _gather(self, rank: int, layer: int) -> bool:
+        meeting = self.meeting.setdefault(layer, {})
+        if rank not in meeting:
+            meeting[rank] = torch.cuda.current_stream().record_event()
+        if len(meeting) < len(self.recording.ranks):
+            return False
+        self._exchange(rank, layer, list(meeting.values()))
+        return True
+
+    def _exchange(self, rank: int, layer: int, ready: list[torch.cuda.Event]) -> None:
+        """Pull every other rank's rows; a ring's links would carry the same bytes."""
+        gathers = [recorded.gather for recorded in self.recording.ranks]
+        own = gathers[rank]
+        assert own is not None
+        limited = self.limits.bandwidth is not None
+        with torch.cuda.stream(self.by.link_stream(-1, rank, limited)):
+            stream = torch.cuda.current_stream()
+            for event in ready:
+                stream.wait_event(event)
+            carried = 0
+            rows = own.rows[layer]
+            if self.limits.noisy_link(layer, len(gathers)) is not None:
+                # The slowest link of the ring, the one with foreign traffic, holds all ranks up.
+                carried += self.limits.noise
+                foreign = self.by.foreign(self.limits.noise)
+                foreign[1].copy_(foreign[0], non_blocking=True)
+            pulls = []
+            for source, gather in enumerate(gathers):
+                if source != rank:
+                    assert gather is not None
+                    runs = own.owned[layer][source]
+                    pulls += [(rows[start:end], gather.rows[layer][start:end]) for start, end in runs]
+            self._hold(carried + sum(target.nbytes for target, _ in pulls))
+            for target, from_ in pulls:
+                target.copy_(from_, non_blocking=True)
+            done = stream.record_event()
+        torch.cuda.current_stream().wait_event(done)
+
+    def _hold(self, nbytes: int) -> None:
+        if self.limits.bandwidth is not None:
+            from kvr_partition.runtime.triton_kernels import hold
+
+            hold(self.limits.held_s(nbytes))
+
+
+class SMWorker(Worker):
+    """All ranks of one GPU, each on its own SMs."""
+
+    _KEPT = 16
+    """Recordings kept at once; graphs take little memory, and the rows are shared."""
+
+    def __init__(self, setup: messages.Setup) -> None:
+        groups, spare = split_sms(setup.ranks) if setup.ranks > 1 else ([], None)
+        super().__init__(setup)
+        streams = [group.stream() for group in groups] or [torch.cuda.Stream()]
+        self._sms = [group.sms for group in groups]
+        self._replayer = Replayer(streams, spare)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._arena = _Arena(torch.empty(0, dtype=torch.uint8, device=self._device))
+        self._recordings: dict[tuple[str, tuple[int, ...]], Recording] = {}
+
+    def ready(self) -> messages.Reply:
+        ready = super().ready()
+        assert isinstance(ready, messages.Ready)
+        return messages.Many((ready,) * self._setup.ranks)
+
+    def _timed_prefill(self, request: messages.Prefill) -> messages.Reply:
+        if request.method == "single":
+            return self._timed_single(request)
+        recording = self._recorded(request)
+        limits = LinkLimits(self._setup.bandwidth, request.noise, self._setup.noise_seed)
+        gc.disable()
+        try:
+            began, ended, done_at = self._replayer.run(recording, limits)
+        finally:
+            gc.enable()
+        replies = []
+        for rank, recorded in enumerate(recording.ranks):
+            timeline = recorded.result.timeline
+            finishing = recorded.result.first_token is not None
+            replies.append(
+                messages.PrefillDone(
+                    began=began,
+                    ended=ended if finishing else done_at[rank],
+                    times=RankTimes(timeline.compute_s, timeline.wait_s, timeline.transfer_s),
+                    kv_bytes=_wire_bytes(recording, rank),
+                    first_token=int(recording.host_token[0, 0]) if finishing else None,
+                )
+            )
+        return messages.Many(tuple(replies))
+
+    def _timed_single(self, request: messages.Prefill) -> messages.Reply:
+        """One rank with the whole GPU, as stock transformers would run it."""
+        ids = self._tokens(sum(request.sizes), request.token_seed)
+        gc.disable()
+        try:
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            result = single(self._model, ids)
+            ended = time.perf_counter()
+        finally:
+            gc.enable()
+        assert result.first_token is not None
+        times = RankTimes(result.timeline.compute_s, 0.0, 0.0)
+        idle = messages.PrefillDone(began, ended, RankTimes(0.0, 0.0, 0.0), 0, None)
+        done = messages.PrefillDone(began, ended, times, 0, int(result.first_token[0, 0]))
+        return messages.Many((*(idle,) * (self._setup.ranks - 1), done))
+
+    def _verify(self, request: messages.Verify) -> messages.Reply:
+        partition = Partition(request.sizes)
+        ids = self._tokens(partition.context, request.token_seed)
+        if request.method == "single":
+            return messages.Many(tuple(messages.VerifyDone((), None) for _ in range(self._setup.ranks)))
+        recording = self._recorded(request)
+        # What an earlier replay left in the rows would hide a transfer that is missing.
+        self._arena.buffer.fill_(255)
+        limits = LinkLimits(self._setup.bandwidth, request.noise, self._setup.noise_seed)
+        self._replayer.run(recording, limits)
+        alone, reference = run_single(self._model, ids), run_reference(self._model, ids)
+        found = [
+            verified(recorded.result, partition, request.method, alone, reference) for recorded in recording.ranks
+        ]
+        self._fill_rows()
+        return messages.Many(tuple(found))
+
+    def _timed_chunk(self, request: messages.TimeChunk) -> messages.Reply:
+        sizes = (request.chunk,) * self._setup.ranks
+        recording = self._recorded_as(f"chunk behind {request.prefix}", sizes, prefix=request.prefix)
+        self._replayer.run(recording, LinkLimits())
+        return messages.Many(tuple(messages.ChunkDone(one.result.timeline.compute_s) for one in recording.ranks))
+
+    def _plan_ahead(self, tokens: int) -> messages.Reply:
+        return messages.Many((self._planned(tokens),) * self._setup.ranks)
+
+    def _generate(self, request: messages.Generate, stream: Callable[[messages.Reply], None]) -> messages.Reply:
+        raise KVRError("SM-partition ranks are for measuring; use --backend cuda to generate")
+
+    # ------------------------------------------------------------- recording
+
+    def _recorded(self, request: messages.Prefill | messages.Verify) -> Recording:
+        method = "kvr-" + self._setup.topology if request.method == "kvr" else request.method
+        return self._recorded_as(method, request.sizes)
+
+    def _recorded_as(self, method: str, sizes: tuple[int, ...], prefix: int | None = None) -> Recording:
+        known = self._recordings.pop((method, sizes), None)
+        if known is None:
+            self._reserve(method, Partition(sizes), prefix)
+            while len(self._recordings) >= self._KEPT:
+                self._recordings.pop(next(iter(self._recordings)))
+            known = self._record(method, Partition(sizes), prefix)
+        self._recordings[method, sizes] = known
+        return known
+
+    def _reserve(self, method: str, partition: Partition, prefix: int | None) -> None:
+        """Make room for the rows of a recording; growing drops all recordings, whose rows lie there."""
+        entry = [layer.entry(self._setup.batch) for layer in probe(self._model).layers if layer is not None]
+        if prefix is not None:
+            tokens = partition.ranks * (prefix + partition.sizes[0])
+        elif method in ("tsp", "tsp-causal", "zigzag"):
+            tokens = partition.ranks * partition.context
+        else:
+            tokens = sum(partition.ends)
+        need = sum(tokens * one * self._model.dtype.itemsize + 512 * partition.ranks for one in entry)
+        if need > self._arena.buffer.numel():
+            self._recordings.clear()
+            gc.collect()
+            self._arena.buffer = torch.empty(0, dtype=torch.uint8, device=self._device)
+            torch.cuda.empty_cache()
+            self._arena.buffer = torch.empty(need, dtype=torch.uint8, device=self._device)
+            self._fill_rows()
+
+    def _fill_rows(self) -> None:
+        """Random numbers in rows that nothing fills: zeros or NaN would take another time to multiply."""
+        buffer, dtype = self._arena.buffer, self._model.dtype
+        buffer[: buffer.numel() // dtype.itemsize * dtype.itemsize].view(dtype).normal_()
+
+    def _record(self, method: str, partition: Partition, prefix: int | None) -> Recording:
+        ids = self._tokens(partition.context if prefix is None else sum(partition.sizes), seed=1)
+        self._arena.used = 0
+        recorded = []
+        with self._attention(method if prefix is None else "kvr"):
+            for rank in range(partition.ranks):
+                recorded.append(self._record_rank(rank, method, partition, ids, prefix))
+        topology: Topology = "fanout" if method == "kvr-fanout" else "chain"
+        host_token = torch.empty((self._setup.batch, 1), dtype=torch.long, pin_memory=True)
+        return Recording(method, partition, recorded, topology, host_token)
+
+    def _record_rank(
+        self, rank: int, method: str, partition: Partition, ids: torch.Tensor, prefix: int | None
+    ) -> RecordedRank:
+        stream = self._replayer.streams[rank]
+        begins_at = self._arena.used
+        with torch.cuda.stream(stream), planning(), torch.no_grad():
+            # Once for real: kernels load, plans and workspaces are made, none of which a graph can hold.
+            self._run_rank(rank, method, partition, ids, prefix, None, Execution(to_host=False, empty=self._empty))
+            torch.cuda.synchronize()
+            self._arena.used = begins_at
+            recorder = Recorder(stream, self._pool)
+            clock = _RecordedClock(recorder)
+            execution = Execution(clock=lambda _: clock, to_host=False, empty=self._empty)
+            recorder.begin()
+            try:
+                result, links, gather = self._run_rank(rank, method, partition, ids, prefix, recorder, execution)
+            except BaseException:
+                recorder.abandon()
+                raise
+            recorder.end()
+        return RecordedRank(recorder.steps, result, clock, links, gather)
+
+    def _run_rank(
+        self,
+        rank: int,
+        method: str,
+        partition: Partition,
+        ids: torch.Tensor,
+        prefix: int | None,
+        recorder: Recorder | None,
+        execution: Execution,
+    ) -> tuple[PrefillResult, _RecordedLinks | None, _RecordedGather | None]:
+        ranks = partition.ranks
+        if method in ("tsp", "tsp-causal", "zigzag"):
+            gather = _RecordedGather(recorder, rank, ranks)
+            result = gathered(self._model, ids, method, gather, execution)  # type: ignore[arg-type]
+            return result, None, gather
+        start, end = partition.starts[rank], partition.ends[rank]
+        links = None if recorder is None or method == "bound" or prefix is not None else _RecordedLinks(recorder)
+        result = run_chunk(
+            self._model,
+            ids[:, start:end],
+            prefix=start if prefix is None else prefix,
+            rank=rank,
+            # A timed chunk ends with logits on every rank, as the last chunk of a prefill does.
+            ranks=ranks if prefix is None else rank + 1,
+            links=NoLinks() if links is None else links,
+            depth=self._depth,
+            execution=execution,
+        )
+        return result, links, None
+
+    def _empty(self, shape: tuple[int, int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return self._arena.empty(shape, dtype=dtype, device=device)
+
+
+def _wire_bytes(recording: Recording, rank: int) -> int:
+    """Bytes of KV that a rank puts on links in one replay."""
+    recorded = recording.ranks[rank]
+    if recorded.gather is not None:
+        return recorded.gather.sent_bytes
+    if recorded.links is None:
+        return 0
+    return sum(
+        slot.at(hop.piece).nbytes
+        for slot in recorded.links.slots
+        for hops in recording.sends(rank, slot.window).values()
+        for hop in hops
+    )
