@@ -28,6 +28,8 @@ class Sample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ranks: tuple[RankTimes, ...]
     kv_bytes: int
     """Bytes of KV counted on all links together."""
+    host_s: float = 0.0
+    """Seconds the host spent enqueueing work, where that is known and could set the pace."""
 
 
 class Failure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -26,7 +26,6 @@ class Setup(msgspec.Struct, frozen=True, tag=True):
     timeout_s: float
     backend: str = "cpu"
     topology: str = "chain"
-    bandwidth: float | None = None
     noise_seed: int = 0
     scratch: str = ""
     """A folder that all ranks of this machine share."""
@@ -39,6 +38,7 @@ class Prefill(msgspec.Struct, frozen=True, tag=True):
     sizes: tuple[int, ...]
     token_seed: int
     noise: int = 0
+    bandwidth: float | None = None
     cold: bool = False
     """As a shape that was never seen: nothing is planned for it before the clock starts."""
 
@@ -50,6 +50,7 @@ class Verify(msgspec.Struct, frozen=True, tag=True):
     sizes: tuple[int, ...]
     token_seed: int
     noise: int = 0
+    bandwidth: float | None = None
 
 
 class PlanAhead(msgspec.Struct, frozen=True, tag=True):
@@ -98,6 +99,8 @@ class PrefillDone(msgspec.Struct, frozen=True, tag=True):
     times: RankTimes
     kv_bytes: int
     first_token: int | None
+    host_s: float = 0.0
+    """Seconds the host spent enqueueing, where that is known."""
 
 
 class VerifyDone(msgspec.Struct, frozen=True, tag=True):

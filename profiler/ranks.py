@@ -149,6 +149,23 @@ class RankGroup:
             self.close()
             raise
         self._ready = [reply for reply in replies if isinstance(reply, messages.Ready)]
+        self._begin_run()
+
+    def hold_links(self, bandwidth: float | None) -> None:
+        """Hold every link to so many bytes per second from now on; None for what it can.
+
+        The log begins a new run with it, since its samples are not to be mixed with earlier ones.
+
+        Raises:
+            UnsupportedError: not more than 0.
+        """
+        if bandwidth is not None and not bandwidth > 0:
+            raise UnsupportedError(f"bandwidth must be more than 0 bytes a second; got {bandwidth:g}")
+        self.bandwidth = bandwidth
+        if self._transport is not None:
+            self._begin_run()
+
+    def _begin_run(self) -> None:
         self._run = os.urandom(6).hex()
         if self.log is not None:
             self.log.append(RunLine(SCHEMA, self._run, self.provenance))
@@ -300,7 +317,12 @@ class RankGroup:
         """
         self.check(candidate)
         request = messages.Prefill(
-            candidate.method, candidate.partition.sizes, token_seed=1, noise=candidate.noise, cold=cold
+            candidate.method,
+            candidate.partition.sizes,
+            token_seed=1,
+            noise=candidate.noise,
+            bandwidth=self.bandwidth,
+            cold=cold,
         )
         replies = [reply for reply in self._ask(request) if isinstance(reply, messages.PrefillDone)]
         finishing = next(reply for reply in reversed(replies) if reply.first_token is not None)
@@ -315,6 +337,7 @@ class RankGroup:
             ttft_s=ended - began,
             ranks=tuple(reply.times for reply in replies),
             kv_bytes=sum(reply.kv_bytes for reply in replies),
+            host_s=max(reply.host_s for reply in replies),
         )
 
     def verify(self, candidate: Candidate) -> Certificate:
@@ -430,6 +453,10 @@ class RankGroup:
             check_gathering(self._shapes(), candidate.method)  # type: ignore[arg-type]
             parts_of(candidate.method, candidate.partition.context, self.ranks)  # type: ignore[arg-type]
         if candidate.method == "tp":
+            if self.bandwidth is not None or candidate.noise:
+                raise UnsupportedError(
+                    "the collectives of tensor parallelism cannot be held to a bandwidth or disturbed"
+                )
             if self.backend == "sm":
                 raise UnsupportedError("tensor parallelism needs process ranks; use --backend cpu or cuda")
             if not getattr(self._folder.config, "base_model_tp_plan", None):
@@ -461,7 +488,6 @@ class RankGroup:
                 timeout_s=self.timeout_s,
                 backend=self.backend,
                 topology=self.topology,
-                bandwidth=self.bandwidth,
                 noise_seed=self.noise_seed,
             )
             for rank in range(self.ranks)

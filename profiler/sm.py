@@ -208,6 +208,23 @@ class _Arena:
         return self.buffer[start : start + size].view(dtype).view(shape)
 
 
+@dataclass(frozen=True, slots=True)
+class ReplayTimes:
+    """Moments of a replay, in seconds of ``time.perf_counter``.
+
+    Attributes:
+        began: all ranks were idle.
+        enqueued: the host had nothing more to do.
+        ended: the first token was on the host.
+        done_at: when each rank was done, as the host saw it in order of rank.
+    """
+
+    began: float
+    enqueued: float
+    ended: float
+    done_at: list[float]
+
+
 class Replayer:
     """Replays recordings: graphs on each rank's stream, links and events in between."""
 
@@ -217,17 +234,13 @@ class Replayer:
         self._link_streams: dict[tuple[int, int, bool], torch.cuda.Stream] = {}
         self._foreign: torch.Tensor | None = None
 
-    def run(self, recording: Recording, limits: LinkLimits) -> tuple[float, float, list[float]]:
-        """One replay.
-
-        Returns:
-            When it began and when the first token was on the host, and when each rank was done
-            (``time.perf_counter`` seconds; the ranks' as the host saw them, in order of rank).
-        """
+    def run(self, recording: Recording, limits: LinkLimits) -> ReplayTimes:
+        """One replay."""
         replay = _Replay(self, recording, limits)
         torch.cuda.synchronize()
         began = time.perf_counter()
         replay.enqueue()
+        enqueued = time.perf_counter()
         finishing = next(at for at, rank in enumerate(recording.ranks) if rank.result.first_token is not None)
         token = recording.ranks[finishing].result.first_token
         assert token is not None
@@ -242,7 +255,7 @@ class Replayer:
             done_at.append(time.perf_counter())
         torch.cuda.synchronize()
         replay.tell_times()
-        return began, ended, done_at
+        return ReplayTimes(began, enqueued, ended, done_at)
 
     def link_stream(self, source: int, target: int, limited: bool) -> torch.cuda.Stream:
         """The stream of one directed link.
@@ -441,10 +454,10 @@ class SMWorker(Worker):
         if request.method == "single":
             return self._timed_single(request)
         recording = self._recorded(request)
-        limits = LinkLimits(self._setup.bandwidth, request.noise, self._setup.noise_seed)
+        limits = LinkLimits(request.bandwidth, request.noise, self._setup.noise_seed)
         gc.disable()
         try:
-            began, ended, done_at = self._replayer.run(recording, limits)
+            times = self._replayer.run(recording, limits)
         finally:
             gc.enable()
         replies = []
@@ -453,11 +466,12 @@ class SMWorker(Worker):
             finishing = recorded.result.first_token is not None
             replies.append(
                 messages.PrefillDone(
-                    began=began,
-                    ended=ended if finishing else done_at[rank],
+                    began=times.began,
+                    ended=times.ended if finishing else times.done_at[rank],
                     times=RankTimes(timeline.compute_s, timeline.wait_s, timeline.transfer_s),
                     kv_bytes=_wire_bytes(recording, rank),
                     first_token=int(recording.host_token[0, 0]) if finishing else None,
+                    host_s=times.enqueued - times.began,
                 )
             )
         return messages.Many(tuple(replies))
@@ -487,7 +501,7 @@ class SMWorker(Worker):
         recording = self._recorded(request)
         # What an earlier replay left in the rows would hide a transfer that is missing.
         self._arena.buffer.fill_(255)
-        limits = LinkLimits(self._setup.bandwidth, request.noise, self._setup.noise_seed)
+        limits = LinkLimits(request.bandwidth, request.noise, self._setup.noise_seed)
         self._replayer.run(recording, limits)
         alone, reference = run_single(self._model, ids), run_reference(self._model, ids)
         found = [

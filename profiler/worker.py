@@ -141,7 +141,7 @@ class Worker:
         partition = Partition(request.sizes)
         ids = self._tokens(partition.context, request.token_seed)
         setup, model, depth = self._setup, self._model, self._depth
-        limits = LinkLimits(setup.bandwidth, request.noise, setup.noise_seed)
+        limits = LinkLimits(request.bandwidth, request.noise, setup.noise_seed)
         last = setup.rank == setup.ranks - 1
         match request.method:
             case "kvr" | "kvr-chain" | "kvr-fanout":

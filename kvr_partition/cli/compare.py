@@ -109,7 +109,9 @@ def run(options: argparse.Namespace) -> None:
             progress.doing(f"context {context}: {', '.join(name for name, _ in named)}")
             timed = [candidate for _, candidate in named]
             if noise:
-                timed += [_noisy(candidate, noise) for _, candidate in named if candidate.method != "single"]
+                # Those without links, or with links of their own, cannot be disturbed.
+                disturbed = [one for _, one in named if one.method not in ("single", "tp", "bound")]
+                timed += [_noisy(one, noise) for one in disturbed]
             measurements = group.measure_many(
                 timed,
                 plan=plan,

@@ -108,3 +108,120 @@ def test_the_whole_prompt_at_once_matches_stock_attention_in_half_precision() ->
     timeline = out.timeline
     assert len(timeline.layers) == 3
     assert timeline.compute_s > 0
+
+
+SM_METHODS = ("kvr-chain", "kvr-fanout", "tsp", "tsp-causal", "zigzag")
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "falcon-mqa", "mistral-window"])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_sm_partition_ranks_equal_the_single_run(name: str, ranks: int, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / name, name, hidden_size=256, num_attention_heads=4)
+    uneven = {2: (301, 99), 3: (200, 150, 50)}[ranks]
+    for dtype in ("float32", "float16"):
+        with RankGroup(folder, ranks=ranks, backend="sm", dtype=dtype, timeout_s=200) as group:
+            group.hold_links(None)
+            for method in SM_METHODS:
+                sizes = uneven if method.startswith("kvr") else Partition.even(400, ranks).sizes
+                candidate = Candidate(method, Partition(sizes))
+                try:
+                    group.check(candidate)
+                except UnsupportedError:
+                    continue
+                certificate = group.verify(candidate)
+                assert certificate.holds, (method, dtype, certificate.divergence)
+                assert certificate.deviations
+            group.hold_links(5e9)
+            disturbed = Candidate("kvr", Partition(uneven), noise=100_000)
+            assert group.verify(disturbed).holds
+            sample = group.sample(disturbed)
+            entry = probe(build(name, hidden_size=256, num_attention_heads=4)).entry_elements()
+            if name != "mistral-window":
+                width = 4 if dtype == "float32" else 2
+                assert sample.kv_bytes == sum(Partition(uneven).ends[:-1]) * entry * width
+            assert all(rank.compute_s > 0 for rank in sample.ranks)
+            assert group.sample(Candidate("bound", Partition(uneven))).kv_bytes == 0
+
+
+@pytest.mark.parametrize("rows", [64, 256, 300, 1000, 1793])
+@pytest.mark.parametrize("prefix", [0, 70, 1500])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (7, 1)])
+def test_a_shape_never_seen_is_put_together_from_plans_that_exist(
+    rows: int, prefix: int, heads: int, kv_heads: int
+) -> None:
+    from kvr_partition.runtime import kernels
+    from kvr_partition.runtime.attention import attend_chunk
+    from kvr_partition.runtime.kernels import CudnnPlans
+    from tests.unit.test_attention import close, reference
+
+    torch.manual_seed(rows + prefix)
+    like: dict[str, Any] = {"dtype": torch.float16, "device": "cuda"}
+
+    def chunk(tokens: int, before: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        query = torch.randn(1, tokens, heads, 64, **like).transpose(1, 2)
+        stored = torch.randn(before + tokens, 2, kv_heads, 64, **like)
+        key, value = (stored[:, at].unsqueeze(1).permute(1, 2, 0, 3) for at in (0, 1))
+        return query, key, value
+
+    query, key, value = chunk(256, 256)
+    kernels.attend(query, key[:, :, :256], value[:, :, :256], scale=0.1)
+    CudnnPlans.here().build_ahead(1024)
+    query, key, value = chunk(rows, prefix)
+    calls = []
+    real = kernels._cudnn_call
+
+    def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool) -> Any:
+        calls.append((q.shape[2], k.shape[2]))
+        return real(q, k, v, scale, causal)
+
+    kernels._cudnn_call = spy
+    try:
+        output = attend_chunk(
+            query,
+            key[:, :, prefix:],
+            value[:, :, prefix:],
+            lambda: (key[:, :, :prefix], value[:, :, :prefix]) if prefix else None,
+            scale=0.1,
+            window=None,
+        )
+    finally:
+        kernels._cudnn_call = real
+    assert all(length in kernels.PIECES for call in calls for length in call)
+    visible = torch.ones(rows, prefix + rows, dtype=torch.bool).tril(prefix)
+    assert close(output, reference(query, key, value, 0.1, visible)[0], torch.float16)
+
+
+def test_merging_on_the_device_equals_merging_on_the_host() -> None:
+    from kvr_partition.runtime.kernels import merge_
+
+    torch.manual_seed(0)
+    for dim in (64, 80, 128):
+        output, other = torch.randn(2, 2, 33, 6, dim).transpose(2, 3).unbind(0)
+        lse, other_lse = torch.randn(2, 2, 6, 33).mul(20).unbind(0)
+        right, right_lse = output.clone(), lse.clone()
+        merge_(right, right_lse, other, other_lse)
+        found, found_lse = output.cuda(), lse.cuda()
+        merge_(found, found_lse, other.cuda(), other_lse.cuda())
+        assert relative(found.cpu(), right) < 1e-5
+        assert relative(found_lse.cpu(), right_lse) < 1e-5
+
+
+def test_a_rank_needs_its_weights_its_visible_kv_and_a_stated_bound() -> None:
+    model = build("llama-gqa", num_hidden_layers=8, hidden_size=256, intermediate_size=512).to(
+        "cuda", torch.float16
+    )
+    chunk, prefix = 512, 1024
+    ids = torch.zeros((1, chunk), dtype=torch.long, device="cuda")
+    for _ in range(2):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = run_chunk(model, ids, prefix=prefix, rank=1, ranks=2, links=NoLinks())
+        peak = torch.cuda.max_memory_allocated() - before
+        kv = result.cache.kv_bytes
+        del result
+    # Activations do not grow with the prefix or with layers: a chunk's width in the MLP and a dozen times
+    # its hidden state, the cuDNN and cuBLAS workspaces besides.
+    bound = chunk * 2 * (3 * 512 + 12 * 256) + (16 << 20)
+    assert kv == 8 * (chunk + prefix) * 2 * 2 * 64 * 2
+    assert peak <= kv + bound, (peak, kv, bound)

@@ -1,0 +1,233 @@
+"""Prefill figures: one rank, cold contexts, and every method at several rank counts, interleaved.
+
+Each part is one run whose samples go to ``<out>/<part>.jsonl`` and whose figures go to ``<out>/<part>.json``.
+Parts that finished are skipped when the same command runs again.
+
+    python benchmarks/prefill.py --model llama-7b --backend sm --dtype float16 --out data/h200/llama-7b
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kvr_partition.cli.comparison import Comparison, together
+from kvr_partition.cli.options import model_folder, parse_bytes
+from kvr_partition.cli.show import print_table
+from kvr_partition.cost import ChunkCost
+from kvr_partition.errors import KVRError
+from kvr_partition.measurement import median
+from kvr_partition.partition import Partition
+from kvr_partition.schedule import balanced
+from profiler import Candidate, MeasurementLog, RankGroup, SamplingPlan
+
+BASELINES = ("tsp", "tsp-causal", "zigzag", "tp")
+
+
+def balance(group: RankGroup, context: int, quantum: int, rounds: int = 2) -> Partition:
+    """The split in which all ranks compute equally long, from what ranks measured without any waits."""
+    import numpy as np
+    from scipy.optimize import nnls
+
+    split = Partition.even(context, group.ranks, quantum=quantum)
+    terms, seconds = [], []
+    for _ in range(rounds):
+        samples = [group.sample(Candidate("bound", split)) for _ in range(3)][1:]
+        for rank, (chunk, start) in enumerate(zip(split.sizes, split.starts, strict=True)):
+            terms.append([chunk, chunk * (start + chunk / 2)])
+            seconds.append(median([sample.ranks[rank].compute_s for sample in samples]))
+        weight = np.array(seconds)
+        (token, pair), _ = nnls(np.array(terms) / weight[:, None], np.ones(len(seconds)))
+        split = balanced(ChunkCost(0.0, token, pair, pair), context, group.ranks, quantum=quantum)
+    return split
+
+
+def compare(
+    group: RankGroup, context: int, split: Partition, plan: SamplingPlan, part: str, noise: int, verify: bool
+) -> dict[str, Any]:
+    """Every method on one context, as `kvr-partition compare` shows them."""
+    wanted = [("single", Candidate.single(context))]
+    wanted += [(method, Candidate.even(method, context, group.ranks)) for method in BASELINES]
+    wanted += [
+        ("KVR-E", Candidate("kvr-chain", Partition.even(context, group.ranks))),
+        ("KVR balanced", Candidate("kvr-chain", split)),
+        ("KVR balanced fan-out", Candidate("kvr-fanout", split)),
+        ("TTFT(p) of balanced", Candidate("bound", split)),
+    ]
+    named, left_out = [], {}
+    for name, candidate in wanted:
+        try:
+            group.check(candidate)
+            if verify and candidate.method not in ("single", "bound"):
+                certificate = group.verify(candidate)
+                if not certificate.holds:
+                    raise KVRError(f"does not equal one rank: {certificate.divergence}")
+        except KVRError as error:
+            left_out[name] = str(error)
+            continue
+        named.append((name, candidate))
+    disturbed = (
+        [
+            (name, replace(candidate, noise=noise))
+            for name, candidate in named
+            if candidate.method not in ("single", "tp", "bound")
+        ]
+        if noise
+        else []
+    )
+    candidates = [candidate for _, candidate in named + disturbed]
+    measured = dict(zip(candidates, group.measure_many(candidates, plan=plan, purpose=part), strict=True))
+    comparison = Comparison(
+        [(name, measured[candidate]) for name, candidate in named],
+        [(name, measured[candidate]) for name, candidate in disturbed],
+        ranks=group.ranks,
+        shared=group.backend == "sm",
+        windows=group.windows,
+        depth=group.resolved_depth,
+    )
+    print_table(*together([(str(context), comparison)]), left=2)
+    for name, why in left_out.items():
+        print(f"  no {name}: {why}")
+    records = comparison.facts()
+    for record, (_, candidate) in zip(records, named, strict=True):
+        found = measured[candidate]
+        record["samples_s"] = [sample.ttft_s for sample in found.samples]
+        record["host_enqueueing_s"] = median([sample.host_s for sample in found.samples]) if found.ok else None
+        record["ranks"] = [
+            {
+                field: median([getattr(sample.ranks[rank], field) for sample in found.samples])
+                for field in ("compute_s", "wait_s", "transfer_s")
+            }
+            for rank in range(len(found.samples[0].ranks) if found.ok else 0)
+        ]
+    return {"context": context, "left_out": left_out, "methods": records}
+
+
+def one_rank(group: RankGroup, contexts: list[int], plan: SamplingPlan) -> dict[str, Any]:
+    """Our runtime on one rank against stock transformers."""
+    found: dict[str, Any] = {}
+    for context in contexts:
+        pair = [Candidate.single(context), Candidate("kvr", Partition((context,)))]
+        stock, ours = group.measure_many(pair, plan=plan, purpose=f"one-rank/{context}")
+        found[str(context)] = {
+            "stock_s": stock.ttft_s,
+            "ours_s": ours.ttft_s,
+            "ours_over_stock": ours.ttft_s / stock.ttft_s,
+            "stock_samples_s": [sample.ttft_s for sample in stock.samples],
+            "ours_samples_s": [sample.ttft_s for sample in ours.samples],
+        }
+        print(f"  {context}: stock {stock.ttft_s * 1e3:.1f} ms, ours {ours.ttft_s * 1e3:.1f} ms", flush=True)
+    return found
+
+
+def cold(group: RankGroup, context: int, plan: SamplingPlan) -> dict[str, Any]:
+    """Contexts never seen before, then the same again once their plans exist."""
+    built, seconds = group.plan_ahead(min(context, 16384))
+    found = {"plans_built_ahead": built, "building_s": seconds, "contexts": {}}
+    for step in range(5):
+        unseen = context - 137 - 211 * step  # no multiple of anything
+        candidate = Candidate("kvr", Partition((unseen,)))
+        first = group.sample(candidate, cold=True).ttft_s
+        again = [group.sample(candidate, cold=True).ttft_s for _ in range(3)]
+        group.sample(candidate)
+        warm = median([group.sample(candidate).ttft_s for _ in range(5)])
+        found["contexts"][str(unseen)] = {
+            "cold_s": first,
+            "cold_again_s": again,
+            "warm_s": warm,
+            "ratio": first / warm,
+        }
+        print(f"  {unseen}: cold {first * 1e3:.1f} ms, warm {warm * 1e3:.1f} ms", flush=True)
+    return found
+
+
+def main() -> None:
+    """Run the parts that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama-7b")
+    parser.add_argument("--backend", default="sm", choices=("sm", "cuda", "cpu"))
+    parser.add_argument("--dtype", default="float16")
+    parser.add_argument("--context", type=int, default=16384)
+    parser.add_argument("--ranks", default="2,4,8")
+    parser.add_argument("--one-rank", default="4096,16384,32768", help="contexts; empty for none")
+    parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--bandwidth", help="compare at this rate as well, like 10GB/s")
+    parser.add_argument("--noise", default="0", help="foreign traffic per layer at that rate, like 16MB")
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--quantum", type=int, default=128)
+    parser.add_argument("--verify", action="store_true", help="verify each method at this context first")
+    parser.add_argument("--out", required=True, type=Path)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    least = min(6, options.samples)
+    plan = SamplingPlan(warmup=1, least=least, most=options.samples, tolerance=0.01)
+    failed = False
+
+    def part(name: str, ranks: int, backend: str, work: Callable[[RankGroup], Any]) -> None:
+        nonlocal failed
+        file = options.out / f"{name}.json"
+        if file.exists():
+            return
+        print(f"\n{name}", flush=True)
+        began = time.monotonic()
+        try:
+            with (
+                MeasurementLog(options.out / f"{name}.jsonl") as log,
+                RankGroup(
+                    model_folder(options.model),
+                    ranks,
+                    backend=backend,
+                    dtype=options.dtype,
+                    log=log,
+                    timeout_s=300,
+                ) as group,
+            ):
+                figures = work(group)
+                origin = json.loads(json.dumps(group.provenance, default=_fields))
+        except KVRError as error:
+            failed = True
+            traceback.print_exc()
+            for note in getattr(error, "__notes__", []):
+                print(note)
+            return
+        document = {"command": "python " + " ".join(sys.argv), "provenance": origin, "figures": figures}
+        file.write_text(json.dumps(document, indent=1) + "\n")
+        print(f"  [{time.monotonic() - began:.0f} s]", flush=True)
+
+    contexts = [int(word) for word in options.one_rank.split(",") if word]
+    whole = "cpu" if options.backend == "cpu" else "cuda"
+    if contexts:
+        part("one-rank", 1, whole, lambda group: one_rank(group, contexts, plan))
+    if options.cold:
+        part("cold", 1, whole, lambda group: cold(group, options.context, plan))
+    noise = int(parse_bytes(options.noise, "--noise"))
+    for ranks in (int(word) for word in options.ranks.split(",") if word):
+
+        def work(group: RankGroup) -> Any:
+            split = balance(group, options.context, options.quantum)
+            full = compare(group, options.context, split, plan, "full-bandwidth", 0, options.verify)
+            if options.bandwidth is None:
+                return {"full_bandwidth": full}
+            group.hold_links(parse_bytes(options.bandwidth.removesuffix("/s"), "--bandwidth"))
+            held = compare(group, options.context, split, plan, "held", noise, False)
+            return {"full_bandwidth": full, "held": {"bandwidth": options.bandwidth, "noise_bytes": noise, **held}}
+
+        part(f"{options.backend}-{ranks}-ranks", ranks, options.backend, work)
+    sys.exit(1 if failed else 0)
+
+
+def _fields(value: Any) -> Any:
+    import msgspec
+
+    return msgspec.to_builtins(value)
+
+
+if __name__ == "__main__":
+    main()
