@@ -9,6 +9,7 @@ enqueues. One graph over all ranks would not do: it runs on the SMs of one rank.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 import warnings
@@ -54,8 +55,9 @@ class Recorder:
 
     def begin(self) -> None:
         """Start a graph."""
-        self._graph = torch.cuda.CUDAGraph(keep_graph=True)
-        self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        self._graph = graph
 
     def end(self) -> None:
         """End the graph, and keep it if there is anything in it."""
@@ -69,9 +71,10 @@ class Recorder:
 
     def abandon(self) -> None:
         """Leave capture mode after an error."""
-        if self._graph is not None:
-            graph, self._graph = self._graph, None
-            graph.capture_end()
+        graph, self._graph = self._graph, None
+        if graph is not None:
+            with contextlib.suppress(RuntimeError):  # the error that led here is the one to tell
+                graph.capture_end()
 
     def cut(self, step: Step) -> None:
         """Put a step between two graphs."""
@@ -310,7 +313,7 @@ class _Replay:
         for rank, recorded in enumerate(self.recording.ranks):
             recorded.clock.events = self.stamps[rank]
             if recorded.links is not None:
-                recorded.links.transfer_s = [0.0] * len(recorded.links.slots)
+                recorded.links.transfer_s[:] = [0.0] * len(recorded.links.slots)
         for rank, layer, begin, end in self.spans:
             links = self.recording.ranks[rank].links
             assert links is not None
@@ -442,6 +445,12 @@ class SMWorker(Worker):
         self._sms = [group.sms for group in groups]
         self._replayer = Replayer(streams, spare)
         self._pool = torch.cuda.graph_pool_handle()
+        # A pool ends with the last graph in it, and would then be refused; this one keeps it.
+        self._keeper = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(streams[0]):
+            self._keeper.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            self._kept = torch.zeros(1, device=self._device)
+            self._keeper.capture_end()
         self._arena = _Arena(torch.empty(0, dtype=torch.uint8, device=self._device))
         self._recordings: dict[tuple[str, tuple[int, ...]], Recording] = {}
 

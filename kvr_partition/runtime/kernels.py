@@ -112,6 +112,11 @@ def _cuda_flash(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """FlashAttention as shipped with torch; takes grouped KV heads as they are."""
     assert bias is None
+    if query.shape[2] == 1 and query.shape[1] != key.shape[1]:
+        # A single row of grouped heads takes another path inside, whose result does not merge.
+        twice = query.expand(-1, -1, 2, -1)
+        output, lse = _cuda_flash(twice, key, value, scale=scale, causal=False, bias=None)
+        return output[:, :, :1], lse[:, :, :1]
     output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
         query, key, value, 0.0, causal, False, scale=scale
     )

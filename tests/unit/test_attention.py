@@ -53,12 +53,12 @@ CHOICES = [
 )
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (6, 1)])
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("case", ["causal", "rectangle", "bias"])
+@pytest.mark.parametrize("case", ["causal", "rectangle", "one row", "bias"])
 def test_a_kernel_returns_attention_and_its_log_sum_exp(
     choice: Any, dtype: torch.dtype, device: str, heads: int, kv_heads: int, batch: int, case: str
 ) -> None:
     torch.manual_seed(0)
-    rows, tokens, dim = (70, 70, 64) if case == "causal" else (70, 301, 64)
+    rows, tokens, dim = {"causal": (70, 70, 64), "one row": (1, 301, 64)}.get(case, (70, 301, 64))
     like: dict[str, Any] = {"dtype": dtype, "device": device}
     query = token_major(batch, heads, rows, dim, like)
     key, value = (token_major(batch, kv_heads, tokens, dim, like) for _ in range(2))
