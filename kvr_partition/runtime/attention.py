@@ -121,17 +121,20 @@ class sdpa_calls(TorchFunctionMode):  # noqa: N801 - used like a function
     """While it lasts, calls of ``scaled_dot_product_attention`` itself go to ``hook``.
 
     For models that do not use transformers' attention interface. They are run with `no_mask` as their mask,
-    which they hand on as it is.
+    which they hand on as it is. Without a hook attention stays what it is.
     """
 
-    def __init__(self, hook: Hook) -> None:
+    def __init__(self, hook: Hook | None) -> None:
         super().__init__()
         self._hook = hook
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is not torch.nn.functional.scaled_dot_product_attention:
+        if func is torch.Tensor.__getitem__:
+            # A list as an index (Falcon has them) is copied to the device, for which the host waits.
+            return func(args[0], _without_lists(args[1]))
+        if func is not torch.nn.functional.scaled_dot_product_attention or self._hook is None:
             return func(*args, **(kwargs or {}))
         call = _SDPA.bind(*args, **(kwargs or {})).arguments
         return self._hook(
@@ -143,6 +146,17 @@ class sdpa_calls(TorchFunctionMode):  # noqa: N801 - used like a function
             scaling=call.get("scale"),
             dropout=call.get("dropout_p") or None,
         ).transpose(1, 2)
+
+
+def _without_lists(index: Any) -> Any:
+    """The same index with lists of one number as slices."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if not any(isinstance(part, list) and len(part) == 1 and type(part[0]) is int for part in parts):
+        return index
+    return tuple(
+        slice(part[0], part[0] + 1 or None) if isinstance(part, list) and len(part) == 1 else part
+        for part in parts
+    )
 
 
 def _sdpa_signature(

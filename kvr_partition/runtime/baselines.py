@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from kvr_partition.runtime.support import (
     check_context,
     first_token,
     forward,
+    own_attention,
     probe,
     replaced_attention,
     text_config,
@@ -197,8 +199,12 @@ def gathered(
     if method == "tsp" and _has_alibi(model):
         # Models with ALiBi take the number of keys from the attention mask, or else assume none come later.
         extra["attention_mask"] = torch.ones_like(input_ids)
-    with replaced_attention(model, None if method == "tsp" else support.route, run.attend) as more:
-        output = forward(model, chunk_ids, run.cache, **extra, **more)
+    with ExitStack() as stack:
+        if method == "tsp":
+            stack.enter_context(own_attention(model))
+        else:
+            extra.update(stack.enter_context(replaced_attention(model, support.route, run.attend)))
+        output = forward(model, chunk_ids, run.cache, **extra)
     run.cache.prefilling = None
     has_token = own[-1].end == input_ids.shape[1]
     logits, token = first_token(output, execution.to_host) if has_token else (None, None)

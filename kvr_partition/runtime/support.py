@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -272,6 +272,13 @@ class runahead_attention:  # noqa: N801 - reads as a statement: with runahead_at
     def __exit__(self, *_: object) -> None:
         if self._before != attention.IMPLEMENTATION:
             self._model.set_attn_implementation(self._before)
+
+
+@contextmanager
+def own_attention(model: Any) -> Iterator[None]:
+    """A model with its own attention, without what would make the host wait inside its layers."""
+    with attention.sdpa_calls(None) if not _uses_interface(model) else nullcontext():
+        yield
 
 
 @contextmanager
