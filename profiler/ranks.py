@@ -403,9 +403,12 @@ class RankGroup:
         Raises:
             RankError: it failed.
             PartitionError: the partition does not fit, or too many tokens for the model.
+            UnsupportedError: ranks that cannot decode.
         """
         from kvr_partition.runtime.support import check_context
 
+        if self.backend == "sm":
+            raise UnsupportedError("SM-partition ranks are for measuring; use another --backend to generate")
         self.check(Candidate("kvr", partition))
         check_context(self._folder.config, partition.context + max_new_tokens)
         self._ask(
@@ -461,6 +464,12 @@ class RankGroup:
                 raise UnsupportedError("tensor parallelism needs process ranks; use --backend cpu or cuda")
             if not getattr(self._folder.config, "base_model_tp_plan", None):
                 raise UnsupportedError(f"transformers has no tensor-parallel plan for {self.geometry.model_type}")
+            heads = (self.geometry.attention_heads, self.geometry.kv_heads)
+            if any(count % self.ranks for count in heads):
+                raise UnsupportedError(
+                    f"tensor parallelism cuts whole heads, and {heads[0]} heads with {heads[1]} KV heads cannot "
+                    f"be dealt to {self.ranks} ranks"
+                )
 
     def _link(self) -> str:
         if self.ranks == 1:

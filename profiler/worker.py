@@ -251,6 +251,7 @@ class Worker:
                 Partition(request.sizes),
                 depth=self._depth,
                 reserve=request.max_new_tokens,
+                topology=self._setup.topology,  # type: ignore[arg-type]
             )
         if result.first_token is not None:
             first = int(result.first_token[0, 0])

@@ -92,3 +92,33 @@ def write_folder(folder: Path, name: str, **changes: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config(name, **changes)))
     return folder
+
+
+def provenance(**changes: Any) -> Any:
+    """Conditions such as a run of two CPU ranks would have."""
+    from kvr_partition.provenance import ModelGeometry, Provenance
+
+    geometry = ModelGeometry("llama", "llama", 3, 64, 4, 2, 16, 257, None, "0" * 64)
+    fields: dict[str, Any] = {
+        "model": geometry,
+        "dtype": "float32",
+        "weights": "random(seed=0)",
+        "ranks": 2,
+        "backend": "cpu",
+        "topology": "chain",
+        "depth": "attention",
+        "batch": 1,
+        "device": "a processor",
+        "threads_per_rank": 1,
+        "link": "gloo over loopback",
+        "os": "Linux x86_64",
+        "python": "3.11",
+        "torch": "2.13.0",
+        "transformers": "5.23.0",
+        "cuda": None,
+        "nccl": None,
+        "driver": None,
+        "kvr_partition": "0.1.0",
+        "created": "2026-11-24T00:00:00+00:00",
+    }
+    return Provenance(**{**fields, **changes})

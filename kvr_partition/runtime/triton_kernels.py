@@ -41,13 +41,14 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
 def merge(output: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> None:
     """`kernels.merge_` in one pass over memory; the last axis of ``output`` and ``other`` must be dense."""
     batch, heads, rows, dim = output.shape
-    block = 32
+    # One warp a program: several would each read the log-sum-exp, and one could do so after another wrote it.
+    block = 8
     _merge_kernel[(triton.cdiv(rows * heads, block), batch)](
         output, lse, other, other_lse,
         rows, heads,
         *output.stride()[:3], *other.stride()[:3],
         *lse.stride(), *other_lse.stride(),
-        DIM=dim, WIDTH=triton.next_power_of_2(dim), BLOCK=block, num_warps=4,
+        DIM=dim, WIDTH=triton.next_power_of_2(dim), BLOCK=block, num_warps=1,
     )  # fmt: skip
 
 

@@ -143,7 +143,7 @@ def test_sm_partition_ranks_equal_the_single_run(name: str, ranks: int, tmp_path
             assert group.sample(Candidate("bound", Partition(uneven))).kv_bytes == 0
 
 
-@pytest.mark.parametrize("rows", [64, 256, 300, 1000, 1793])
+@pytest.mark.parametrize("rows", [64, 256, 300, 1000, 1792, 1793])
 @pytest.mark.parametrize("prefix", [0, 70, 1500])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (7, 1)])
 def test_a_shape_never_seen_is_put_together_from_plans_that_exist(
@@ -195,9 +195,10 @@ def test_merging_on_the_device_equals_merging_on_the_host() -> None:
     from kvr_partition.runtime.kernels import merge_
 
     torch.manual_seed(0)
-    for dim in (64, 80, 128):
-        output, other = torch.randn(2, 2, 33, 6, dim).transpose(2, 3).unbind(0)
-        lse, other_lse = torch.randn(2, 2, 6, 33).mul(20).unbind(0)
+    # Enough rows to fill the device several times over: a race would not show on a few.
+    for dim, rows in ((64, 33), (80, 33), (128, 33), (64, 20_000)):
+        output, other = torch.randn(2, 2, rows, 6, dim).transpose(2, 3).unbind(0)
+        lse, other_lse = torch.randn(2, 2, 6, rows).mul(20).unbind(0)
         right, right_lse = output.clone(), lse.clone()
         merge_(right, right_lse, other, other_lse)
         found, found_lse = output.cuda(), lse.cuda()
