@@ -29,9 +29,9 @@ from transformers.generation.streamers import BaseStreamer
 from kvr_partition.errors import KVRError, RankError
 from kvr_partition.measurement import RankTimes
 from kvr_partition.partition import Partition
-from kvr_partition.runtime import decode, prefill, probe, single, tsp, zigzag
+from kvr_partition.runtime import decode, prefill, probe, single, tsp, warm_up, zigzag
 from kvr_partition.runtime.cache import RunaheadCache
-from kvr_partition.runtime.kernels import CudnnPlans, planning
+from kvr_partition.runtime.kernels import planning
 from kvr_partition.runtime.links import LinkLimits, NoLinks, Topology
 from kvr_partition.runtime.prefill import PrefillResult, run_chunk
 from kvr_partition.runtime.support import Depth, runahead_attention
@@ -209,13 +209,8 @@ class Worker:
 
     def _planned(self, tokens: int) -> messages.PlanDone:
         began = time.perf_counter()
-        built = 0
-        if self._device.type == "cuda":
-            # A chunk behind a prefix shows which kinds of calls the model makes.
-            with self._attention("kvr"):
-                self._chunk(512, 512)
-            built = CudnnPlans.here().build_ahead(tokens)
-            torch.cuda.synchronize()
+        with self._attention("kvr"):
+            built = warm_up(self._model, tokens, self._depth)
         return messages.PlanDone(built, time.perf_counter() - began)
 
     def _planning(self, request: messages.Prefill) -> contextlib.AbstractContextManager[None]:

@@ -2,7 +2,7 @@
 
 from kvr_partition.runtime.baselines import single, tsp, zigzag
 from kvr_partition.runtime.links import LinkLimits
-from kvr_partition.runtime.prefill import PrefillResult, decode, prefill
+from kvr_partition.runtime.prefill import PrefillResult, decode, prefill, warm_up
 from kvr_partition.runtime.support import ModelSupport, check_config, check_context, probe
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "probe",
     "single",
     "tsp",
+    "warm_up",
     "zigzag",
 ]

@@ -15,7 +15,8 @@ from kvr_partition.runtime import attention
 from kvr_partition.runtime.cache import RunaheadCache, RunaheadLayer
 from kvr_partition.runtime.execution import AT_ONCE, Execution
 from kvr_partition.runtime.group_links import group_links
-from kvr_partition.runtime.links import NO_LIMITS, LinkLimits, Links, Topology
+from kvr_partition.runtime.kernels import CudnnPlans
+from kvr_partition.runtime.links import NO_LIMITS, LinkLimits, Links, NoLinks, Topology
 from kvr_partition.runtime.support import (
     Depth,
     check_context,
@@ -240,6 +241,32 @@ class _ChunkRun:
         if layer.kept_prefix:
             self._links.wait_prefix(self._position[index])
         self._stamp()
+
+
+def warm_up(model: Any, tokens: int, depth: Depth = "auto") -> int:
+    """Prepare this process for prompts of any length up to ``tokens``, so that a new length pays nothing extra.
+
+    Serving code calls it once, after loading the model, on the thread that will run prefills: kernels load,
+    and on CUDA the plans are built from which `prefill` puts unseen shapes together.
+
+    Returns:
+        How many plans were built; 0 where kernels need none.
+    """
+    device = next(model.parameters()).device
+    # A chunk behind a prefix shows which kinds of calls the model makes.
+    chunk = max(1, min(512, tokens // 2))
+    ids = torch.zeros((1, chunk), dtype=torch.long, device=device)
+    run_chunk(model, ids, prefix=chunk, rank=0, ranks=1, links=NoLinks(), depth=depth, fill=_zero_prefix)
+    if device.type != "cuda":
+        return 0
+    built = CudnnPlans.here().build_ahead(tokens)
+    torch.cuda.synchronize(device)
+    return built
+
+
+def _zero_prefix(cache: RunaheadCache) -> None:
+    for _, layer in cache.kv_layers:
+        layer.store.rows.zero_()
 
 
 def decode(
