@@ -27,6 +27,23 @@ class TimedChunk:
 
 
 @dataclass(frozen=True, slots=True)
+class LinkCost:
+    """Time of a message on one directed link: ``latency_s + bytes · seconds_per_byte``."""
+
+    latency_s: float = 0.0
+    seconds_per_byte: float = 0.0
+
+    @classmethod
+    def of(cls, bandwidth: float, latency_s: float = 0.0) -> LinkCost:
+        """A link of so many bytes per second."""
+        return cls(latency_s, 1.0 / bandwidth)
+
+    def seconds(self, nbytes: float) -> float:
+        """Time in seconds from the first byte leaving to the last one arriving."""
+        return self.latency_s + nbytes * self.seconds_per_byte
+
+
+@dataclass(frozen=True, slots=True)
 class ChunkCost:
     """Time of a chunk with causal attention: own block half a square, prefix a rectangle.
 
@@ -37,6 +54,8 @@ class ChunkCost:
     per_token_s: float
     per_own_pair_s: float
     per_prefix_pair_s: float
+    kv_share: float = 0.0
+    """Share of the fixed and per-token time that a layer spends before its KV is ready to be sent."""
 
     def seconds(self, chunk: float, prefix: float) -> float:
         """Time in seconds of ``chunk`` tokens behind ``prefix`` tokens."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -10,6 +9,7 @@ from typing import Literal, Protocol
 import torch
 
 from kvr_partition.errors import UnsupportedError
+from kvr_partition.noise import noisy_link
 from kvr_partition.partition import Partition
 
 Topology = Literal["chain", "fanout"]
@@ -133,9 +133,7 @@ class LinkLimits:
 
     def noisy_link(self, layer: int, ranks: int) -> int | None:
         """The rank whose link to the next one carries foreign traffic in a layer; None without noise."""
-        if not self.noise or ranks < 2:
-            return None
-        return random.Random(self.seed * 1_000_003 + layer).randrange(ranks - 1)
+        return noisy_link(layer, ranks, self.noise, self.seed)
 
 
 NO_LIMITS = LinkLimits()

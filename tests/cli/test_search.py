@@ -203,7 +203,8 @@ def test_predict_export_compare_and_generate_use_the_table(home: Path) -> None:
     assert load(home / "again.json").entries == table.entries
 
     compare = (
-        "compare --model llama --context 128,144 --table out/table.json --samples 1 --format json --log c.jsonl"
+        "compare --model llama --context 128,144 --table out/table.json --samples 1 --format json --log c.jsonl "
+        "--methods single,tsp,kvr-e,kvr-s,kvr-p"
     )
     shown = json.loads(program(*compare.split(), cwd=home).stdout)
     names = [[method["method"] for method in one["methods"]] for one in shown]

@@ -1,0 +1,197 @@
+"""The schedule against its slow and obvious twin, against arithmetic, and the best split against all splits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from kvr_partition import Partition
+from kvr_partition.cost import ChunkCost, LinkCost
+from kvr_partition.errors import PartitionError
+from kvr_partition.schedule import (
+    FREE_LINK,
+    Setting,
+    balanced,
+    best_split,
+    bounds,
+    gathering_ttft,
+    simulate,
+    ttft,
+)
+from tests.unit.reference_schedule import finished
+
+# A 7B model with 32 layers on one fast GPU, in round numbers.
+COST = ChunkCost(2e-3, 2.8e-5, 2e-9, 2e-9, kv_share=0.25)
+SETTING = Setting(COST, layers=32, entry_bytes=16384)
+
+costs = st.builds(
+    ChunkCost,
+    st.floats(0, 1e-2),
+    st.floats(1e-6, 1e-3),
+    st.floats(0, 1e-6),
+    st.floats(0, 1e-6),
+    kv_share=st.floats(0, 1),
+)
+link_costs = st.builds(LinkCost, st.floats(0, 1e-3), st.floats(0, 1e-6))
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[Partition, Setting]:
+    sizes = draw(st.lists(st.integers(1, 500), min_size=1, max_size=5))
+    ranks = len(sizes)
+    several = st.lists(link_costs, min_size=ranks - 1, max_size=ranks - 1).map(tuple)
+    setting = Setting(
+        cost=draw(costs),
+        layers=draw(st.integers(1, 5)),
+        entry_bytes=draw(st.integers(1, 4096)),
+        link=draw(st.one_of(link_costs, several)),
+        speeds=tuple(draw(st.lists(st.floats(0.2, 3), min_size=ranks, max_size=ranks)))
+        if draw(st.booleans())
+        else (),
+        topology=draw(st.sampled_from(["chain", "fanout"])),
+        overlap=draw(st.booleans()),
+        dense=draw(st.booleans()),
+        past=draw(st.integers(0, 300)),
+        noise=draw(st.sampled_from([0, 100_000])),
+        noise_seed=draw(st.integers(0, 3)),
+    )
+    return Partition(sizes, past=setting.past), setting
+
+
+@given(cases())
+@settings(max_examples=200, deadline=None)
+def test_it_agrees_with_the_slow_and_obvious_simulation(case: tuple[Partition, Setting]) -> None:
+    partition, setting = case
+    right = finished(partition, setting)
+    timeline = simulate(partition, setting)
+    assert timeline.ttft_s == pytest.approx(right[-1], rel=1e-9)
+    assert ttft([partition.sizes], setting)[0] == pytest.approx(right[-1], rel=1e-9)
+    for rank, end in zip(timeline.ranks, right, strict=True):
+        assert rank.compute_s + rank.wait_s == pytest.approx(end, rel=1e-9)
+        assert len(rank.layers) == setting.layers
+    if partition.ranks > 1 and not setting.noise:
+        # A link sends no faster than it can, and what it sends is what the topology costs.
+        entries = sum(partition.sizes[: rank + 1][-1] for rank in range(partition.ranks - 1))
+        assert (sum(rank.transfer_s for rank in timeline.ranks) > 0) == any(
+            link.seconds_per_byte > 0
+            for link in (setting.link if isinstance(setting.link, tuple) else (setting.link,))
+        ) * (entries > 0)
+
+
+def test_many_partitions_at_once_are_each_by_itself() -> None:
+    generator = np.random.default_rng(0)
+    sizes = generator.integers(1, 4000, (5000, 4))
+    setting = replace(SETTING, link=LinkCost.of(10e9, 1e-5), layers=4)
+    together = ttft(sizes, setting)
+    assert together.shape == (5000,)
+    for at in (0, 2047, 2048, 4999):
+        assert together[at] == simulate(Partition(tuple(map(int, sizes[at]))), setting).ttft_s
+    assert ttft(np.empty((0, 3)), setting).shape == (0,)
+    with pytest.raises(PartitionError, match=r"\[partitions, ranks\]"):
+        ttft([1, 2, 3], setting)
+
+
+def test_one_rank_takes_what_its_chunk_costs() -> None:
+    for past in (0, 1000):
+        timeline = simulate(Partition((4096,), past=past), replace(SETTING, past=past))
+        assert timeline.ttft_s == pytest.approx(COST.seconds(4096, past))
+        assert timeline.ranks[0].wait_s == 0
+
+
+def test_free_links_and_equal_work_mean_no_waiting_and_the_practical_bound() -> None:
+    split = balanced(COST, 16384, 4)
+    timeline = simulate(split, SETTING)
+    known = bounds(16384, 4, SETTING, split)
+    assert known.practical_s is not None
+    assert timeline.ttft_s == pytest.approx(known.practical_s, rel=1e-3)
+    # Only in the first layer: a longer chunk is projected later.
+    assert all(rank.wait_s < timeline.ttft_s / SETTING.layers for rank in timeline.ranks)
+
+
+def test_bounds_are_those_of_the_paper_and_of_causal_attention() -> None:
+    known = bounds(16384, 4, SETTING)
+    assert known.single_s == pytest.approx(COST.seconds(16384, 0))
+    assert known.causal_s == pytest.approx(known.single_s / 4)
+    assert known.dense_s == pytest.approx(known.single_s / 2 * (1 / 4 + 1 / 16))
+    assert known.practical_s is None
+    dense = bounds(16384, 4, replace(SETTING, dense=True))
+    assert dense.single_s == pytest.approx(COST.seconds(16384, 0) + COST.per_own_pair_s * 16384**2 / 2)
+
+
+@given(st.integers(2, 6), st.sampled_from([1e9, 1e10, 3e11]))
+def test_gathering_methods_meet_in_every_layer(ranks: int, bandwidth: float) -> None:
+    setting = replace(SETTING, link=LinkCost.of(bandwidth, 1e-5))
+    context = 8192
+    chunk = context / ranks
+    wire = 32 * (1e-5 + (ranks - 1) * chunk * 16384 / bandwidth)
+    work = COST.fixed_s + COST.per_token_s * chunk
+    assert gathering_ttft("tsp", context, ranks, setting) == pytest.approx(wire + work + 2e-9 * chunk * context)
+    last = COST.seconds(chunk, context - chunk)
+    assert gathering_ttft("tsp-causal", context, ranks, setting) == pytest.approx(wire + last)
+    zigzag = gathering_ttft("zigzag", context, ranks, setting)
+    assert zigzag == pytest.approx(wire + work + 1e-9 * context**2 / ranks)
+    noisy = gathering_ttft("tsp", context, ranks, replace(setting, noise=10**6))
+    assert noisy == pytest.approx(gathering_ttft("tsp", context, ranks, setting) + 32 * 1e6 / bandwidth)
+    with pytest.raises(PartitionError, match="does not gather"):
+        gathering_ttft("kvr", context, ranks, setting)
+
+
+@pytest.mark.parametrize("bandwidth", [1e9, 1e10, 3e11])
+@pytest.mark.parametrize("topology", ["chain", "fanout"])
+@pytest.mark.parametrize("speeds", [(), (1.0, 0.6)])
+def test_the_best_split_of_two_ranks_is_the_best_of_all(
+    bandwidth: float, topology: str, speeds: tuple[float, ...]
+) -> None:
+    setting = replace(SETTING, link=LinkCost.of(bandwidth, 1e-5), topology=topology, speeds=speeds)  # type: ignore[arg-type]
+    everything = np.array([(first, 8192 - first) for first in range(1, 8192)])
+    best = ttft(everything, setting).min()
+    found = best_split(8192, 2, setting)
+    assert found.context == 8192
+    assert simulate(found, setting).ttft_s <= best * 1.0005
+
+
+@pytest.mark.parametrize("ranks", [3, 4])
+@pytest.mark.parametrize("bandwidth", [2e9, 1e10, 3e11])
+def test_the_best_split_of_more_ranks_beats_a_fine_grid(ranks: int, bandwidth: float) -> None:
+    setting = replace(SETTING, link=LinkCost.of(bandwidth, 1e-5), past=512, layers=16)
+    context, steps = 8192, 40
+    grid = np.array(
+        [
+            cut
+            for cut in np.stack(np.meshgrid(*[np.arange(1, steps)] * (ranks - 1)), -1).reshape(-1, ranks - 1)
+            if (np.diff(cut) > 0).all()
+        ]
+    )
+    edges = np.concatenate([np.zeros((len(grid), 1)), grid, np.full((len(grid), 1), steps)], 1)
+    best = ttft(np.diff(edges, axis=1) * context / steps, setting).min()
+    found = best_split(context, ranks, setting)
+    assert found.past == 512
+    assert simulate(found, setting).ttft_s <= best * 1.002
+
+
+@given(cases(), st.sampled_from([1, 16]))
+@settings(max_examples=40, deadline=None)
+def test_the_best_split_is_never_worse_than_the_even_one(case: tuple[Partition, Setting], quantum: int) -> None:
+    partition, setting = case
+    assume(partition.context >= partition.ranks)
+    found = best_split(partition.context, partition.ranks, setting, quantum=quantum)
+    even = Partition.even(partition.context, partition.ranks, quantum=quantum)
+    assert (found.context, found.ranks, found.past) == (partition.context, partition.ranks, setting.past)
+    assert simulate(found, setting).ttft_s <= simulate(even, setting).ttft_s * (1 + 1e-9)
+
+
+def test_a_slow_rank_gets_less_and_a_slow_link_shifts_work_to_the_front() -> None:
+    equal = balanced(COST, 8192, 3)
+    slow = balanced(COST, 8192, 3, speeds=(1.0, 0.5, 1.0))
+    assert slow.sizes[1] < 0.7 * equal.sizes[1]
+    assert sum(slow.sizes) == 8192
+    with pytest.raises(PartitionError, match="2 speeds do not fit 3 ranks"):
+        balanced(COST, 8192, 3, speeds=(1.0, 0.5))
+    with pytest.raises(PartitionError, match="1 links do not join 3 ranks"):
+        best_split(8192, 3, replace(SETTING, link=(FREE_LINK,)))
+    with pytest.raises(PartitionError, match="2 speeds do not fit 3 ranks"):
+        ttft([[1, 2, 3]], replace(SETTING, speeds=(1.0, 1.0)))
