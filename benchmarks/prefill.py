@@ -197,7 +197,11 @@ def main() -> None:
             for note in getattr(error, "__notes__", []):
                 print(note)
             return
-        document = {"command": "python " + " ".join(sys.argv), "provenance": origin, "figures": figures}
+        document = {
+            "command": " ".join(["python benchmarks/prefill.py", *sys.argv[1:]]),
+            "provenance": origin,
+            "figures": figures,
+        }
         file.write_text(json.dumps(document, indent=1) + "\n")
         print(f"  [{time.monotonic() - began:.0f} s]", flush=True)
 
