@@ -26,6 +26,9 @@ Measure = Callable[[Partition], Measurement]
 MAX_REPEATS = 25
 """Suggestions in a row that only repeat measured partitions before the neighbourhood counts as exhausted."""
 
+EXPLORE_AFTER = 5
+"""Such suggestions in a row before the next ones are drawn at random."""
+
 MAX_FAILURES_AT_FIRST, MAX_FAILURES = 3, 8
 """Failures in a row, before and after anything was timed, when more is wrong than the partition."""
 
@@ -180,7 +183,7 @@ class _Study:
                 self._study.enqueue_trial(self.space.params(one.partition), user_attrs={"source": one.name})
         repeats = failures = 0
         while len(self._known()) < budget:
-            trial, partition = self._ask()
+            trial, partition = self._ask(explore=repeats >= EXPLORE_AFTER)
             known = self._known().get(partition.sizes)
             if known is not None:
                 # Nothing to measure: the sampler learns the known time, and the budget is not touched.
@@ -225,13 +228,15 @@ class _Study:
                 self._study.enqueue_trial(left.params, user_attrs=kept)
             self._study.tell(left.number, state=TrialState.FAIL)
 
-    def _ask(self) -> tuple[optuna.Trial, Partition]:
+    def _ask(self, explore: bool) -> tuple[optuna.Trial, Partition]:
         count = len(self._study.get_trials(deepcopy=False))
         # A resumed search must not draw the same numbers again, so the count is part of the seed.
-        self._study.sampler = make_sampler(
-            self._sampler,
-            seed=self._seed + 7919 * count,
-            seeds=len(self.seeds),
+        seed = self._seed + 7919 * count
+        # A model of few points in a small space can ask for the same known one again and again.
+        self._study.sampler = (
+            optuna.samplers.RandomSampler(seed=seed)
+            if explore
+            else make_sampler(self._sampler, seed=seed, seeds=len(self.seeds))
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -243,8 +248,8 @@ class _Study:
         if trial.user_attrs.get("source") is None:
             return trial, self.space.partition(params)
         # A seed is measured as it is, not as its rounded image.
-        seed = next(one for one in self.seeds if one.name == trial.user_attrs["source"])
-        return trial, seed.partition
+        first = next(one for one in self.seeds if one.name == trial.user_attrs["source"])
+        return trial, first.partition
 
     def _tell(self, trial: optuna.Trial, measurement: Measurement) -> None:
         if measurement.ok:
