@@ -3,7 +3,7 @@
 Each part is one run whose samples go to ``<out>/<part>.jsonl`` and whose figures go to ``<out>/<part>.json``.
 Parts that finished are skipped when the same command runs again.
 
-    python benchmarks/prefill.py --model llama-7b --backend sm --dtype float16 --out data/h200/llama-7b
+    python benchmarks/prefill.py --model llama-7b --backend sm --dtype float16 --out data/h100-sxm/llama-7b
 """
 
 from __future__ import annotations
@@ -14,53 +14,90 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kvr_partition.cli.comparison import Comparison, together
-from kvr_partition.cli.options import model_folder, parse_bytes
+from kvr_partition.cli.options import model_folder, parse_bytes, parse_rate
 from kvr_partition.cli.show import print_table
-from kvr_partition.cost import ChunkCost
+from kvr_partition.cost import ChunkCost, LinkCost
 from kvr_partition.errors import KVRError
 from kvr_partition.measurement import median
 from kvr_partition.partition import Partition
-from kvr_partition.schedule import balanced
+from kvr_partition.schedule import Setting, balanced, best_split
 from profiler import Candidate, MeasurementLog, RankGroup, SamplingPlan
 
 BASELINES = ("tsp", "tsp-causal", "zigzag", "tp")
 
 
-def balance(group: RankGroup, context: int, quantum: int, rounds: int = 2) -> Partition:
-    """The split in which all ranks compute equally long, from what ranks measured without any waits."""
+@dataclass(frozen=True)
+class Balance:
+    """What balancing found: the split, and the setting that explains what it measured."""
+
+    split: Partition
+    setting: Setting
+    rounds: list[dict[str, Any]]
+
+
+def balance(group: RankGroup, context: int, quantum: int, rounds: int = 4) -> Balance:
+    """The split in which all ranks compute equally long, by running it and moving work from slow ranks to fast.
+
+    Each round runs a split, fits a cost to what every rank computed in all rounds so far, sets each rank's
+    speed to what it did in this round, and balances anew. The split with the shortest TTFT is kept.
+    """
     import numpy as np
     from scipy.optimize import nnls
 
     split = Partition.even(context, group.ranks, quantum=quantum)
-    terms, seconds = [], []
+    terms: list[list[float]] = []
+    measured: list[float] = []
+    log: list[dict[str, Any]] = []
+    found: list[tuple[float, Partition]] = []
+    cost, speeds = ChunkCost(0.0, 1.0, 0.0, 0.0), (1.0,) * group.ranks
     for _ in range(rounds):
-        samples = [group.sample(Candidate("bound", split)) for _ in range(3)][1:]
-        for rank, (chunk, start) in enumerate(zip(split.sizes, split.starts, strict=True)):
-            terms.append([chunk, chunk * (start + chunk / 2)])
-            seconds.append(median([sample.ranks[rank].compute_s for sample in samples]))
-        weight = np.array(seconds)
-        (token, pair), _ = nnls(np.array(terms) / weight[:, None], np.ones(len(seconds)))
-        split = balanced(ChunkCost(0.0, token, pair, pair), context, group.ranks, quantum=quantum)
-    return split
+        samples = [group.sample(Candidate("kvr-chain", split)) for _ in range(4)][1:]
+        took = [median([sample.ranks[rank].compute_s for sample in samples]) for rank in range(group.ranks)]
+        ttft_s = median([sample.ttft_s for sample in samples])
+        log.append({"sizes": split.sizes, "ttft_s": ttft_s, "compute_s": took})
+        found.append((ttft_s, split))
+        print(f"  balancing: {split} {ttft_s * 1e3:.1f} ms, ranks compute", end=" ")
+        print(", ".join(f"{seconds * 1e3:.0f}" for seconds in took), "ms", flush=True)
+        terms += [[c, c * (s + c / 2)] for c, s in zip(split.sizes, split.starts, strict=True)]
+        measured += took
+        (token, pair), _ = nnls(np.array(terms) / np.array(measured)[:, None], np.ones(len(measured)))
+        cost = ChunkCost(0.0, float(token), float(pair), float(pair), kv_share(group))
+        speeds = tuple(
+            cost.seconds(c, s) / seconds for c, s, seconds in zip(split.sizes, split.starts, took, strict=True)
+        )
+        split = balanced(cost, context, group.ranks, quantum=quantum, speeds=speeds)
+    setting = Setting(cost, len(group.windows), group.entry_bytes, speeds=speeds)
+    return Balance(min(found, key=lambda one: one[0])[1], setting, log)
+
+
+def kv_share(group: RankGroup) -> float:
+    """Share of a layer's matrix products that come before its KV is ready: those of Q, K and V."""
+    shape = group.geometry
+    config = json.loads((model_folder(str(group.model)) / "config.json").read_text())
+    heads = (shape.attention_heads + 2 * shape.kv_heads) * shape.head_dim
+    # Llama's MLP has three matrices, Falcon's two of four times the width.
+    inner = 3 * config["intermediate_size"] if "intermediate_size" in config else 8 * shape.hidden_size
+    return heads / (heads + shape.attention_heads * shape.head_dim + inner)
 
 
 def compare(
-    group: RankGroup, context: int, split: Partition, plan: SamplingPlan, part: str, noise: int, verify: bool
+    group: RankGroup,
+    context: int,
+    splits: list[tuple[str, Candidate]],
+    plan: SamplingPlan,
+    part: str,
+    noise: int,
+    verify: bool,
 ) -> dict[str, Any]:
     """Every method on one context, as `kvr-partition compare` shows them."""
     wanted = [("single", Candidate.single(context))]
     wanted += [(method, Candidate.even(method, context, group.ranks)) for method in BASELINES]
-    wanted += [
-        ("KVR-E", Candidate("kvr-chain", Partition.even(context, group.ranks))),
-        ("KVR balanced", Candidate("kvr-chain", split)),
-        ("KVR balanced fan-out", Candidate("kvr-fanout", split)),
-        ("TTFT(p) of balanced", Candidate("bound", split)),
-    ]
+    wanted += [("KVR-E", Candidate("kvr-chain", Partition.even(context, group.ranks))), *splits]
     named, left_out = [], {}
     for name, candidate in wanted:
         try:
@@ -73,15 +110,12 @@ def compare(
             left_out[name] = str(error)
             continue
         named.append((name, candidate))
-    disturbed = (
-        [
-            (name, replace(candidate, noise=noise))
-            for name, candidate in named
-            if candidate.method not in ("single", "tp", "bound")
-        ]
-        if noise
-        else []
-    )
+    undisturbed = ("single", "tp", "bound", "tsp-causal")
+    disturbed = [
+        (name, replace(candidate, noise=noise))
+        for name, candidate in named
+        if noise and candidate.method not in undisturbed
+    ]
     candidates = [candidate for _, candidate in named + disturbed]
     measured = dict(zip(candidates, group.measure_many(candidates, plan=plan, purpose=part), strict=True))
     comparison = Comparison(
@@ -146,6 +180,11 @@ def cold(group: RankGroup, context: int, plan: SamplingPlan) -> dict[str, Any]:
         }
         print(f"  {unseen}: cold {first * 1e3:.1f} ms, warm {warm * 1e3:.1f} ms", flush=True)
     return found
+
+
+def around(name: str, split: Partition) -> list[tuple[str, Candidate]]:
+    """A split with its bound."""
+    return [(f"KVR {name}", Candidate("kvr-chain", split)), (f"TTFT(p) of {name}", Candidate("bound", split))]
 
 
 def main() -> None:
@@ -215,13 +254,28 @@ def main() -> None:
     for ranks in (int(word) for word in options.ranks.split(",") if word):
 
         def work(group: RankGroup) -> Any:
-            split = balance(group, options.context, options.quantum)
-            full = compare(group, options.context, split, plan, "full-bandwidth", 0, options.verify)
+            context, quantum = options.context, options.quantum
+            found = balance(group, context, quantum)
+            splits = [
+                *around("balanced", found.split),
+                ("KVR balanced fan-out", Candidate("kvr-fanout", found.split)),
+            ]
+            full = compare(group, context, splits, plan, "full-bandwidth", 0, options.verify)
+            figures = {"balancing": found.rounds, "full_bandwidth": full}
             if options.bandwidth is None:
-                return {"full_bandwidth": full}
-            group.hold_links(parse_bytes(options.bandwidth.removesuffix("/s"), "--bandwidth"))
-            held = compare(group, options.context, split, plan, "held", noise, False)
-            return {"full_bandwidth": full, "held": {"bandwidth": options.bandwidth, "noise_bytes": noise, **held}}
+                return figures
+            bandwidth = parse_rate(options.bandwidth)
+            group.hold_links(bandwidth)
+            held = replace(found.setting, link=LinkCost.of(bandwidth))
+            best = best_split(context, group.ranks, held, quantum)
+            fanout = best_split(context, group.ranks, replace(held, topology="fanout"), quantum)
+            splits = [
+                ("KVR balanced", Candidate("kvr-chain", found.split)),
+                *around("solved", best),
+                ("KVR solved fan-out", Candidate("kvr-fanout", fanout)),
+            ]
+            limited = compare(group, context, splits, plan, "held", noise, False)
+            return {**figures, "held": {"bandwidth": options.bandwidth, "noise_bytes": noise, **limited}}
 
         part(f"{options.backend}-{ranks}-ranks", ranks, options.backend, work)
     sys.exit(1 if failed else 0)

@@ -110,8 +110,7 @@ class RankGroup:
         for name, least in (("ranks", 1), ("threads", 1), ("batch", 1)):
             if getattr(self, name) < least:
                 raise UnsupportedError(f"{name} must be at least {least}; got {getattr(self, name)}")
-        if self.bandwidth is not None and not self.bandwidth > 0:
-            raise UnsupportedError(f"bandwidth must be more than 0 bytes a second; got {self.bandwidth:g}")
+        _check_bandwidth(self.bandwidth)
         self.backend = _choose_backend(self.backend, self.ranks)
         self._folder = open_model(self.model)
         if self.depth == "attention":
@@ -159,8 +158,7 @@ class RankGroup:
         Raises:
             UnsupportedError: not more than 0.
         """
-        if bandwidth is not None and not bandwidth > 0:
-            raise UnsupportedError(f"bandwidth must be more than 0 bytes a second; got {bandwidth:g}")
+        _check_bandwidth(bandwidth)
         self.bandwidth = bandwidth
         if self._transport is not None:
             self._begin_run()
@@ -237,6 +235,14 @@ class RankGroup:
     def windows(self) -> list[int | None]:
         """Of each layer that keeps KV, the tokens a query sees, itself included; None for all before it."""
         return [layer.window for layer in self._shapes().layers if layer is not None]
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of KV that one token keeps in one layer, the mean over the layers that keep any."""
+        import torch
+
+        width: int = getattr(torch, self.dtype).itemsize
+        return int(self._shapes().entry_elements(self.batch)) * width // len(self.windows)
 
     @property
     def resolved_depth(self) -> str:
@@ -501,6 +507,11 @@ class RankGroup:
             )
             for rank in range(self.ranks)
         ]
+
+
+def _check_bandwidth(bandwidth: float | None) -> None:
+    if bandwidth is not None and not bandwidth > 0:
+        raise UnsupportedError(f"bandwidth must be more than 0 bytes a second; got {bandwidth:g}")
 
 
 def _choose_backend(backend: str, ranks: int) -> str:

@@ -573,25 +573,31 @@ class SMWorker(Worker):
 
     def _record(self, method: str, partition: Partition, prefix: int | None) -> Recording:
         ids = self._tokens(partition.context if prefix is None else sum(partition.sizes), seed=1)
-        self._arena.used = 0
-        recorded = []
-        with self._attention(method if prefix is None else "kvr"):
-            for rank in range(partition.ranks):
-                recorded.append(self._record_rank(rank, method, partition, ids, prefix))
+        with self._attention(method if prefix is None else "kvr"), planning(), torch.no_grad():
+            self._rehearse(method, partition, ids, prefix)
+            self._arena.used = 0
+            recorded = [self._record_rank(rank, method, partition, ids, prefix) for rank in range(partition.ranks)]
         topology: Topology = "fanout" if method == "kvr-fanout" else "chain"
         host_token = torch.empty((self._setup.batch, 1), dtype=torch.long, pin_memory=True)
         return Recording(method, partition, recorded, topology, host_token)
+
+    def _rehearse(self, method: str, partition: Partition, ids: torch.Tensor, prefix: int | None) -> None:
+        """Run all ranks once for real, at once and each by itself, with whatever prefix is in the rows.
+
+        Kernels load, plans and workspaces are made, none of which a graph can hold.
+        """
+        self._arena.used = 0
+        for rank in range(partition.ranks):
+            with torch.cuda.stream(self._replayer.streams[rank]):
+                execution = Execution(to_host=False, empty=self._empty)
+                self._run_rank(rank, method, partition, ids, prefix, None, execution)
+        torch.cuda.synchronize()
 
     def _record_rank(
         self, rank: int, method: str, partition: Partition, ids: torch.Tensor, prefix: int | None
     ) -> RecordedRank:
         stream = self._replayer.streams[rank]
-        begins_at = self._arena.used
-        with torch.cuda.stream(stream), planning(), torch.no_grad():
-            # Once for real: kernels load, plans and workspaces are made, none of which a graph can hold.
-            self._run_rank(rank, method, partition, ids, prefix, None, Execution(to_host=False, empty=self._empty))
-            torch.cuda.synchronize()
-            self._arena.used = begins_at
+        with torch.cuda.stream(stream):
             recorder = Recorder(stream, self._pool)
             clock = _RecordedClock(recorder)
             execution = Execution(clock=lambda _: clock, to_host=False, empty=self._empty)

@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -26,65 +27,58 @@ from kvr_partition.runtime.links import (
 )
 
 
+@dataclass(eq=False)
 class _GroupLinks:
     """What both kinds share: the plan of a prefill and the messages that carry it out."""
 
-    def __init__(
-        self,
-        partition: Partition,
-        rank: int,
-        topology: Topology,
-        limits: LinkLimits,
-        group: dist.ProcessGroup | None,
-    ) -> None:
-        self.sent_bytes = 0
-        self._partition = partition
-        self._rank = rank
-        self._topology: Topology = topology
-        self._limits = limits
-        self._group = group
-        self._slots: Sequence[Slot] = ()
-        self._receives: list[list[Hop]] = []
-        self._sends: list[dict[int, list[Hop]]] = []
-        self._foreign: torch.Tensor | None = None
+    partition: Partition
+    rank: int
+    topology: Topology = "chain"
+    limits: LinkLimits = NO_LIMITS
+    group: dist.ProcessGroup | None = None
+    sent_bytes: int = field(init=False, default=0)
+    _slots: Sequence[Slot] = field(init=False, default=())
+    _receives: list[list[Hop]] = field(init=False, default_factory=list)
+    _sends: list[dict[int, list[Hop]]] = field(init=False, default_factory=list)
+    _foreign: torch.Tensor | None = field(init=False, default=None)
 
     def _plan(self, slots: Sequence[Slot]) -> None:
         self._slots = slots
-        self._receives = [receives(self._partition, self._rank, slot.window, self._topology) for slot in slots]
-        self._sends = [sends(self._partition, self._rank, slot.window, self._topology) for slot in slots]
-        if self._limits.noise:
-            self._foreign = torch.zeros(self._limits.noise, dtype=torch.uint8, device=slots[0].rows.device)
+        self._receives = [receives(self.partition, self.rank, slot.window, self.topology) for slot in slots]
+        self._sends = [sends(self.partition, self.rank, slot.window, self.topology) for slot in slots]
+        if self.limits.noise:
+            self._foreign = torch.zeros(self.limits.noise, dtype=torch.uint8, device=slots[0].rows.device)
 
     def _tag(self, layer: int, chunk: int) -> int:
-        return layer * (self._partition.ranks + 1) + chunk
+        return layer * (self.partition.ranks + 1) + chunk
 
     def _isend(self, layer: int, hop: Hop) -> dist.Work:
         rows = self._slots[layer].at(hop.piece)
         self.sent_bytes += rows.nbytes
         return _begun(
-            dist.isend(rows, group=self._group, group_dst=hop.peer, tag=self._tag(layer, hop.piece.chunk))
+            dist.isend(rows, group=self.group, group_dst=hop.peer, tag=self._tag(layer, hop.piece.chunk))
         )
 
     def _irecv(self, layer: int, hop: Hop) -> dist.Work:
         rows = self._slots[layer].at(hop.piece)
         return _begun(
-            dist.irecv(rows, group=self._group, group_src=hop.peer, tag=self._tag(layer, hop.piece.chunk))
+            dist.irecv(rows, group=self.group, group_src=hop.peer, tag=self._tag(layer, hop.piece.chunk))
         )
 
     def _noisy(self, layer: int) -> int | None:
-        return self._limits.noisy_link(layer, self._partition.ranks)
+        return self.limits.noisy_link(layer, self.partition.ranks)
 
     def _isend_foreign(self, layer: int) -> dist.Work:
         assert self._foreign is not None
-        tag = self._tag(layer, self._partition.ranks)
-        return _begun(dist.isend(self._foreign, group=self._group, group_dst=self._rank + 1, tag=tag))
+        tag = self._tag(layer, self.partition.ranks)
+        return _begun(dist.isend(self._foreign, group=self.group, group_dst=self.rank + 1, tag=tag))
 
     def _irecv_foreign(self, layer: int) -> dist.Work:
         assert self._foreign is not None
-        tag = self._tag(layer, self._partition.ranks)
+        tag = self._tag(layer, self.partition.ranks)
         # What arrives is never read; a buffer of its own keeps it from what this rank may be sending.
         into = torch.empty_like(self._foreign)
-        return _begun(dist.irecv(into, group=self._group, group_src=self._rank - 1, tag=tag))
+        return _begun(dist.irecv(into, group=self.group, group_src=self.rank - 1, tag=tag))
 
 
 def _begun(work: dist.Work | None) -> dist.Work:
@@ -92,6 +86,7 @@ def _begun(work: dist.Work | None) -> dist.Work:
     return work
 
 
+@dataclass(eq=False)
 class HostLinks(_GroupLinks):
     """Links over a process group that works on host memory (gloo).
 
@@ -100,22 +95,15 @@ class HostLinks(_GroupLinks):
     before the rest of the prefix has: the chain costs one hop of latency per rank, not one whole prefix.
     """
 
-    def __init__(
-        self,
-        partition: Partition,
-        rank: int,
-        topology: Topology = "chain",
-        limits: LinkLimits = NO_LIMITS,
-        group: dist.ProcessGroup | None = None,
-    ) -> None:
-        super().__init__(partition, rank, topology, limits, group)
-        self._missing: list[int] = []
-        self._change = threading.Condition()
-        self._outboxes: dict[int, queue.SimpleQueue[tuple[int, Hop | None] | None]] = {}
-        self._receivers: list[threading.Thread] = []
-        self._senders: list[threading.Thread] = []
-        self._transfer_s: list[float] = []
-        self._error: BaseException | None = None
+    _missing: list[int] = field(init=False, default_factory=list)
+    _change: threading.Condition = field(init=False, default_factory=threading.Condition)
+    _outboxes: dict[int, queue.SimpleQueue[tuple[int, Hop | None] | None]] = field(
+        init=False, default_factory=dict
+    )
+    _receivers: list[threading.Thread] = field(init=False, default_factory=list)
+    _senders: list[threading.Thread] = field(init=False, default_factory=list)
+    _transfer_s: list[float] = field(init=False, default_factory=list)
+    _error: BaseException | None = field(init=False, default=None)
 
     def start(self, slots: Sequence[Slot]) -> None:
         self._plan(slots)
@@ -123,13 +111,13 @@ class HostLinks(_GroupLinks):
         self._missing = [len(hops) for hops in self._receives]
         arrivals: dict[int, list[tuple[int, Hop | None, dist.Work]]] = {}
         for layer, hops in enumerate(self._receives):
-            if self._noisy(layer) == self._rank - 1:
-                arrivals.setdefault(self._rank - 1, []).append((layer, None, self._irecv_foreign(layer)))
+            if self._noisy(layer) == self.rank - 1:
+                arrivals.setdefault(self.rank - 1, []).append((layer, None, self._irecv_foreign(layer)))
             for hop in hops:
                 arrivals.setdefault(hop.peer, []).append((layer, hop, self._irecv(layer, hop)))
         peers = {hop.peer for by_chunk in self._sends for hops in by_chunk.values() for hop in hops}
-        if any(self._noisy(layer) == self._rank for layer in range(len(slots))):
-            peers.add(self._rank + 1)
+        if any(self._noisy(layer) == self.rank for layer in range(len(slots))):
+            peers.add(self.rank + 1)
         self._outboxes = {peer: queue.SimpleQueue() for peer in sorted(peers)}
         self._senders = [self._spawn(f"send{peer}", partial(self._send_to, peer)) for peer in peers]
         self._receivers = [
@@ -137,9 +125,9 @@ class HostLinks(_GroupLinks):
         ]
 
     def own_ready(self, layer: int) -> None:
-        if self._noisy(layer) == self._rank:
-            self._outboxes[self._rank + 1].put((layer, None))
-        self._send_on(layer, self._rank)
+        if self._noisy(layer) == self.rank:
+            self._outboxes[self.rank + 1].put((layer, None))
+        self._send_on(layer, self.rank)
 
     def wait_prefix(self, layer: int) -> None:
         with self._change:
@@ -162,7 +150,7 @@ class HostLinks(_GroupLinks):
 
     def _spawn(self, name: str, target: Callable[[], None]) -> threading.Thread:
         thread = threading.Thread(
-            target=self._guard, args=(target,), name=f"kvr-rank{self._rank}-{name}", daemon=True
+            target=self._guard, args=(target,), name=f"kvr-rank{self.rank}-{name}", daemon=True
         )
         thread.start()
         return thread
@@ -194,8 +182,8 @@ class HostLinks(_GroupLinks):
         while (job := self._outboxes[peer].get()) is not None:
             layer, hop = job
             began = time.perf_counter()
-            size = self._limits.noise if hop is None else self._slots[layer].at(hop.piece).nbytes
-            free_at = max(free_at, began) + self._limits.held_s(size)
+            size = self.limits.noise if hop is None else self._slots[layer].at(hop.piece).nbytes
+            free_at = max(free_at, began) + self.limits.held_s(size)
             while (left := free_at - time.perf_counter()) > 0:
                 time.sleep(left)
             if hop is None:
@@ -207,34 +195,26 @@ class HostLinks(_GroupLinks):
     def _raise_error(self) -> None:
         if self._error is not None:
             raise RankError(
-                f"rank {self._rank} lost its link: {self._error}", rank=self._rank, kind="lost"
+                f"rank {self.rank} lost its link: {self._error}", rank=self.rank, kind="lost"
             ) from self._error
 
 
+@dataclass(eq=False)
 class StreamLinks(_GroupLinks):
     """Links over NCCL: sends and receives are ordered by streams and the host waits for none of them."""
 
-    def __init__(
-        self,
-        partition: Partition,
-        rank: int,
-        topology: Topology = "chain",
-        limits: LinkLimits = NO_LIMITS,
-        group: dist.ProcessGroup | None = None,
-    ) -> None:
-        super().__init__(partition, rank, topology, limits, group)
-        self._receive_streams: dict[int, torch.cuda.Stream] = {}
-        self._send_streams: dict[int, torch.cuda.Stream] = {}
-        self._works: list[list[tuple[Hop, dist.Work]]] = []
-        self._foreign_works: list[dist.Work] = []
-        self._spans: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = []
+    _receive_streams: dict[int, torch.cuda.Stream] = field(init=False, default_factory=dict)
+    _send_streams: dict[int, torch.cuda.Stream] = field(init=False, default_factory=dict)
+    _works: list[list[tuple[Hop, dist.Work]]] = field(init=False, default_factory=list)
+    _foreign_works: list[dist.Work] = field(init=False, default_factory=list)
+    _spans: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = field(init=False, default_factory=list)
 
     def start(self, slots: Sequence[Slot]) -> None:
         self._plan(slots)
         self._spans = [[] for _ in slots]
         for layer, hops in enumerate(self._receives):
-            if self._noisy(layer) == self._rank - 1:
-                with torch.cuda.stream(self._stream(self._receive_streams, self._rank - 1)):
+            if self._noisy(layer) == self.rank - 1:
+                with torch.cuda.stream(self._stream(self._receive_streams, self.rank - 1)):
                     self._foreign_works.append(self._irecv_foreign(layer))
             works = []
             for hop in hops:
@@ -246,11 +226,11 @@ class StreamLinks(_GroupLinks):
 
     def own_ready(self, layer: int) -> None:
         ready = torch.cuda.current_stream().record_event()
-        if self._noisy(layer) == self._rank:
-            with torch.cuda.stream(self._stream(self._send_streams, self._rank + 1)):
-                self._hold(self._limits.noise)
+        if self._noisy(layer) == self.rank:
+            with torch.cuda.stream(self._stream(self._send_streams, self.rank + 1)):
+                self._hold(self.limits.noise)
                 self._isend_foreign(layer).wait()
-        for hop in self._sends[layer].get(self._rank, ()):
+        for hop in self._sends[layer].get(self.rank, ()):
             with torch.cuda.stream(self._stream(self._send_streams, hop.peer)):
                 torch.cuda.current_stream().wait_event(ready)
                 self._timed_send(layer, hop)
@@ -289,10 +269,10 @@ class StreamLinks(_GroupLinks):
         self._spans[layer].append((begin, end))
 
     def _hold(self, nbytes: int) -> None:
-        if self._limits.bandwidth is not None:
+        if self.limits.bandwidth is not None:
             from kvr_partition.runtime.triton_kernels import hold
 
-            hold(self._limits.held_s(nbytes))
+            hold(self.limits.held_s(nbytes))
 
 
 def group_links(
