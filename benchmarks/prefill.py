@@ -162,23 +162,34 @@ def one_rank(group: RankGroup, contexts: list[int], plan: SamplingPlan) -> dict[
 
 
 def cold(group: RankGroup, context: int, plan: SamplingPlan) -> dict[str, Any]:
-    """Contexts never seen before, then the same again once their plans exist."""
-    built, seconds = group.plan_ahead(min(context, 16384))
-    found = {"plans_built_ahead": built, "building_s": seconds, "contexts": {}}
-    for step in range(5):
-        unseen = context - 137 - 211 * step  # no multiple of anything
-        candidate = Candidate("kvr", Partition((unseen,)))
-        first = group.sample(candidate, cold=True).ttft_s
-        again = [group.sample(candidate, cold=True).ttft_s for _ in range(3)]
-        group.sample(candidate)
-        warm = median([group.sample(candidate).ttft_s for _ in range(5)])
-        found["contexts"][str(unseen)] = {
-            "cold_s": first,
-            "cold_again_s": again,
-            "warm_s": warm,
-            "ratio": first / warm,
-        }
-        print(f"  {unseen}: cold {first * 1e3:.1f} ms, warm {warm * 1e3:.1f} ms", flush=True)
+    """Contexts never seen before, then the same again once their plans exist; likewise chunks behind a prefix."""
+    built, seconds = group.plan_ahead(context)
+    print(f"  {built} plans built ahead in {seconds:.1f} s", flush=True)
+    found: dict[str, Any] = {"plans_built_ahead": built, "building_s": seconds}
+
+    def both(what: str, take: Callable[[bool], float]) -> dict[str, Any]:
+        first = take(True)
+        again = [take(True) for _ in range(3)]
+        take(False)
+        warm = [take(False) for _ in range(5)]
+        print(f"  {what}: cold {first * 1e3:.1f} ms, warm {median(warm) * 1e3:.1f} ms", flush=True)
+        return {"cold_s": first, "cold_again_s": again, "warm_s": warm, "ratio": first / median(warm)}
+
+    def whole(tokens: int) -> Callable[[bool], float]:
+        candidate = Candidate("kvr", Partition((tokens,)))
+        return lambda cold: group.sample(candidate, cold=cold).ttft_s
+
+    def behind(tokens: int, prefix: int) -> Callable[[bool], float]:
+        return lambda cold: group.time_chunk(tokens, prefix, cold=cold)[0]
+
+    # Multiples of nothing.
+    unseen = [context - 137 - 211 * step for step in range(5)]
+    found["contexts"] = {str(tokens): both(str(tokens), whole(tokens)) for tokens in unseen}
+    cuts = [(tokens * (step + 4) // 10, tokens) for step, tokens in enumerate(unseen)]
+    found["chunks"] = {
+        f"{tokens - cut} behind {cut}": both(f"{tokens - cut} behind {cut}", behind(tokens - cut, cut))
+        for cut, tokens in cuts
+    }
     return found
 
 

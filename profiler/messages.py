@@ -64,6 +64,7 @@ class TimeChunk(msgspec.Struct, frozen=True, tag=True):
 
     chunk: int
     prefix: int
+    cold: bool = False
 
 
 class Generate(msgspec.Struct, frozen=True, tag=True):

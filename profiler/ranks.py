@@ -377,13 +377,16 @@ class RankGroup:
         slowest = max(replies, key=lambda reply: reply.seconds)
         return slowest.built, slowest.seconds
 
-    def time_chunk(self, chunk: int, prefix: int) -> list[float]:
+    def time_chunk(self, chunk: int, prefix: int, *, cold: bool = False) -> list[float]:
         """Seconds each rank takes for a chunk behind a prefix, all ranks at once, without links.
+
+        Args:
+            cold: as in `sample`.
 
         Raises:
             RankError: it failed.
         """
-        replies = self._ask(messages.TimeChunk(chunk, prefix))
+        replies = self._ask(messages.TimeChunk(chunk, prefix, cold))
         return [reply.seconds for reply in replies if isinstance(reply, messages.ChunkDone)]
 
     def warm_up(self, partition: Partition) -> None:

@@ -174,6 +174,8 @@ class Recording:
     partition: Partition
     ranks: list[RecordedRank]
     topology: Topology
+    input_ids: torch.Tensor
+    """Read by the graphs; they do not keep what they read."""
     host_token: torch.Tensor
     _hops: dict[tuple[int, int | None], tuple[list[Hop], dict[int, list[Hop]]]] = field(default_factory=dict)
 
@@ -579,7 +581,7 @@ class SMWorker(Worker):
             recorded = [self._record_rank(rank, method, partition, ids, prefix) for rank in range(partition.ranks)]
         topology: Topology = "fanout" if method == "kvr-fanout" else "chain"
         host_token = torch.empty((self._setup.batch, 1), dtype=torch.long, pin_memory=True)
-        return Recording(method, partition, recorded, topology, host_token)
+        return Recording(method, partition, recorded, topology, ids, host_token)
 
     def _rehearse(self, method: str, partition: Partition, ids: torch.Tensor, prefix: int | None) -> None:
         """Run all ranks once for real, at once and each by itself, with whatever prefix is in the rows.

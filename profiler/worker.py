@@ -213,12 +213,12 @@ class Worker:
             built = warm_up(self._model, tokens, self._depth)
         return messages.PlanDone(built, time.perf_counter() - began)
 
-    def _planning(self, request: messages.Prefill) -> contextlib.AbstractContextManager[None]:
+    def _planning(self, request: messages.Prefill | messages.TimeChunk) -> contextlib.AbstractContextManager[None]:
         """Plans of the very shapes are wanted; a run of its own builds them, so the timed one does not."""
         return contextlib.nullcontext() if request.cold else planning()
 
     def _timed_chunk(self, request: messages.TimeChunk) -> messages.Reply:
-        with self._attention("kvr"), planning(), _no_garbage_collection():
+        with self._attention("kvr"), self._planning(request), _no_garbage_collection():
             self._barrier()
             result = self._chunk(request.chunk, request.prefix)
         return messages.ChunkDone(result.timeline.compute_s)

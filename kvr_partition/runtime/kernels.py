@@ -199,8 +199,34 @@ class _Pattern:
         return torch.randn(length, device=self.device, dtype=self.dtype).as_strided(shape, strides)
 
 
-PIECES = (16384, 8192, 4096, 2048, 1024, 512, 256)
-"""Lengths of rows and of tokens for which plans are built ahead."""
+SHORTEST = 256
+"""Rows or tokens below which FlashAttention, which needs no plan, is not much slower than cuDNN."""
+
+
+def own_lengths(most: int) -> list[int]:
+    """Chunk lengths whose causal plans are built ahead: at most a 32nd apart from 8192 tokens on."""
+    lengths, length = [], SHORTEST
+    while length <= most:
+        lengths.append(length)
+        length += _own_step(length)
+    return lengths
+
+
+def longest_own(length: int) -> int:
+    """The longest of `own_lengths` that fits into a length; 0 if none does."""
+    return length // _own_step(length) * _own_step(length)
+
+
+def _own_step(length: int) -> int:
+    return max(SHORTEST, 1 << max(0, length.bit_length() - 6))
+
+
+def piece_lengths(most: int) -> list[int]:
+    """Rows, and tokens, of the rectangles whose plans are built ahead, longest first."""
+    lengths = [SHORTEST * count for count in range(1, 9)]
+    while lengths[-1] < most:
+        lengths += [lengths[-1] * 3 // 2, lengths[-1] * 2]
+    return [length for length in reversed(lengths) if length <= most]
 
 
 class CudnnPlans:
@@ -242,7 +268,10 @@ class CudnnPlans:
         return self._ahead.get(pattern, 0)
 
     def build_ahead(self, most: int) -> int:
-        """Build the plans of all `PIECES` up to ``most`` tokens for every pattern this thread has seen.
+        """Build the plans of `own_lengths` and `piece_lengths` for every pattern this thread has seen.
+
+        Args:
+            most: tokens of a chunk and its prefix together.
 
         Returns:
             How many were built.
@@ -251,8 +280,9 @@ class CudnnPlans:
         for pattern in list(self._seen):
             if pattern.batch != 1 or self.ahead(pattern) >= most:
                 continue
-            sizes = [size for size in PIECES if size <= most]
-            shapes = [(size, size, True) for size in sizes] + [(r, t, False) for r in sizes for t in sizes]
+            pieces = piece_lengths(most)
+            shapes = [(length, length, True) for length in own_lengths(most)]
+            shapes += [(rows, tokens, False) for rows in pieces for tokens in pieces if rows + tokens <= most]
             for rows, tokens, causal in shapes:
                 if (pattern, rows, tokens, causal) not in self._known:
                     query, key, value = (pattern.tensor(at, n) for at, n in enumerate((rows, tokens, tokens)))
@@ -275,9 +305,9 @@ def planning() -> Iterator[None]:
 
 
 def split_length(length: int, most: int) -> tuple[list[tuple[int, int]], int]:
-    """Runs ``(start, end)`` of `PIECES` no longer than ``most`` that fill a length, and where they end."""
+    """Runs ``(start, end)`` of `piece_lengths` up to ``most`` that fill a length, and where they end."""
     runs, at = [], 0
-    for size in (size for size in PIECES if size <= most):
+    for size in piece_lengths(most):
         while length - at >= size:
             runs.append((at, at + size))
             at += size
@@ -287,55 +317,64 @@ def split_length(length: int, most: int) -> tuple[list[tuple[int, int]], int]:
 def _attend_in_pieces(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool, most: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention from pieces whose plans exist; what is too short for any piece goes to FlashAttention."""
-    rows = query.shape[2]
-    blocks, end = split_length(rows, most)
-    if end < rows:
-        blocks.append((end, rows))
-    parts = []
-    for low, high in blocks:
-        block = query[:, :, low:high]
-        short = low == end
-        if causal:
-            own = _flash_or_cudnn(
-                short, block, key[:, :, low:high], value[:, :, low:high], scale=scale, causal=True
-            )
-            before = low
-        else:
-            own = None
-            before = key.shape[2]
-        parts.append(
-            _fold(own, block, key[:, :, :before], value[:, :, :before], scale=scale, most=0 if short else most)
-        )
+    """Attention from plans that exist; what is too short for any of them goes to FlashAttention."""
+    split = _own_in_pieces if causal else _rectangle_in_pieces
+    parts = split(query, key, value, scale, most)
     if len(parts) == 1:
         return parts[0]
     return torch.cat([output for output, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
 
 
+def _own_in_pieces(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, most: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Causal attention: nearly all rows with one plan, the few that are left with FlashAttention."""
+    parts, at, rows = [], 0, query.shape[2]
+    while at < rows:
+        length = longest_own(min(rows - at, most))
+        # A rest that is short beside what stands before it is cheaper in one piece.
+        flash = length == 0 or rows - at <= at // 16
+        end = rows if flash else at + length
+        block = query[:, :, at:end]
+        part = _flash_or_cudnn(flash, block, key[:, :, at:end], value[:, :, at:end], scale=scale, causal=True)
+        if at:
+            merge_(*part, *_fold(block, key[:, :, :at], value[:, :, :at], scale, 0 if flash else most))
+        parts.append(part)
+        at = end
+    return parts
+
+
+def _rectangle_in_pieces(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, most: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Attention of all rows to all tokens, some rows after the other."""
+    rows = query.shape[2]
+    blocks, end = split_length(rows, most)
+    parts = [_fold(query[:, :, low:high], key, value, scale, most) for low, high in blocks]
+    if end < rows:
+        parts.append(_fold(query[:, :, end:], key, value, scale, 0))
+    return parts
+
+
 def _fold(
-    first: tuple[torch.Tensor, torch.Tensor] | None,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    scale: float,
-    most: int,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, most: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of some rows to all tokens, piece by piece, folded into ``first``."""
+    """Attention of some rows to all tokens, some tokens after the other."""
     tokens = key.shape[2]
-    runs, end = split_length(tokens, most)
+    runs, end = split_length(tokens, most - query.shape[2])
     if end < tokens:
         runs.append((end, tokens))
+    whole: tuple[torch.Tensor, torch.Tensor] | None = None
     for low, high in runs:
         part = _flash_or_cudnn(
             low == end, query, key[:, :, low:high], value[:, :, low:high], scale=scale, causal=False
         )
-        if first is None:
-            first = part
+        if whole is None:
+            whole = part
         else:
-            merge_(*first, *part)
-    assert first is not None
-    return first
+            merge_(*whole, *part)
+    assert whole is not None
+    return whole
 
 
 def _flash_or_cudnn(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -247,7 +248,8 @@ def warm_up(model: Any, tokens: int, depth: Depth = "auto") -> int:
     """Prepare this process for prompts of any length up to ``tokens``, so that a new length pays nothing extra.
 
     Serving code calls it once, after loading the model, on the thread that will run prefills: kernels load,
-    and on CUDA the plans are built from which `prefill` puts unseen shapes together.
+    and on CUDA the plans are built from which `prefill` puts unseen shapes together, and the memory that a
+    prefill takes is set aside.
 
     Returns:
         How many plans were built; 0 where kernels need none.
@@ -260,6 +262,11 @@ def warm_up(model: Any, tokens: int, depth: Depth = "auto") -> int:
     if device.type != "cuda":
         return 0
     built = CudnnPlans.here().build_ahead(tokens)
+    # One token less is a length without a plan, so everything that such a length needs runs once. Where the
+    # longest prompt fits only when it is split, there is nothing to set aside.
+    ids = torch.zeros((1, max(1, tokens - 1)), dtype=torch.long, device=device)
+    with contextlib.suppress(torch.OutOfMemoryError):
+        run_chunk(model, ids, prefix=0, rank=0, ranks=1, links=NoLinks(), depth=depth)
     torch.cuda.synchronize(device)
     return built
 

@@ -177,7 +177,7 @@ def test_the_best_split_of_more_ranks_beats_a_fine_grid(ranks: int, bandwidth: f
 @settings(max_examples=40, deadline=None)
 def test_the_best_split_is_never_worse_than_the_even_one(case: tuple[Partition, Setting], quantum: int) -> None:
     partition, setting = case
-    assume(partition.context >= partition.ranks)
+    assume(partition.context >= partition.ranks * quantum)
     found = best_split(partition.context, partition.ranks, setting, quantum=quantum)
     even = Partition.even(partition.context, partition.ranks, quantum=quantum)
     assert (found.context, found.ranks, found.past) == (partition.context, partition.ranks, setting.past)

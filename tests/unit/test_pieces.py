@@ -1,0 +1,62 @@
+"""How a shape without a plan is put together from those that have one; the kernels are stood in for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvr_partition.runtime import kernels
+from kvr_partition.runtime.kernels import longest_own, own_lengths, piece_lengths, split_length
+from tests.unit.test_attention import close, reference
+
+
+@given(st.integers(1, 70_000))
+def test_the_longest_chunk_with_a_plan_leaves_little(length: int) -> None:
+    whole = longest_own(length)
+    assert whole == 0 if length < 256 else whole in own_lengths(length)
+    assert length - whole < max(256, length / 32)
+
+
+@given(st.integers(0, 40_000), st.sampled_from([0, 256, 1000, 4096, 16384]))
+def test_pieces_fill_a_length(length: int, most: int) -> None:
+    runs, end = split_length(length, most)
+    known = piece_lengths(most)
+    assert [start for start, _ in runs] == [0, *(end for _, end in runs)][: len(runs)]
+    assert all(high - low in known for low, high in runs)
+    assert end == (runs[-1][1] if runs else 0)
+    assert not known or length - end < 256
+
+
+@pytest.mark.parametrize("rows", [100, 256, 700, 1333, 2600])
+@pytest.mark.parametrize("prefix", [0, 40, 900])
+def test_pieces_add_up_to_the_whole(rows: int, prefix: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    most = 2048
+    planned = {(n, n, True) for n in own_lengths(most)}
+    planned |= {(r, t, False) for r in piece_lengths(most) for t in piece_lengths(most) if r + t <= most}
+    calls = []
+
+    def cudnn(query: Any, key: Any, value: Any, scale: float, causal: bool) -> Any:
+        calls.append((query.shape[2], key.shape[2], causal))
+        return kernels._plain(query, key, value, scale=scale, causal=causal, bias=None)
+
+    monkeypatch.setattr(kernels, "_cudnn_call", cudnn)
+    monkeypatch.setattr(kernels, "_cuda_flash", kernels._plain)
+    torch.manual_seed(rows + prefix)
+    query = torch.randn(1, 4, rows, 8)
+    key, value = torch.randn(2, 1, 2, prefix + rows, 8)
+    own = key[:, :, prefix:], value[:, :, prefix:]
+    output, lse = kernels._attend_in_pieces(query, *own, 0.3, True, most)
+    if prefix:
+        before = key[:, :, :prefix], value[:, :, :prefix]
+        kernels.merge_(output, lse, *kernels._attend_in_pieces(query, *before, 0.3, False, most))
+    visible = torch.ones(rows, prefix + rows, dtype=torch.bool).tril(prefix)
+    right, right_lse = reference(query, key, value, 0.3, visible)
+    assert close(output, right, torch.float32)
+    assert close(lse, right_lse, torch.float32)
+    assert set(calls) <= planned
+    if rows >= 256:
+        assert any(causal for _, _, causal in calls)
