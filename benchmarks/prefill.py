@@ -92,20 +92,26 @@ def compare(
     plan: SamplingPlan,
     part: str,
     noise: int,
-    verify: bool,
+    verify: int,
 ) -> dict[str, Any]:
     """Every method on one context, as `kvr-partition compare` shows them."""
     wanted = [("single", Candidate.single(context))]
     wanted += [(method, Candidate.even(method, context, group.ranks)) for method in BASELINES]
     wanted += [("KVR-E", Candidate("kvr-chain", Partition.even(context, group.ranks))), *splits]
-    named, left_out = [], {}
+    named, left_out, certified = [], {}, {}
     for name, candidate in wanted:
         try:
             group.check(candidate)
             if verify and candidate.method not in ("single", "bound"):
-                certificate = group.verify(candidate)
+                shape = Partition.from_fractions(candidate.partition.fractions, verify)
+                certificate = group.verify(Candidate(candidate.method, shape))
                 if not certificate.holds:
                     raise KVRError(f"does not equal one rank: {certificate.divergence}")
+                certified[name] = {
+                    "sizes": shape.sizes,
+                    "worst": max(deviation.split for deviation in certificate.deviations),
+                    "worst_of_one_rank": max(deviation.single for deviation in certificate.deviations),
+                }
         except KVRError as error:
             left_out[name] = str(error)
             continue
@@ -141,7 +147,7 @@ def compare(
             }
             for rank in range(len(found.samples[0].ranks) if found.ok else 0)
         ]
-    return {"context": context, "left_out": left_out, "methods": records}
+    return {"context": context, "left_out": left_out, "certified": certified, "methods": records}
 
 
 def one_rank(group: RankGroup, contexts: list[int], plan: SamplingPlan) -> dict[str, Any]:
@@ -212,7 +218,9 @@ def main() -> None:
     parser.add_argument("--noise", default="0", help="foreign traffic per layer at that rate, like 16MB")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--quantum", type=int, default=128)
-    parser.add_argument("--verify", action="store_true", help="verify each method at this context first")
+    parser.add_argument(
+        "--verify", type=int, default=4096, help="verify each method at this context first; 0: not"
+    )
     parser.add_argument("--out", required=True, type=Path)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -285,7 +293,7 @@ def main() -> None:
                 *around("solved", best),
                 ("KVR solved fan-out", Candidate("kvr-fanout", fanout)),
             ]
-            limited = compare(group, context, splits, plan, "held", noise, False)
+            limited = compare(group, context, splits, plan, "held", noise, 0)
             return {**figures, "held": {"bandwidth": options.bandwidth, "noise_bytes": noise, **limited}}
 
         part(f"{options.backend}-{ranks}-ranks", ranks, options.backend, work)
