@@ -13,7 +13,7 @@ import contextlib
 import gc
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -230,13 +230,21 @@ class ReplayTimes:
     done_at: list[float]
 
 
+@dataclass(frozen=True, slots=True)
+class _Link:
+    """One directed link: the stream of its copies, and when the message on it began."""
+
+    stream: torch.cuda.Stream
+    mark: torch.Tensor
+
+
 class Replayer:
     """Replays recordings: graphs on each rank's stream, links and events in between."""
 
     def __init__(self, streams: Sequence[torch.cuda.Stream], spare: SMGroup | None) -> None:
         self.streams = streams
         self._spare = spare
-        self._link_streams: dict[tuple[int, int, bool], torch.cuda.Stream] = {}
+        self._links: dict[tuple[int, int, bool], _Link] = {}
         self._foreign: torch.Tensor | None = None
 
     def run(self, recording: Recording, limits: LinkLimits) -> ReplayTimes:
@@ -262,17 +270,18 @@ class Replayer:
         replay.tell_times()
         return ReplayTimes(began, enqueued, ended, done_at)
 
-    def link_stream(self, source: int, target: int, limited: bool) -> torch.cuda.Stream:
-        """The stream of one directed link.
+    def link(self, source: int, target: int, limited: bool) -> _Link:
+        """One directed link.
 
         Links held to a bandwidth have the SMs that no rank has, so that holding them disturbs nobody.
         Others must be able to use the memory's full speed, which takes more SMs than are left over.
         """
         key = (source, target, limited)
-        if key not in self._link_streams:
+        if key not in self._links:
             spare = self._spare if limited else None
-            self._link_streams[key] = torch.cuda.Stream() if spare is None else spare.stream()
-        return self._link_streams[key]
+            stream = torch.cuda.Stream() if spare is None else spare.stream()
+            self._links[key] = _Link(stream, torch.zeros(1, dtype=torch.int64, device="cuda"))
+        return self._links[key]
 
     def foreign(self, nbytes: int) -> torch.Tensor:
         """Two buffers for foreign traffic, ``[2, nbytes]``."""
@@ -354,10 +363,8 @@ class _Replay:
         limited = self.limits.bandwidth is not None
         ready = torch.cuda.current_stream().record_event()
         if self.limits.noisy_link(layer, len(recording.ranks)) == rank:
-            with torch.cuda.stream(self.by.link_stream(rank, rank + 1, limited)):
-                self._hold(self.limits.noise)
-                foreign = self.by.foreign(self.limits.noise)
-                foreign[1].copy_(foreign[0], non_blocking=True)
+            with self._message(self.by.link(rank, rank + 1, limited), self.limits.noise):
+                self._foreign_traffic()
         slot = links.slots[layer]
         outgoing = recording.sends(rank, slot.window)
         incoming = recording.receives(rank, slot.window)
@@ -366,16 +373,15 @@ class _Replay:
                 to = recording.ranks[hop.peer].links
                 assert to is not None
                 source, target = slot.at(hop.piece), to.slots[layer].at(hop.piece)
-                with torch.cuda.stream(self.by.link_stream(rank, hop.peer, limited)):
-                    stream = torch.cuda.current_stream()
-                    stream.wait_event(ready if chunk == rank else self.arrived[rank, layer, chunk])
-                    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                    begin.record()
-                    self._hold(source.nbytes)
+                link = self.by.link(rank, hop.peer, limited)
+                link.stream.wait_event(ready if chunk == rank else self.arrived[rank, layer, chunk])
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record(link.stream)
+                with self._message(link, source.nbytes):
                     target.copy_(source, non_blocking=True)
-                    end.record()
-                    self.arrived[hop.peer, layer, chunk] = end
-                    self.spans.append((rank, layer, begin, end))
+                end.record(link.stream)
+                self.arrived[hop.peer, layer, chunk] = end
+                self.spans.append((rank, layer, begin, end))
 
     def _wait_prefix(self, rank: int, layer: int) -> bool:
         links = self.recording.ranks[rank].links
@@ -404,34 +410,42 @@ class _Replay:
         own = gathers[rank]
         assert own is not None
         limited = self.limits.bandwidth is not None
-        with torch.cuda.stream(self.by.link_stream(-1, rank, limited)):
-            stream = torch.cuda.current_stream()
-            for event in ready:
-                stream.wait_event(event)
-            carried = 0
-            rows = own.rows[layer]
-            if self.limits.noisy_link(layer, len(gathers)) is not None:
-                # The slowest link of the ring, the one with foreign traffic, holds all ranks up.
-                carried += self.limits.noise
-                foreign = self.by.foreign(self.limits.noise)
-                foreign[1].copy_(foreign[0], non_blocking=True)
-            pulls = []
-            for source, gather in enumerate(gathers):
-                if source != rank:
-                    assert gather is not None
-                    runs = own.owned[layer][source]
-                    pulls += [(rows[start:end], gather.rows[layer][start:end]) for start, end in runs]
-            self._hold(carried + sum(target.nbytes for target, _ in pulls))
+        link = self.by.link(-1, rank, limited)
+        for event in ready:
+            link.stream.wait_event(event)
+        # The slowest link of the ring, the one with foreign traffic, holds all ranks up.
+        noisy = self.limits.noisy_link(layer, len(gathers)) is not None
+        rows = own.rows[layer]
+        pulls = []
+        for source, gather in enumerate(gathers):
+            if source != rank:
+                assert gather is not None
+                runs = own.owned[layer][source]
+                pulls += [(rows[start:end], gather.rows[layer][start:end]) for start, end in runs]
+        carried = sum(target.nbytes for target, _ in pulls)
+        with self._message(link, carried + (self.limits.noise if noisy else 0)):
+            if noisy:
+                self._foreign_traffic()
             for target, from_ in pulls:
                 target.copy_(from_, non_blocking=True)
-            done = stream.record_event()
-        torch.cuda.current_stream().wait_event(done)
+        torch.cuda.current_stream().wait_event(link.stream.record_event())
 
-    def _hold(self, nbytes: int) -> None:
-        if self.limits.bandwidth is not None:
-            from kvr_partition.runtime.triton_kernels import hold
+    @contextlib.contextmanager
+    def _message(self, link: _Link, nbytes: int) -> Iterator[None]:
+        """What is enqueued within is so many bytes on a link: it takes at least as long as the limit says."""
+        with torch.cuda.stream(link.stream):
+            if self.limits.bandwidth is None:
+                yield
+                return
+            from kvr_partition.runtime.triton_kernels import hold_since, note_time
 
-            hold(self.limits.held_s(nbytes))
+            note_time(link.mark)
+            yield
+            hold_since(link.mark, self.limits.held_s(nbytes))
+
+    def _foreign_traffic(self) -> None:
+        foreign = self.by.foreign(self.limits.noise)
+        foreign[1].copy_(foreign[0], non_blocking=True)
 
 
 class SMWorker(Worker):

@@ -117,9 +117,39 @@ def _cuda_flash(
         twice = query.expand(-1, -1, 2, -1)
         output, lse = _cuda_flash(twice, key, value, scale=scale, causal=False, bias=None)
         return output[:, :, :1], lse[:, :, :1]
+    if not causal and query.shape[0] == 1 and query.shape[2] <= FEW_ROWS and key.shape[2] >= 2 * SPLIT_TOKENS:
+        return _few_rows(query, key, value, scale)
+    return _flash_call(query, key, value, scale, causal)
+
+
+def _flash_call(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
         query, key, value, 0.0, causal, False, scale=scale
     )
+    return output, lse
+
+
+FEW_ROWS, SPLIT_TOKENS = 256, 1024
+"""So few rows keep only some of the SMs busy unless the tokens are split among the others."""
+
+
+def _few_rows(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of a few rows to many tokens: `SPLIT_TOKENS` at a time as if they were a batch, then merged."""
+    count = key.shape[2] // SPLIT_TOKENS
+    whole = count * SPLIT_TOKENS
+    keys, values = (
+        one[:, :, :whole].unflatten(2, (count, SPLIT_TOKENS)).squeeze(0).transpose(0, 1) for one in (key, value)
+    )
+    outputs, sums = _flash_call(query.expand(count, -1, -1, -1), keys, values, scale, False)
+    lse = torch.logsumexp(sums, dim=0, keepdim=True)
+    weights = torch.exp(sums - lse).unsqueeze(-1)
+    output = (outputs * weights).sum(dim=0, keepdim=True).to(query.dtype)
+    if whole < key.shape[2]:
+        merge_(output, lse, *_flash_call(query, key[:, :, whole:], value[:, :, whole:], scale, False))
     return output, lse
 
 

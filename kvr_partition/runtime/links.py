@@ -108,8 +108,9 @@ class LinkLimits:
     """What links are held to, and what else travels on them.
 
     Attributes:
-        bandwidth: bytes per second that each directed link carries at most, None for what it can. A
-            message is held back for as long as it would take, and then sent: its real time comes on top.
+        bandwidth: bytes per second that each directed link carries at most, None for what it can. Between
+            processes a message is held back for as long as it would take, and then sent: its real time
+            comes on top.
         noise: bytes of foreign traffic; in each layer one random pair of neighbouring ranks carries a
             message of this size, ahead of its KV.
         seed: of the choice of pairs; all ranks must agree on it.

@@ -62,3 +62,25 @@ def _hold_kernel(nanoseconds):  # type: ignore[no-untyped-def]
 def hold(seconds: float) -> None:
     """Keep the current stream busy for a time, whatever the clocks do; takes one warp of one SM."""
     _hold_kernel[(1,)](int(seconds * 1e9), num_warps=1)
+
+
+@triton.jit
+def _note_time_kernel(mark):  # type: ignore[no-untyped-def]
+    tl.store(mark, globaltimer())
+
+
+@triton.jit
+def _hold_since_kernel(mark, nanoseconds):  # type: ignore[no-untyped-def]
+    start = tl.load(mark)
+    while globaltimer() - start < nanoseconds:
+        pass
+
+
+def note_time(mark: torch.Tensor) -> None:
+    """Write the time at which the current stream comes here into ``mark``, one int64, for `hold_since`."""
+    _note_time_kernel[(1,)](mark, num_warps=1)
+
+
+def hold_since(mark: torch.Tensor, seconds: float) -> None:
+    """Keep the current stream busy until so long after `note_time`."""
+    _hold_since_kernel[(1,)](mark, int(seconds * 1e9), num_warps=1)

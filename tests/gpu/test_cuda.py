@@ -144,7 +144,7 @@ def test_sm_partition_ranks_equal_the_single_run(name: str, ranks: int, tmp_path
 
 
 @pytest.mark.parametrize("rows", [64, 256, 300, 1000, 1792, 1793])
-@pytest.mark.parametrize("prefix", [0, 70, 1500])
+@pytest.mark.parametrize("prefix", [0, 70, 2200])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (7, 1)])
 def test_a_shape_never_seen_is_put_together_from_plans_that_exist(
     rows: int, prefix: int, heads: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,10 @@ from kvr_partition.runtime.kernels import longest_own, own_lengths, piece_length
 from tests.unit.test_attention import close, reference
 
 
+def plain(query: Any, key: Any, value: Any, scale: float, causal: bool) -> Any:
+    return kernels._plain(query, key, value, scale=scale, causal=causal, bias=None)
+
+
 @given(st.integers(1, 70_000))
 def test_the_longest_chunk_with_a_plan_leaves_little(length: int) -> None:
     whole = longest_own(length)
@@ -41,10 +45,10 @@ def test_pieces_add_up_to_the_whole(rows: int, prefix: int, monkeypatch: pytest.
 
     def cudnn(query: Any, key: Any, value: Any, scale: float, causal: bool) -> Any:
         calls.append((query.shape[2], key.shape[2], causal))
-        return kernels._plain(query, key, value, scale=scale, causal=causal, bias=None)
+        return plain(query, key, value, scale, causal)
 
     monkeypatch.setattr(kernels, "_cudnn_call", cudnn)
-    monkeypatch.setattr(kernels, "_cuda_flash", kernels._plain)
+    monkeypatch.setattr(kernels, "_flash_call", plain)
     torch.manual_seed(rows + prefix)
     query = torch.randn(1, 4, rows, 8)
     key, value = torch.randn(2, 1, 2, prefix + rows, 8)
@@ -60,3 +64,24 @@ def test_pieces_add_up_to_the_whole(rows: int, prefix: int, monkeypatch: pytest.
     assert set(calls) <= planned
     if rows >= 256:
         assert any(causal for _, _, causal in calls)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 77])
+@pytest.mark.parametrize("tokens", [2048, 3000])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_few_rows_split_the_tokens(rows: int, tokens: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = []
+
+    def flash(query: Any, key: Any, value: Any, scale: float, causal: bool) -> Any:
+        batches.append(query.shape[0])
+        return plain(query, key, value, scale, causal)
+
+    monkeypatch.setattr(kernels, "_flash_call", flash)
+    torch.manual_seed(rows)
+    query = torch.randn(1, 4, rows, 8)
+    key, value = torch.randn(2, tokens, kv_heads, 8).permute(0, 2, 1, 3).unsqueeze(1)
+    output, lse = kernels._cuda_flash(query, key, value, scale=0.3, causal=False, bias=None)
+    right, right_lse = reference(query, key, value, 0.3, torch.ones(rows, tokens, dtype=torch.bool))
+    assert close(output, right, torch.float32)
+    assert close(lse, right_lse, torch.float32)
+    assert batches[0] == 2
