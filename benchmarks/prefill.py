@@ -40,7 +40,7 @@ class Balance:
     rounds: list[dict[str, Any]]
 
 
-def balance(group: RankGroup, context: int, quantum: int, rounds: int = 3) -> Balance:
+def balance(group: RankGroup, context: int, quantum: int, rounds: int) -> Balance:
     """The split in which all ranks compute equally long, by running it and moving work from slow ranks to fast.
 
     Each round runs a split, fits a cost to what every rank computed in all rounds so far, sets each rank's
@@ -274,7 +274,7 @@ def main() -> None:
 
         def work(group: RankGroup) -> Any:
             context, quantum = options.context, options.quantum
-            found = balance(group, context, quantum)
+            found = balance(group, context, quantum, options.rounds)
             splits = [
                 *around("balanced", found.split),
                 ("KVR balanced fan-out", Candidate("kvr-fanout", found.split)),
