@@ -218,6 +218,7 @@ def main() -> None:
     parser.add_argument("--noise", default="0", help="foreign traffic per layer at that rate, like 16MB")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--quantum", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3, help="splits that balancing tries, the even one included")
     parser.add_argument(
         "--verify", type=int, default=4096, help="verify each method at this context first; 0: not"
     )
