@@ -32,19 +32,20 @@ class Space:
     ranges: tuple[tuple[float, float], ...]
 
     @classmethod
-    def around(cls, seeds: Sequence[Seed], quantum: int) -> Space:
+    def around(cls, seeds: Sequence[Seed], quantum: int, reach: float = 0.0) -> Space:
         """A box around the last seed (the best informed one) that holds all seeds with room to spare.
 
         Half as far again as the furthest seed, and 15% more: the best split may lie beyond them all. A
         lone seed informs about nothing; chunks up to twice or down to half of its own are then tried.
+        It reaches at least ``reach`` to either side.
         """
         spare = 0.15 if len(seeds) > 1 else math.log(2)
         points = [log_ratios(seed.partition) for seed in seeds]
         ranges = []
         for values in zip(*points, strict=True):
             centre = values[-1]
-            reach = 1.5 * max(abs(value - centre) for value in values) + spare
-            ranges.append((centre - reach, centre + reach))
+            far = max(reach, 1.5 * max(abs(value - centre) for value in values) + spare)
+            ranges.append((centre - far, centre + far))
         return cls(seeds[0].partition.context, quantum, tuple(ranges))
 
     def names(self) -> list[str]:
@@ -73,3 +74,8 @@ def default_quantum(context: int, ranks: int) -> int:
     The largest power of two that leaves every rank 128 steps on average.
     """
     return 1 << max(0, (context // (128 * ranks)).bit_length() - 1)
+
+
+def coarseness(partition: Partition) -> int:
+    """The largest number of tokens that all boundaries are multiples of: how simple a split is."""
+    return math.gcd(*partition.boundaries)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sqlite3
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,8 +19,11 @@ from optuna.trial import TrialState
 from kvr_partition.errors import RankError, StorageError
 from kvr_partition.measurement import Measurement
 from kvr_partition.partition import Partition
+from kvr_partition.schedule import Setting
+from kvr_partition.search.beliefs import Beliefs
+from kvr_partition.search.informed import PartitionSampler
 from kvr_partition.search.samplers import make_sampler
-from kvr_partition.search.space import Seed, Space, default_quantum
+from kvr_partition.search.space import Seed, Space, coarseness, default_quantum
 
 Measure = Callable[[Partition], Measurement]
 
@@ -28,6 +32,9 @@ MAX_REPEATS = 25
 
 EXPLORE_AFTER = 5
 """Such suggestions in a row before the next ones are drawn at random."""
+
+WIDE = math.log(10)
+"""Log ratio of chunk sizes that samplers of whole partitions may reach from the seeds."""
 
 MAX_FAILURES_AT_FIRST, MAX_FAILURES = 3, 8
 """Failures in a row, before and after anything was timed, when more is wrong than the partition."""
@@ -60,7 +67,8 @@ class SearchResult:
         measurement: its measurement; from the side-by-side run at the end where there was one.
         trials: every partition measured, in order.
         confirmed: all measurements of the side-by-side run at the end, if there was one.
-        stopped: ``"budget"``, or ``"exhausted"`` when the sampler had nothing new to offer.
+        stopped: ``"budget"``, ``"exhausted"`` when the sampler had nothing new to offer, or ``"converged"``
+            when nothing could be expected to win more than measuring can tell.
     """
 
     best: Partition
@@ -77,7 +85,8 @@ def search(
     budget: int,
     *,
     seeds: Callable[[], Sequence[Seed]] | None = None,
-    sampler: str = "gp",
+    sampler: str | None = None,
+    setting: Setting | None = None,
     quantum: int | None = None,
     storage: str | optuna.storages.BaseStorage | None = None,
     study_name: str | None = None,
@@ -99,30 +108,41 @@ def search(
         budget: how many different partitions to measure, seeds included.
         seeds: called for a new study only: the first partitions to measure, best informed last. The even
             split is always among them.
-        sampler: one of `SAMPLERS`.
+        sampler: one of `SAMPLERS`; ``"informed"`` if there is a setting, else ``"gp"``, when None.
+        setting: what a prefill costs, as far as it is known; for the informed sampler.
         quantum: boundaries are multiples of this many tokens; a 128th of the average chunk when None.
         storage: Optuna storage or its URL; in memory when None.
         study_name: name of the study in the storage.
         seed: of the sampler.
         confirm: times several partitions side by side. Called at the end with the three best ones and the
             even split, since medians of separate runs on a drifting machine do not compare; its medians
-            decide.
+            decide. Of those within a standard error of the fastest the simplest is taken, whose boundaries
+            are multiples of the largest number.
         on_trial: told of each trial as it finishes.
 
     Raises:
         RankError: measuring failed several times in a row.
         StorageError: the storage is damaged, full or of another search.
+        UnsupportedError: an unknown sampler, or one that needs a setting without one.
     """
+    sampler = sampler or ("gp" if setting is None else "informed")
     if isinstance(storage, str):
         storage = _open_storage(storage)
     name = study_name or f"{ranks}-ranks-{context}"
     with _storage_errors():
         study = _Study(
-            storage, name, context, ranks, quantum or default_quantum(context, ranks), seeds, sampler, seed
+            storage,
+            name,
+            context,
+            ranks,
+            quantum or default_quantum(context, ranks),
+            seeds,
+            sampler,
+            setting,
+            seed,
         )
         stopped = study.run(measure, budget, on_trial)
-        trials = study.trials()
-        return _conclude(trials, context, ranks, confirm, stopped)
+        return _conclude(study.trials(), study.ranked(), context, ranks, confirm, stopped)
 
 
 class _Study:
@@ -137,15 +157,21 @@ class _Study:
         quantum: int,
         seeds: Callable[[], Sequence[Seed]] | None,
         sampler: str,
+        setting: Setting | None,
         seed: int,
     ) -> None:
+        self._sampler = sampler
+        self._setting = setting
+        self._seed = seed
         self._study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
         # Everything a resumed search must agree on is written in one step, so that a kill leaves all or none.
         begun = self._study.user_attrs.get("begun")
         if begun is None:
             given = [Seed("even", Partition.even(context, ranks)), *(seeds() if seeds is not None else ())]
             self.seeds = _distinct(given)
-            self.space = Space.around(self.seeds, quantum)
+            # Samplers of whole partitions go where they like; for others a wide space is a slow one.
+            reach = WIDE if sampler in ("informed", "hierarchical") else 0.0
+            self.space = Space.around(self.seeds, quantum, reach)
             self._study.set_user_attr("begun", self._describe())
         else:
             found = json.loads(begun)
@@ -156,8 +182,6 @@ class _Study:
                 )
             self.seeds = [Seed(one["name"], Partition(one["sizes"])) for one in found["seeds"]]
             self.space = Space(context, found["quantum"], tuple((low, high) for low, high in found["ranges"]))
-        self._sampler = sampler
-        self._seed = seed
 
     def _describe(self) -> str:
         return json.dumps(
@@ -184,6 +208,9 @@ class _Study:
         repeats = failures = 0
         while len(self._known()) < budget:
             trial, partition = self._ask(explore=repeats >= EXPLORE_AFTER)
+            if partition is None:
+                self._study.tell(trial, state=TrialState.FAIL)
+                return "converged" if self._sampler == "informed" else "exhausted"
             known = self._known().get(partition.sizes)
             if known is not None:
                 # Nothing to measure: the sampler learns the known time, and the budget is not touched.
@@ -215,6 +242,13 @@ class _Study:
         """All measured partitions, in order."""
         return list(self._known().values())
 
+    def ranked(self) -> list[Measurement]:
+        """What was timed, the most promising first."""
+        timed = [one.measurement for one in self.trials() if one.measurement.ok]
+        if self._sampler == "informed" and self._setting is not None:
+            return Beliefs.after(self._setting, self.space.context, timed).ranked()
+        return sorted(timed, key=lambda one: one.ttft_s)
+
     def _requeue_interrupted(self) -> None:
         """Put trials that a kill left running back into the queue.
 
@@ -228,7 +262,8 @@ class _Study:
                 self._study.enqueue_trial(left.params, user_attrs=kept)
             self._study.tell(left.number, state=TrialState.FAIL)
 
-    def _ask(self, explore: bool) -> tuple[optuna.Trial, Partition]:
+    def _ask(self, explore: bool) -> tuple[optuna.Trial, Partition | None]:
+        """The next trial, and its partition if there is one worth measuring."""
         count = len(self._study.get_trials(deepcopy=False))
         # A resumed search must not draw the same numbers again, so the count is part of the seed.
         seed = self._seed + 7919 * count
@@ -236,7 +271,9 @@ class _Study:
         self._study.sampler = (
             optuna.samplers.RandomSampler(seed=seed)
             if explore
-            else make_sampler(self._sampler, seed=seed, seeds=len(self.seeds))
+            else make_sampler(
+                self._sampler, seed=seed, seeds=len(self.seeds), space=self.space, setting=self._setting
+            )
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -246,6 +283,8 @@ class _Study:
         if "sizes" in trial.user_attrs:
             return trial, Partition(trial.user_attrs["sizes"])
         if trial.user_attrs.get("source") is None:
+            if isinstance(self._study.sampler, PartitionSampler):
+                return trial, self._study.sampler.proposals.get(trial.number)
             return trial, self.space.partition(params)
         # A seed is measured as it is, not as its rounded image.
         first = next(one for one in self.seeds if one.name == trial.user_attrs["source"])
@@ -276,22 +315,27 @@ def _distinct(seeds: Sequence[Seed]) -> list[Seed]:
 
 def _conclude(
     trials: Sequence[Trial],
+    ranked: Sequence[Measurement],
     context: int,
     ranks: int,
     confirm: Callable[[Sequence[Partition]], Sequence[Measurement]] | None,
     stopped: str,
 ) -> SearchResult:
-    timed = sorted((one for one in trials if one.ttft_s is not None), key=lambda one: one.ttft_s or 0.0)
-    if not timed:
+    if not ranked:
         raise RankError(f"no partition of context {context} on {ranks} ranks could be measured")
     if confirm is None:
-        return SearchResult(timed[0].partition, timed[0].measurement, tuple(trials), (), stopped)
-    finalists = [one.partition for one in timed[:3]]
+        return SearchResult(ranked[0].partition, ranked[0], tuple(trials), (), stopped)
+    finalists = [one.partition for one in ranked[:3]]
     even = Partition.even(context, ranks)
     confirmed = tuple(confirm(finalists if even in finalists else [even, *finalists]))
-    best = min((one for one in confirmed if one.ok), key=lambda one: one.ttft_s, default=None)
-    if best is None:
+    timed = [one for one in confirmed if one.ok]
+    if not timed:
         raise RankError(f"none of the best partitions of context {context} could be measured again")
+    fastest = min(timed, key=lambda one: one.ttft_s)
+    # Half of a 95% interval's upper side is a standard error: what is within it may as well be the fastest.
+    near = fastest.ttft_s + (fastest.interval_s[1] - fastest.ttft_s) / 2
+    ties = [one for one in timed if one.ttft_s <= near]
+    best = max(ties, key=lambda one: (coarseness(one.partition), -one.ttft_s))
     return SearchResult(best.partition, best, tuple(trials), confirmed, stopped)
 
 

@@ -1,0 +1,206 @@
+"""What measurements say about the cost model they were planned with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from kvr_partition.cost import ChunkCost, LinkCost
+from kvr_partition.measurement import Measurement, median
+from kvr_partition.schedule import Setting, ttft
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
+
+TERM_SPREAD, SPEED_SPREAD, LINK_SPREAD, SHARE_SPREAD = 0.2, 0.15, 0.5, 0.25
+"""How far, as a share, a cost term, a rank's speed, a link and ``kv_share`` may be off at first."""
+
+LEAST_SURFACE = 0.003
+"""How far, as a share, the corrected schedule may still be off from place to place, at least."""
+
+LONE_NOISE, LEAST_NOISE = 0.02, 1e-3
+"""Relative standard error of a median: of one sample, and at least."""
+
+
+def noise_of(measurement: Measurement) -> float:
+    """Relative standard error of a measurement's median TTFT."""
+    logs = [math.log(sample.ttft_s) for sample in measurement.samples]
+    count = len(logs)
+    if count < 3:
+        return LONE_NOISE / math.sqrt(max(1, count))
+    mean = math.fsum(logs) / count
+    variance = math.fsum((one - mean) ** 2 for one in logs) / (count - 1)
+    # A median of normal samples scatters a quarter more than their mean.
+    return max(LEAST_NOISE, 1.25 * math.sqrt(variance / count))
+
+
+def corrected(setting: Setting, measurements: Sequence[Measurement]) -> Setting:
+    """The setting that best explains how long ranks computed and links carried, given where it came from.
+
+    Each cost term, each rank's speed and each link may be off; what is measured decides how much, as far as
+    it tells them apart (a maximum a posteriori estimate with log-normal spreads).
+    """
+    timed = [one for one in measurements if one.ok and len(one.samples[0].ranks) == len(one.sizes) > 0]
+    if not timed:
+        return setting
+    return _with_kv_share(_with_links(_with_costs(setting, timed), timed), timed)
+
+
+def _with_costs(setting: Setting, timed: Sequence[Measurement]) -> Setting:
+    import numpy as np
+    from scipy.optimize import least_squares
+
+    cost = setting.cost
+    prices = np.array([cost.fixed_s, cost.per_token_s, cost.per_own_pair_s, cost.per_prefix_pair_s])
+    sizes = np.array([one.sizes for one in timed], dtype=float)
+    starts = setting.past + np.cumsum(sizes, axis=1) - sizes
+    own = sizes * sizes * (1.0 if setting.dense else 0.5)
+    terms = np.stack([np.ones_like(sizes), sizes, own, sizes * starts], axis=-1) * prices
+    took = np.array([[_median(one, rank, "compute_s") for rank in range(len(one.sizes))] for one in timed])
+    if not (took > 0).all() or not (terms.sum(axis=-1) > 0).all():
+        return setting
+    noise = np.array([noise_of(one) for one in timed])[:, None]
+    ranks = sizes.shape[1]
+    slowness = np.log([setting.slowness(rank) for rank in range(ranks)])
+    known = np.log(took) - slowness
+
+    def off(at: Array) -> Array:
+        expected = np.log(terms @ np.exp(at[:4])) + at[4:]
+        return np.concatenate([((expected - known) / noise).ravel(), at[:4] / TERM_SPREAD, at[4:] / SPEED_SPREAD])
+
+    found = least_squares(off, np.zeros(4 + ranks)).x
+    fixed, token, own_pair, prefix_pair = (float(one) for one in prices * np.exp(found[:4]))
+    speeds = tuple(float(one) for one in np.exp(-(slowness + found[4:])))
+    return replace(setting, cost=ChunkCost(fixed, token, own_pair, prefix_pair, cost.kv_share), speeds=speeds)
+
+
+def _with_links(setting: Setting, timed: Sequence[Measurement]) -> Setting:
+    ranks = len(timed[0].sizes)
+    logs: list[list[float]] = [[] for _ in range(ranks - 1)]
+    rates: list[list[float]] = [[] for _ in range(ranks - 1)]
+    for one in timed:
+        for rank in range(ranks - 1):
+            took, carried = _median(one, rank, "transfer_s"), _bytes_sent(setting, one.sizes, rank)
+            expected = sum(nbytes * link.seconds_per_byte for nbytes, link in carried)
+            total = sum(nbytes for nbytes, _ in carried)
+            if took > 0 and total > 0:
+                rates[rank].append(took / total)
+                if expected > 0:
+                    logs[rank].append(math.log(took / expected))
+
+    def scaled(link: LinkCost, found: Sequence[float], rate: Sequence[float]) -> LinkCost:
+        if link.seconds_per_byte == 0:
+            return replace(link, seconds_per_byte=median(rate)) if rate else link
+        weight = len(found) / (len(found) + (0.05 / LINK_SPREAD) ** 2)
+        factor = math.exp(weight * sum(found) / len(found)) if found else 1.0
+        return replace(link, seconds_per_byte=link.seconds_per_byte * factor)
+
+    if setting.topology == "chain":
+        links = tuple(scaled(setting.link_between(at, at + 1), logs[at], rates[at]) for at in range(ranks - 1))
+        return replace(setting, link=links)
+    # A fan-out's times are sums over links; only what all have in common can be told.
+    together = [value for each in logs for value in each], [value for each in rates for value in each]
+    if isinstance(setting.link, LinkCost):
+        return replace(setting, link=scaled(setting.link, *together))
+    return replace(setting, link=tuple(scaled(link, *together) for link in setting.link))
+
+
+def _with_kv_share(setting: Setting, timed: Sequence[Measurement]) -> Setting:
+    """How early a layer's KV is ready shows in nothing but TTFT itself."""
+    import numpy as np
+
+    share = setting.cost.kv_share
+    if not 0 < share < 1:
+        return setting
+    sizes = [one.sizes for one in timed]
+    took, noise = np.log([one.ttft_s for one in timed]), np.array([noise_of(one) for one in timed])
+    best = None
+    for factor in np.exp(np.linspace(-2, 2, 21) * SHARE_SPREAD):
+        tried = replace(setting, cost=replace(setting.cost, kv_share=min(0.95, share * float(factor))))
+        off = (np.log(ttft(sizes, tried)) - took) / noise
+        unlikely = float((off**2).sum()) + (math.log(factor) / SHARE_SPREAD) ** 2
+        if best is None or unlikely < best[0]:
+            best = unlikely, tried
+    assert best is not None
+    return best[1]
+
+
+def _bytes_sent(setting: Setting, sizes: Sequence[int], rank: int) -> list[tuple[float, LinkCost]]:
+    """Bytes a rank puts on each of its links in one prefill."""
+    row = setting.entry_bytes * setting.layers
+    if setting.topology == "chain":
+        return [(sum(sizes[: rank + 1]) * row, setting.link_between(rank, rank + 1))]
+    return [(sizes[rank] * row, setting.link_between(rank, peer)) for peer in range(rank + 1, len(sizes))]
+
+
+def _median(measurement: Measurement, rank: int, field: str) -> float:
+    return median([getattr(sample.ranks[rank], field) for sample in measurement.samples])
+
+
+@dataclass(frozen=True)
+class Beliefs:
+    """TTFT of any partition as expected after some measurements.
+
+    The corrected setting's schedule, times a smooth factor for what it does not explain: a Gaussian process
+    over boundaries in units of the average chunk.
+    """
+
+    setting: Setting
+    context: int
+    measured: tuple[Measurement, ...]
+    _process: Any
+    _offset: float
+
+    @classmethod
+    def after(cls, setting: Setting, context: int, measurements: Sequence[Measurement]) -> Beliefs:
+        """What to believe after these measurements; failed ones say nothing."""
+        import numpy as np
+        from sklearn.gaussian_process import GaussianProcessRegressor
+        from sklearn.gaussian_process.kernels import RBF, ConstantKernel
+
+        timed = tuple(one for one in measurements if one.ok)
+        setting = corrected(setting, timed)
+        if not timed:
+            return cls(setting, context, timed, None, 0.0)
+        sizes = np.array([one.sizes for one in timed], dtype=float)
+        residual = np.log([one.ttft_s for one in timed]) - np.log(ttft(sizes, setting))
+        noise = np.array([noise_of(one) for one in timed])
+        # Only what scatters by more than noise would in all likelihood is worth a surface of its own.
+        by_chance = float((noise**2).mean()) * (1 + 2 * math.sqrt(2 / max(1, len(timed) - 1)))
+        spread = max(LEAST_SURFACE, math.sqrt(max(0.0, float(residual.var()) - by_chance)))
+        kernel = ConstantKernel(spread**2, "fixed") * RBF(0.3, "fixed")
+        process = GaussianProcessRegressor(kernel, alpha=noise**2, optimizer=None)
+        offset = float(np.average(residual, weights=noise**-2))
+        process.fit(_places(sizes), residual - offset)
+        return cls(setting, context, timed, process, offset)
+
+    def ttft_s(self, sizes: Any) -> tuple[Array, Array]:
+        """Expected TTFT in seconds of partitions ``[n, ranks]``, and its relative uncertainty."""
+        import numpy as np
+
+        table = np.asarray(sizes, dtype=float)
+        simulated = ttft(table, self.setting)
+        if self._process is None:
+            return simulated, np.full(len(table), TERM_SPREAD)
+        shift, spread = self._process.predict(_places(table), return_std=True)
+        return simulated * np.exp(shift + self._offset), spread
+
+    def ranked(self) -> list[Measurement]:
+        """What was measured, the one expected to be fastest first: a lucky sample does not win by itself."""
+        if not self.measured:
+            return []
+        expected, _ = self.ttft_s([one.sizes for one in self.measured])
+        return [self.measured[at] for at in expected.argsort(kind="stable")]
+
+
+def _places(sizes: Array) -> Array:
+    import numpy as np
+
+    ranks = sizes.shape[1]
+    places: Array = np.cumsum(sizes, axis=1)[:, :-1] / sizes.sum(axis=1, keepdims=True) * ranks
+    return places

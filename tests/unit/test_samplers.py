@@ -1,0 +1,204 @@
+"""Our samplers: Optuna's contract, and that they find what they are for."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import msgspec
+import numpy as np
+import optuna
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from optuna.testing.pytest_samplers import BasicSamplerTestCase, RelativeSamplerTestCase, SingleOnlySamplerTestCase
+
+from kvr_partition import Partition
+from kvr_partition.cost import ChunkCost, LinkCost
+from kvr_partition.errors import UnsupportedError
+from kvr_partition.measurement import Failure, Measurement, RankTimes, Sample
+from kvr_partition.schedule import Setting, best_split, simulate, ttft
+from kvr_partition.search import HierarchicalGridSampler, InformedSampler, Seed, search
+from kvr_partition.search.beliefs import Beliefs, corrected, noise_of
+from kvr_partition.search.informed import PartitionSampler
+from kvr_partition.search.space import Space, coarseness
+
+CONTEXT, RANKS, QUANTUM = 8192, 4, 16
+FITTED = Setting(ChunkCost(1e-3, 2e-5, 2e-9, 2e-9, 0.25), 16, 16384, link=LinkCost.of(10e9, 2e-5))
+TRUTH = replace(
+    FITTED,
+    cost=ChunkCost(1.1e-3, 2.3e-5, 1.8e-9, 2.2e-9, 0.28),
+    speeds=(1.0, 0.8, 1.05, 1.0),
+    link=(LinkCost.of(11e9, 2e-5), LinkCost.of(6e9, 2e-5), LinkCost.of(9e9, 2e-5)),
+)
+
+
+def space(ranks: int = RANKS, context: int = CONTEXT) -> Space:
+    return Space.around([Seed("even", Partition.even(context, ranks))], QUANTUM, math.log(10))
+
+
+def measured(partition: Partition, truth: Setting = TRUTH, samples: int = 3) -> Measurement:
+    timeline = simulate(partition, truth)
+    ranks = tuple(RankTimes(one.compute_s, one.wait_s, one.transfer_s) for one in timeline.ranks)
+    return Measurement("kvr", partition.sizes, (Sample(timeline.ttft_s, ranks, 0),) * samples, "precise")
+
+
+class TestInformedContract(BasicSamplerTestCase, RelativeSamplerTestCase, SingleOnlySamplerTestCase):
+    @pytest.fixture
+    def sampler(self) -> Callable[[], optuna.samplers.BaseSampler]:
+        return lambda: InformedSampler(seed=1)
+
+
+class TestHierarchicalContract(BasicSamplerTestCase, RelativeSamplerTestCase, SingleOnlySamplerTestCase):
+    @pytest.fixture
+    def sampler(self) -> Callable[[], optuna.samplers.BaseSampler]:
+        return lambda: HierarchicalGridSampler(seed=1)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: InformedSampler(space(), FITTED, seed=2), lambda: HierarchicalGridSampler(space())]
+)
+def test_an_own_sampler_drives_a_plain_study(make: Callable[[], PartitionSampler]) -> None:
+    sampler = make()
+    study = optuna.create_study(sampler=sampler)
+
+    def objective(trial: optuna.Trial) -> float:
+        params = {
+            name: trial.suggest_float(name, low, high)
+            for name, (low, high) in zip(space().names(), space().ranges, strict=True)
+        }
+        partition = sampler.proposals[trial.number]
+        assert space().params(partition) == pytest.approx(params)
+        found = measured(partition)
+        trial.set_user_attr("measurement", msgspec.json.encode(found).decode())
+        return found.ttft_s
+
+    study.optimize(objective, n_trials=3)
+    assert len({tuple(trial.params.values()) for trial in study.trials}) == 3
+
+
+def test_the_informed_search_finds_a_truth_it_was_not_told_in_a_few_measurements() -> None:
+    asked: list[Measurement] = []
+
+    def measure(partition: Partition) -> Measurement:
+        asked.append(measured(partition))
+        return asked[-1]
+
+    found = search(measure, CONTEXT, RANKS, 12, setting=FITTED, quantum=QUANTUM)
+    best = simulate(best_split(CONTEXT, RANKS, TRUTH, quantum=QUANTUM), TRUTH).ttft_s
+    assert found.measurement.ttft_s <= best * 1.003
+    assert found.stopped == "converged"
+    assert len(asked) <= 8
+    assert [one.source for one in found.trials] == ["even", *["informed"] * (len(asked) - 1)]
+    # What it started from was clearly worse.
+    assert asked[1].sizes == best_split(CONTEXT, RANKS, corrected(FITTED, asked[:1]), quantum=QUANTUM).sizes
+
+
+def test_measurements_correct_costs_speeds_and_links() -> None:
+    splits = [
+        Partition.even(CONTEXT, RANKS),
+        Partition((3200, 1600, 1792, 1600)),
+        Partition((1600, 2400, 2192, 2000)),
+    ]
+    setting = corrected(FITTED, [measured(one) for one in splits])
+    assert isinstance(setting.link, tuple)
+    assert isinstance(TRUTH.link, tuple)
+    for found, right in zip(setting.link, TRUTH.link, strict=True):
+        assert found.seconds_per_byte == pytest.approx(right.seconds_per_byte, rel=0.02)
+    assert setting.speeds[1] / setting.speeds[0] == pytest.approx(0.8, rel=0.02)
+    unseen = Partition((2800, 1500, 2000, 1892))
+    before = abs(ttft([unseen.sizes], FITTED)[0] / simulate(unseen, TRUTH).ttft_s - 1)
+    after = abs(ttft([unseen.sizes], setting)[0] / simulate(unseen, TRUTH).ttft_s - 1)
+    assert after < 0.01 < before
+
+
+def test_links_that_nothing_was_known_of_are_learnt_in_both_topologies() -> None:
+    for topology in ("chain", "fanout"):
+        told = replace(FITTED, link=LinkCost(), topology=topology)
+        true = replace(FITTED, link=LinkCost.of(5e9), topology=topology)
+        setting = corrected(told, [measured(Partition.even(CONTEXT, RANKS), true)])
+        assert setting.link_between(0, 1).seconds_per_byte == pytest.approx(2e-10, rel=0.01)
+
+
+def test_nothing_measured_corrects_nothing_and_failures_say_nothing() -> None:
+    failed = Measurement("kvr", (4096, 4096), (), "failed", failure=Failure("lost", "gone"))
+    assert corrected(FITTED, [failed]) == FITTED
+    beliefs = Beliefs.after(FITTED, CONTEXT, [failed])
+    assert beliefs.ranked() == []
+    sampler = InformedSampler(space(2), FITTED, seed=0)
+    first = sampler.next([])
+    assert first == best_split(CONTEXT, 2, FITTED, quantum=QUANTUM)
+    after = sampler.next([Measurement("kvr", first.sizes, (), "failed", failure=Failure("lost", "gone"))])
+    assert after is not None
+    assert after.sizes != first.sizes
+
+
+def test_a_lucky_sample_does_not_win_by_itself() -> None:
+    best = best_split(CONTEXT, RANKS, TRUTH, quantum=QUANTUM)
+    first, *middle, last = best.sizes
+    splits = [Partition((first + 32 * at, *middle, last - 32 * at)) for at in range(5)]
+    timed = [measured(one, samples=1) for one in splits]
+    assert timed[4].ttft_s > 1.01 * timed[0].ttft_s
+    lucky = Sample(0.99 * timed[0].ttft_s, timed[4].samples[0].ranks, 0)
+    timed[4] = Measurement("kvr", splits[4].sizes, (lucky,), "cap")
+    assert min(timed, key=lambda one: one.ttft_s) is timed[4]
+    assert Beliefs.after(FITTED, CONTEXT, timed).ranked()[-1] is timed[4]
+
+
+def test_noise_is_that_of_the_samples() -> None:
+    def of(*seconds: float) -> float:
+        return noise_of(Measurement("kvr", (1, 1), tuple(Sample(one, (), 0) for one in seconds), "cap"))
+
+    assert of(1.0) == 0.02
+    assert of(1.0, 1.0, 1.0) == 1e-3
+    assert of(0.9, 1.0, 1.1, 1.0) > of(0.99, 1.0, 1.01, 1.0) > 1e-3
+
+
+def test_the_informed_sampler_needs_a_setting() -> None:
+    with pytest.raises(UnsupportedError, match="needs a setting"):
+        search(measured, CONTEXT, RANKS, 5, sampler="informed")
+
+
+def test_the_grid_halves_as_in_the_paper() -> None:
+    # Its example: 96 tokens, boundaries from [32, 64], strides 8, 4 and 2, and a best split at [28, 70].
+    sampler = HierarchicalGridSampler(Space(96, 2, ((-3.0, 3.0), (-3.0, 3.0))))
+    known: dict[tuple[int, ...], float] = {}
+    while (cell := sampler.next(known)) is not None:
+        first, second = cell.boundaries[1:3]
+        known[cell.sizes] = abs(first - 28) + abs(second - 70) + 1.0
+    assert min(known, key=lambda cell: known[cell]) == (28, 42, 26)
+    # All but the one cell in which both boundaries meet.
+    steps = {cell[0] - 32 for cell in itertools.islice(known, 24)}
+    assert steps == {-16, -8, 0, 8, 16}
+    assert len(known) <= 3 * 25
+
+
+@given(st.integers(2, 5), st.integers(64, 3000), st.integers(0, 40))
+@settings(max_examples=30, deadline=None)
+def test_every_cell_of_the_grid_is_new_and_valid(ranks: int, context: int, budget: int) -> None:
+    sampler = HierarchicalGridSampler(Space(context, 4, ((-3.0, 3.0),) * (ranks - 1)))
+    known: dict[tuple[int, ...], float] = {}
+    for _ in range(budget):
+        cell = sampler.next(known)
+        if cell is None:
+            break
+        assert cell.context == context
+        assert cell.ranks == ranks
+        assert cell.sizes not in known
+        known[cell.sizes] = max(np.array(cell.sizes) * np.arange(1, ranks + 1))
+
+
+def test_near_ties_go_to_the_simpler_split() -> None:
+    def timed(partition: Partition, seconds: float) -> Measurement:
+        times = (RankTimes(seconds, 0.0, 0.0),) * 2
+        samples = tuple(Sample(seconds * (1 + 0.01 * step), times, 0) for step in (-2, -1, 0, 0, 1, 2))
+        return Measurement("kvr", partition.sizes, samples, "precise")
+
+    def confirm(partitions: list[Partition]) -> list[Measurement]:
+        return [timed(one, 1.0 if coarseness(one) >= 512 else 0.999) for one in partitions]
+
+    found = search(lambda one: timed(one, 1.0), 1024, 2, 4, setting=FITTED, quantum=16, confirm=confirm)  # type: ignore[arg-type]
+    assert found.best == Partition((512, 512))
+    assert any(one.ttft_s < found.measurement.ttft_s for one in found.confirmed)
