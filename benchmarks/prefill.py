@@ -186,7 +186,7 @@ def cold(group: RankGroup, context: int, plan: SamplingPlan) -> dict[str, Any]:
         return lambda cold: group.sample(candidate, cold=cold).ttft_s
 
     def behind(tokens: int, prefix: int) -> Callable[[bool], float]:
-        return lambda cold: group.time_chunk(tokens, prefix, cold=cold)[0]
+        return lambda cold: group.time_chunk(tokens, prefix, cold=cold)[0][0]
 
     # Multiples of nothing.
     unseen = [context - 137 - 211 * step for step in range(5)]

@@ -19,11 +19,16 @@ class FitError(KVRError):
 
 @dataclass(frozen=True, slots=True)
 class TimedChunk:
-    """``seconds`` for a chunk of ``chunk`` tokens behind ``prefix`` tokens."""
+    """``seconds`` for a chunk of ``chunk`` tokens behind ``prefix`` tokens.
+
+    ``first_kv_s`` is the part of it until the KV of the first of ``layers`` layers was ready, if known.
+    """
 
     chunk: int
     prefix: int
     seconds: float
+    first_kv_s: float | None = None
+    layers: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,26 @@ class LinkCost:
     def of(cls, bandwidth: float, latency_s: float = 0.0) -> LinkCost:
         """A link of so many bytes per second."""
         return cls(latency_s, 1.0 / bandwidth)
+
+    @classmethod
+    def fit(cls, timed: Sequence[tuple[int, float]]) -> LinkCost:
+        """The link that best explains ``(bytes, seconds)`` of messages: non-negative, on relative errors.
+
+        Raises:
+            FitError: messages of one size only, or times that do not grow with it.
+        """
+        import numpy as np
+        from scipy.optimize import nnls
+
+        sizes = {nbytes for nbytes, _ in timed}
+        if len(sizes) < 2 or max(sizes) < 4 * min(sizes):
+            raise FitError("a link's latency and bandwidth need messages of two sizes at least 4x apart")
+        terms = np.array([[1.0, nbytes] for nbytes, _ in timed]) / np.array([[seconds] for _, seconds in timed])
+        scale = np.linalg.norm(terms, axis=0)
+        latency, per_byte = nnls(terms / scale, np.ones(len(timed)))[0] / scale
+        if per_byte == 0:
+            raise FitError("messages take equally long whatever their size; send larger ones")
+        return cls(float(latency), float(per_byte))
 
     def seconds(self, nbytes: float) -> float:
         """Time in seconds from the first byte leaving to the last one arriving."""
@@ -133,4 +158,15 @@ class ChunkCost:
             raise FitError(
                 "these chunks take equally long whatever their size; add longer ones, or a longer context"
             )
-        return cls(fixed, token, own, prefix)
+        return cls(fixed, token, own, prefix, _kv_share(timed, fixed, token))
+
+
+def _kv_share(timed: Sequence[TimedChunk], fixed: float, token: float) -> float:
+    """Share of a layer's fixed and per-token time before its KV is ready; 0 where that was not timed."""
+    shares = sorted(
+        one.first_kv_s * one.layers / (fixed + token * one.chunk)
+        for one in timed
+        if one.first_kv_s is not None and fixed + token * one.chunk > 0
+    )
+    # The first layer's KV comes after the embedding as well, so its time can only be too long.
+    return min(0.95, shares[len(shares) // 2]) if shares else 0.0

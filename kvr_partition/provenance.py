@@ -33,7 +33,8 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``"random(seed=N)"`` or ``"checkpoint"``."""
     ranks: int
     backend: str
-    """``"cpu"`` (gloo process ranks) or ``"cuda"`` (NCCL, one GPU a rank)."""
+    """``"cpu"`` (gloo process ranks), ``"cuda"`` (NCCL, one GPU a rank), ``"sm"`` (one GPU cut into ranks)
+    or ``"simulate"`` (nothing ran; a profile answered)."""
     topology: str
     depth: str
     """How far the runtime reaches into the model: ``"attention"`` or ``"cache"``."""

@@ -30,10 +30,12 @@ class RankTimeline:
     Attributes:
         layers: one entry per layer that keeps KV.
         tail_s: computing after the last layer's KV was complete: its attention, MLP and the logits.
+        first_kv_s: from the beginning until the first layer's KV was handed over, None where none is.
     """
 
     layers: tuple[LayerTimes, ...]
     tail_s: float
+    first_kv_s: float | None = None
 
     @property
     def compute_s(self) -> float:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from kvr_partition.cost import ChunkCost, FitError, TimedChunk
+from kvr_partition.cost import ChunkCost, FitError, LinkCost, TimedChunk
 from kvr_partition.measurement import median
+from kvr_partition.schedule import FREE_LINK, Setting
 from profiler.ranks import RankGroup
-from profiler.store import ChunkLine, MeasurementLog
+from profiler.store import ChunkLine, LinkLine, MeasurementLog
 
 LEAST_SAMPLES, MOST_SAMPLES = 3, 7
+
+LINK_BYTES, LINK_REPEATS = (1 << 12, 1 << 18, 1 << 22, 1 << 24), 7
+"""Messages that links are timed with."""
 
 
 def chunk_design(context: int, ranks: int) -> list[tuple[int, int]]:
@@ -48,16 +52,78 @@ def calibrate(
     for wanted in range(LEAST_SAMPLES, MOST_SAMPLES + 1):
         while missing := [point for point in points if len(_seconds(log, *point)) < wanted]:
             for chunk, prefix in missing:
-                log.append(ChunkLine(run, chunk, prefix, not warm, tuple(group.time_chunk(chunk, prefix))))
+                timed = group.time_chunk(chunk, prefix)
+                seconds, first_kv_s = (tuple(part) for part in zip(*timed, strict=True))
+                log.append(ChunkLine(run, chunk, prefix, not warm, seconds, first_kv_s))
                 if on_chunk is not None:
                     on_chunk(chunk, prefix)
             warm = True
         try:
-            return ChunkCost.fit([TimedChunk(c, s, median(_seconds(log, c, s))) for c, s in points])
+            return ChunkCost.fit([_timed(log, chunk, prefix, len(group.windows)) for chunk, prefix in points])
         except FitError:
             if wanted == MOST_SAMPLES:
                 raise
     raise AssertionError("the last round returns or raises")
+
+
+def _timed(log: MeasurementLog, chunk: int, prefix: int, layers: int) -> TimedChunk:
+    lines = [line for line in log.chunks if (line.chunk, line.prefix) == (chunk, prefix) and not line.warmup]
+    first = [median(line.first_kv_s) for line in lines if line.first_kv_s]
+    return TimedChunk(
+        chunk, prefix, median(_seconds(log, chunk, prefix)), median(first) if first else None, layers
+    )
+
+
+def rank_speeds(log: MeasurementLog, ranks: int) -> tuple[float, ...]:
+    """Of each rank, relative to the slowest of each timed chunk, which is what costs are fitted to."""
+    lines = [line for line in log.chunks if not line.warmup and len(line.seconds) == ranks]
+    if not lines:
+        return (1.0,) * ranks
+    return tuple(median([max(line.seconds) / line.seconds[rank] for line in lines]) for rank in range(ranks))
+
+
+def time_links(group: RankGroup, log: MeasurementLog) -> tuple[LinkCost, ...]:
+    """Latency and bandwidth of the link from each rank to the next; what the log has is not timed again.
+
+    Raises:
+        RankError: timing failed.
+        FitError: the times explain no link.
+    """
+    known = {line.nbytes for line in log.links if not line.warmup}
+    run = group.run
+    for nbytes in LINK_BYTES:
+        if nbytes not in known:
+            for warmup in (True, False):
+                seconds = tuple(group.time_links(nbytes, LINK_REPEATS))
+                log.append(LinkLine(run, nbytes, warmup, seconds))
+    lines = [line for line in log.links if not line.warmup]
+    return tuple(
+        LinkCost.fit([(line.nbytes, median(line.seconds[at])) for line in lines]) for at in range(group.ranks - 1)
+    )
+
+
+def measured_setting(
+    group: RankGroup,
+    context: int,
+    log: MeasurementLog,
+    on_chunk: Callable[[int, int], None] | None = None,
+) -> Setting:
+    """Everything about a machine that a schedule depends on, timed: chunks, ranks and links.
+
+    Raises:
+        RankError: timing failed.
+        FitError: the times do not determine it.
+    """
+    cost = calibrate(group, context, log, on_chunk)
+    return Setting(
+        cost=cost,
+        layers=len(group.windows),
+        entry_bytes=group.entry_bytes,
+        link=time_links(group, log) if group.ranks > 1 else FREE_LINK,
+        speeds=rank_speeds(log, group.ranks),
+        topology="fanout" if group.topology == "fanout" else "chain",
+        overlap=group.resolved_depth == "attention",
+    )
 
 
 def _seconds(log: MeasurementLog, chunk: int, prefix: int) -> list[float]:

@@ -67,6 +67,14 @@ class TimeChunk(msgspec.Struct, frozen=True, tag=True):
     cold: bool = False
 
 
+class TimeLink(msgspec.Struct, frozen=True, tag=True):
+    """Each rank in turn sends ``repeats`` messages of so many bytes to the next one."""
+
+    nbytes: int
+    repeats: int
+    bandwidth: float | None = None
+
+
 class Generate(msgspec.Struct, frozen=True, tag=True):
     """A KV-Runahead prefill of these tokens, then greedy decoding on the last rank."""
 
@@ -119,9 +127,16 @@ class PlanDone(msgspec.Struct, frozen=True, tag=True):
 
 
 class ChunkDone(msgspec.Struct, frozen=True, tag=True):
-    """Seconds for the chunk."""
+    """Seconds for the chunk, and until the KV of its first layer was ready."""
 
     seconds: float
+    first_kv_s: float
+
+
+class LinkDone(msgspec.Struct, frozen=True, tag=True):
+    """Seconds of each message from this rank to the next; none on the last rank."""
+
+    seconds: tuple[float, ...]
 
 
 class Token(msgspec.Struct, frozen=True, tag=True):
@@ -138,7 +153,7 @@ class GenerateDone(msgspec.Struct, frozen=True, tag=True):
 class Many(msgspec.Struct, frozen=True, tag=True):
     """The replies of all ranks that live in one process."""
 
-    replies: tuple[Ready | PrefillDone | VerifyDone | PlanDone | ChunkDone | GenerateDone, ...]
+    replies: tuple[Ready | PrefillDone | VerifyDone | PlanDone | ChunkDone | LinkDone | GenerateDone, ...]
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -149,8 +164,8 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     traceback: str
 
 
-Request = Setup | Prefill | Verify | PlanAhead | TimeChunk | Generate | Close
-Reply = Ready | PrefillDone | VerifyDone | PlanDone | ChunkDone | Token | GenerateDone | Many | Failed
+Request = Setup | Prefill | Verify | PlanAhead | TimeChunk | TimeLink | Generate | Close
+Reply = Ready | PrefillDone | VerifyDone | PlanDone | ChunkDone | LinkDone | Token | GenerateDone | Many | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)

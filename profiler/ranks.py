@@ -25,13 +25,15 @@ from kvr_partition.certificate import Certificate
 from kvr_partition.errors import KVRError, PartitionError, RankError, UnsupportedError
 from kvr_partition.measurement import Measurement, Sample
 from kvr_partition.partition import Partition
+from kvr_partition.profile import Profile
 from kvr_partition.provenance import ModelGeometry, Provenance
 from profiler import messages
 from profiler.measure import METHODS, Candidate, SamplingPlan, measure_interleaved
 from profiler.models import DTYPES, ModelFolder, open_model, probe_shapes
+from profiler.simulate import Simulated
 from profiler.store import SCHEMA, MeasurementLog, RunLine
 
-BACKENDS = ("auto", "cpu", "cuda", "sm")
+BACKENDS = ("auto", "cpu", "cuda", "sm", "simulate")
 DEPTHS = ("auto", "attention", "cache")
 TOPOLOGIES = ("chain", "fanout")
 
@@ -60,7 +62,8 @@ class RankGroup:
         model: folder with ``config.json`` (random weights from ``seed``) or a checkpoint folder.
         ranks: how many; ``torchrun`` worlds must have as many processes.
         backend: ``"cpu"`` (gloo), ``"cuda"`` (NCCL, one GPU a rank), ``"sm"`` (one GPU cut into as many
-            groups of SMs as there are ranks) or ``"auto"``: CUDA if there are enough GPUs, else CPU.
+            groups of SMs as there are ranks), ``"simulate"`` (a profile answers, nothing runs) or
+            ``"auto"``: CUDA if there are enough GPUs, else CPU.
         dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
         depth: how far the runtime reaches into the model.
         threads: compute threads of each CPU rank.
@@ -69,6 +72,7 @@ class RankGroup:
         topology: how KV travels with method ``"kvr"``: ``"chain"`` or ``"fanout"``.
         bandwidth: bytes per second that each link is held to; None for what it can.
         noise_seed: of the choice of links that foreign traffic disturbs.
+        profile: what to simulate; for backend ``"simulate"`` only.
         timeout_s: seconds a single request, or starting up, may take.
 
     Raises:
@@ -90,6 +94,7 @@ class RankGroup:
     topology: str = "chain"
     bandwidth: float | None = None
     noise_seed: int = 0
+    profile: Profile | None = None
     timeout_s: float = 600.0
     log: MeasurementLog | None = None
     _folder: ModelFolder = field(init=False, repr=False)
@@ -113,6 +118,10 @@ class RankGroup:
         _check_bandwidth(self.bandwidth)
         self.backend = _choose_backend(self.backend, self.ranks)
         self._folder = open_model(self.model)
+        if (self.profile is None) == (self.backend == "simulate"):
+            raise UnsupportedError("a profile goes with backend 'simulate', and that with a profile")
+        if self.profile is not None:
+            self._check_profile(self.profile.provenance)
         if self.depth == "attention":
             self._shapes().choose("attention")
 
@@ -138,7 +147,9 @@ class RankGroup:
         if self._transport is not None:
             return
         self._shapes()
-        if in_torchrun():
+        if self.profile is not None:
+            self._transport = Simulated(self.profile, self.topology, self.noise_seed)
+        elif in_torchrun():
             self._transport = _join(self)
         else:
             self._transport = _Spawned(self._setups())
@@ -377,17 +388,32 @@ class RankGroup:
         slowest = max(replies, key=lambda reply: reply.seconds)
         return slowest.built, slowest.seconds
 
-    def time_chunk(self, chunk: int, prefix: int, *, cold: bool = False) -> list[float]:
-        """Seconds each rank takes for a chunk behind a prefix, all ranks at once, without links.
+    def time_chunk(self, chunk: int, prefix: int, *, cold: bool = False) -> list[tuple[float, float]]:
+        """Time a chunk behind a prefix, on all ranks at once, without links.
 
         Args:
             cold: as in `sample`.
+
+        Returns:
+            For each rank the seconds it took, and those until the KV of its first layer was ready.
 
         Raises:
             RankError: it failed.
         """
         replies = self._ask(messages.TimeChunk(chunk, prefix, cold))
-        return [reply.seconds for reply in replies if isinstance(reply, messages.ChunkDone)]
+        return [(reply.seconds, reply.first_kv_s) for reply in replies if isinstance(reply, messages.ChunkDone)]
+
+    def time_links(self, nbytes: int, repeats: int) -> list[tuple[float, ...]]:
+        """Time messages from each rank to the next.
+
+        Returns:
+            For each link the seconds of each message.
+
+        Raises:
+            RankError: it failed.
+        """
+        replies = self._ask(messages.TimeLink(nbytes, repeats, self.bandwidth))
+        return [reply.seconds for reply in replies if isinstance(reply, messages.LinkDone)][: self.ranks - 1]
 
     def warm_up(self, partition: Partition) -> None:
         """Run one prefill that is not kept, so that the next one of this shape pays no first-time costs.
@@ -480,9 +506,29 @@ class RankGroup:
                     f"be dealt to {self.ranks} ranks"
                 )
 
+        if candidate.method == "tp" and self.backend == "simulate":
+            raise UnsupportedError("there is no schedule of tensor parallelism to simulate")
+
+    def _check_profile(self, origin: Provenance) -> None:
+        for what, asked, known in (
+            ("ranks", self.ranks, origin.ranks),
+            ("dtype", self.dtype, origin.dtype),
+            ("batch", self.batch, origin.batch),
+            ("model", self._folder.geometry.name, origin.model.name),
+            ("model configuration", self._folder.geometry.config_digest, origin.model.config_digest),
+        ):
+            if asked != known:
+                raise UnsupportedError(f"this profile is of {what} {known}, not {asked}; measure one for that")
+        # Beneath a simulation lies the depth that was measured.
+        self.depth = origin.depth
+
     def _link(self) -> str:
         if self.ranks == 1:
             return "none"
+        if self.profile is not None:
+            return f"simulated {self.profile.provenance.link}" + (
+                "" if self.bandwidth is None else f", held to {self.bandwidth / 1e9:g} GB/s"
+            )
         kind = {"cuda": "nccl", "sm": "copies on the device"}.get(self.backend)
         if kind is None:
             kind = "gloo over loopback" if len({ready.host for ready in self._ready}) == 1 else "gloo"
@@ -518,7 +564,7 @@ def _check_bandwidth(bandwidth: float | None) -> None:
 
 
 def _choose_backend(backend: str, ranks: int) -> str:
-    if backend == "cpu":
+    if backend in ("cpu", "simulate"):
         return backend
     import torch
 

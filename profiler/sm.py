@@ -238,6 +238,20 @@ class _Link:
     mark: torch.Tensor
 
 
+@contextlib.contextmanager
+def message(link: _Link, nbytes: int, limits: LinkLimits) -> Iterator[None]:
+    """What is enqueued within is so many bytes on a link: it takes at least as long as the limit says."""
+    with torch.cuda.stream(link.stream):
+        if limits.bandwidth is None:
+            yield
+            return
+        from kvr_partition.runtime.triton_kernels import hold_since, note_time
+
+        note_time(link.mark)
+        yield
+        hold_since(link.mark, limits.held_s(nbytes))
+
+
 class Replayer:
     """Replays recordings: graphs on each rank's stream, links and events in between."""
 
@@ -282,6 +296,18 @@ class Replayer:
             stream = torch.cuda.Stream() if spare is None else spare.stream()
             self._links[key] = _Link(stream, torch.zeros(1, dtype=torch.int64, device="cuda"))
         return self._links[key]
+
+    def time_copy(
+        self, source: int, from_: torch.Tensor, to: torch.Tensor, limits: LinkLimits
+    ) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        """Copy between two buffers as a message to the next rank; its begin and end."""
+        link = self.link(source, source + 1, limits.bandwidth is not None)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record(link.stream)
+        with message(link, from_.nbytes, limits):
+            to.copy_(from_, non_blocking=True)
+        end.record(link.stream)
+        return begin, end
 
     def foreign(self, nbytes: int) -> torch.Tensor:
         """Two buffers for foreign traffic, ``[2, nbytes]``."""
@@ -363,7 +389,7 @@ class _Replay:
         limited = self.limits.bandwidth is not None
         ready = torch.cuda.current_stream().record_event()
         if self.limits.noisy_link(layer, len(recording.ranks)) == rank:
-            with self._message(self.by.link(rank, rank + 1, limited), self.limits.noise):
+            with message(self.by.link(rank, rank + 1, limited), self.limits.noise, self.limits):
                 self._foreign_traffic()
         slot = links.slots[layer]
         outgoing = recording.sends(rank, slot.window)
@@ -377,7 +403,7 @@ class _Replay:
                 link.stream.wait_event(ready if chunk == rank else self.arrived[rank, layer, chunk])
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 begin.record(link.stream)
-                with self._message(link, source.nbytes):
+                with message(link, source.nbytes, self.limits):
                     target.copy_(source, non_blocking=True)
                 end.record(link.stream)
                 self.arrived[hop.peer, layer, chunk] = end
@@ -423,25 +449,12 @@ class _Replay:
                 runs = own.owned[layer][source]
                 pulls += [(rows[start:end], gather.rows[layer][start:end]) for start, end in runs]
         carried = sum(target.nbytes for target, _ in pulls)
-        with self._message(link, carried + (self.limits.noise if noisy else 0)):
+        with message(link, carried + (self.limits.noise if noisy else 0), self.limits):
             if noisy:
                 self._foreign_traffic()
             for target, from_ in pulls:
                 target.copy_(from_, non_blocking=True)
         torch.cuda.current_stream().wait_event(link.stream.record_event())
-
-    @contextlib.contextmanager
-    def _message(self, link: _Link, nbytes: int) -> Iterator[None]:
-        """What is enqueued within is so many bytes on a link: it takes at least as long as the limit says."""
-        with torch.cuda.stream(link.stream):
-            if self.limits.bandwidth is None:
-                yield
-                return
-            from kvr_partition.runtime.triton_kernels import hold_since, note_time
-
-            note_time(link.mark)
-            yield
-            hold_since(link.mark, self.limits.held_s(nbytes))
 
     def _foreign_traffic(self) -> None:
         foreign = self.by.foreign(self.limits.noise)
@@ -543,7 +556,22 @@ class SMWorker(Worker):
         sizes = (request.chunk,) * self._setup.ranks
         recording = self._recorded_as(f"chunk behind {request.prefix}", sizes, prefix=request.prefix)
         self._replayer.run(recording, LinkLimits())
-        return messages.Many(tuple(messages.ChunkDone(one.result.timeline.compute_s) for one in recording.ranks))
+        timelines = [one.result.timeline for one in recording.ranks]
+        return messages.Many(tuple(messages.ChunkDone(one.compute_s, one.first_kv_s or 0.0) for one in timelines))
+
+    def _timed_link(self, request: messages.TimeLink) -> messages.Reply:
+        """All links of the chain at once, as in a prefill: they share the memory."""
+        limits = LinkLimits(request.bandwidth)
+        links = self._setup.ranks - 1
+        buffers = torch.zeros((links, 2, request.nbytes), dtype=torch.uint8, device=self._device)
+        took: list[list[float]] = [[] for _ in range(links)]
+        for _ in range(request.repeats):
+            torch.cuda.synchronize()
+            events = [self._replayer.time_copy(at, buffers[at, 0], buffers[at, 1], limits) for at in range(links)]
+            torch.cuda.synchronize()
+            for at, (begin, end) in enumerate(events):
+                took[at].append(begin.elapsed_time(end) / 1e3)
+        return messages.Many((*(messages.LinkDone(tuple(one)) for one in took), messages.LinkDone(())))
 
     def _plan_ahead(self, tokens: int) -> messages.Reply:
         return messages.Many((self._planned(tokens),) * self._setup.ranks)

@@ -60,9 +60,20 @@ class ChunkLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ch
     prefix: int
     warmup: bool
     seconds: tuple[float, ...]
+    first_kv_s: tuple[float, ...] = ()
+    """Until the first layer's KV was ready; empty in older logs."""
 
 
-Line = RunLine | SampleLine | MeasurementLine | ChunkLine
+class LinkLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="link", tag_field="type"):
+    """Messages from each rank to the next, timed; for each link its seconds, message by message."""
+
+    run: str
+    nbytes: int
+    warmup: bool
+    seconds: tuple[tuple[float, ...], ...]
+
+
+Line = RunLine | SampleLine | MeasurementLine | ChunkLine | LinkLine
 
 
 class MeasurementLog:
@@ -96,6 +107,7 @@ class MeasurementLog:
         self._samples: dict[tuple[str, str, str, tuple[int, ...], int], list[Sample]] = {}
         self._finished: dict[tuple[str, str, tuple[int, ...], int], Measurement] = {}
         self._chunks: list[ChunkLine] = []
+        self._links: list[LinkLine] = []
         for line in lines:
             self._note(line)
 
@@ -132,6 +144,11 @@ class MeasurementLog:
         return list(self._chunks)
 
     @property
+    def links(self) -> list[LinkLine]:
+        """All timed messages."""
+        return list(self._links)
+
+    @property
     def provenance(self) -> dict[str, Provenance]:
         """Conditions of each run."""
         return dict(self._provenance)
@@ -156,6 +173,8 @@ class MeasurementLog:
                 self._provenance[line.run] = line.provenance
             case ChunkLine():
                 self._chunks.append(line)
+            case LinkLine():
+                self._links.append(line)
             case SampleLine() if not line.warmup:
                 key = (line.run, line.purpose, line.method, line.sizes, line.noise)
                 self._samples.setdefault(key, []).append(line.sample)

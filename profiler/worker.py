@@ -108,6 +108,8 @@ class Worker:
                     return self._plan_ahead(request.tokens)
                 case messages.TimeChunk():
                     return self._timed_chunk(request)
+                case messages.TimeLink():
+                    return self._timed_link(request)
                 case messages.Generate():
                     return self._generate(request, stream)
                 case _:
@@ -221,7 +223,36 @@ class Worker:
         with self._attention("kvr"), self._planning(request), _no_garbage_collection():
             self._barrier()
             result = self._chunk(request.chunk, request.prefix)
-        return messages.ChunkDone(result.timeline.compute_s)
+        timeline = result.timeline
+        return messages.ChunkDone(timeline.compute_s, timeline.first_kv_s or 0.0)
+
+    def _timed_link(self, request: messages.TimeLink) -> messages.Reply:
+        """There and back again, halved: clocks of two ranks need not agree to a microsecond."""
+        rank, took = self._setup.rank, []
+        limits = LinkLimits(request.bandwidth)
+        message = torch.zeros(request.nbytes, dtype=torch.uint8, device=self._device)
+        for source in range(self._world - 1):
+            self._barrier()
+            for _ in range(request.repeats if rank in (source, source + 1) else 0):
+                if rank == source:
+                    began = time.perf_counter()
+                    # What a limited link adds, it adds to one way.
+                    time.sleep(limits.held_s(request.nbytes))
+                    held = time.perf_counter() - began
+                    began = time.perf_counter()
+                    dist.send(message, dst=source + 1)
+                    dist.recv(message, src=source + 1)
+                    self._synchronize()
+                    took.append(held + (time.perf_counter() - began) / 2)
+                else:
+                    dist.recv(message, src=source)
+                    dist.send(message, dst=source)
+                    self._synchronize()
+        return messages.LinkDone(tuple(took))
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
 
     def _chunk(self, chunk: int, prefix: int) -> PrefillResult:
         return run_chunk(

@@ -135,8 +135,14 @@ def run(options: argparse.Namespace) -> None:
                 )
             )
     if options.format == "json":
-        print_json([{"context": context, "methods": comparison.facts()} for context, comparison in results])
+        print_json(
+            [
+                {"context": context, "backend": group.backend, "methods": comparison.facts()}
+                for context, comparison in results
+            ]
+        )
         return
+    print(f"{group.geometry.name} on {group.ranks} {group.backend} ranks, {group.dtype}\n")
     print_table(*together([(str(context), comparison) for context, comparison in results]), left=2)
 
 

@@ -14,6 +14,7 @@ from kvr_partition.errors import KVRError, PartitionError
 # Standard library only up to here: `predict` and `export` must work where only msgspec is installed.
 COMMANDS = {
     "search": "measure, search and write the best partitions (start here)",
+    "profile": "time what chunks, ranks and links cost, for the simulator",
     "compare": "time KV-Runahead and what people would use instead, side by side",
     "verify": "certify that a split prefill equals one rank",
     "predict": "the partition for a context, from a table",

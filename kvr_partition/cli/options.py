@@ -41,8 +41,10 @@ def add_ranks(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--backend",
         default="auto",
-        help="auto, cpu (gloo), cuda (NCCL, a GPU a rank) or sm (one GPU cut into ranks); default auto",
+        help="auto, cpu (gloo), cuda (NCCL, a GPU a rank), sm (one GPU cut into ranks) or simulate "
+        "(--profile answers); default auto",
     )
+    group.add_argument("--profile", metavar="FILE", help="a profile.json for --backend simulate")
     group.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16 (default float32)")
     group.add_argument("--depth", default="auto", help="auto, attention or cache (default auto)")
     group.add_argument("--threads", type=int, default=1, help="compute threads of each CPU rank (default 1)")
@@ -57,7 +59,10 @@ def add_ranks(parser: argparse.ArgumentParser) -> None:
 
 def make_group(options: argparse.Namespace) -> RankGroup:
     """The group that the options describe; nothing is started yet, unless to follow a ``torchrun`` leader."""
+    from kvr_partition.profile import load_profile
     from profiler.ranks import RankGroup, is_follower
+
+    profile = None if options.profile is None else load_profile(options.profile)
 
     group = RankGroup(
         model_folder(options.model),
@@ -69,6 +74,7 @@ def make_group(options: argparse.Namespace) -> RankGroup:
         batch=options.batch,
         topology=options.topology,
         bandwidth=None if options.bandwidth is None else parse_rate(options.bandwidth),
+        profile=profile,
         seed=options.seed,
         timeout_s=options.timeout,
     )

@@ -31,8 +31,8 @@ from kvr_partition.partition import Partition
 if TYPE_CHECKING:
     from kvr_partition.cli.outdir import OutDir
     from kvr_partition.cli.show import Progress
-    from kvr_partition.cost import ChunkCost
     from kvr_partition.measurement import Measurement, Sample
+    from kvr_partition.schedule import Setting
     from kvr_partition.search import Seed, Trial
     from profiler.measure import Candidate, SamplingPlan
     from profiler.ranks import RankGroup
@@ -51,7 +51,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--held-out", help="prompt lengths to predict and time, not to search")
     group.add_argument("--budget", type=int, default=8, help="partitions to measure per context (default 8)")
-    group.add_argument("--sampler", default="gp", help="gp, tpe or cmaes (default gp)")
+    group.add_argument(
+        "--sampler",
+        default="informed",
+        help="informed (corrects a cost model), hierarchical (the paper's grid), gp, tpe or cmaes "
+        "(default informed)",
+    )
     group.add_argument("--quantum", type=int, help="cut only at multiples of so many tokens")
     group.add_argument("--samples", type=int, help="most samples per candidate (default 8 on CPU, 40 on GPU)")
     group.add_argument("--out", metavar="FOLDER", help="results (default kvr-runs/MODEL-RANKSxBACKEND-DTYPE)")
@@ -138,8 +143,8 @@ class _Session:
         self._plan = plan
         self._contexts = contexts
         self._progress = progress
-        self._cost: ChunkCost | None = None
-        self._cost_known = False
+        self._setting: Setting | None = None
+        self._setting_known = False
         self._planned = 0.0
 
     def search(self, context: int) -> ContextResult:
@@ -165,13 +170,17 @@ class _Session:
             time = "failed" if trial.ttft_s is None else f"{trial.ttft_s * 1e3:.1f} ms"
             self._progress.say(f"  {context:>7} tokens  {trial.partition!s:<24} {time:>12}  {trial.source}")
 
+        setting = None if self._options.sampler == "hierarchical" else self._measured_setting()
+        # Without a cost to correct there is nothing to be informed by.
+        lost = setting is None and self._options.sampler == "informed"
         found = search(
             measure,
             context,
             self._group.ranks,
             self._options.budget,
             seeds=lambda: self._seeds(context),
-            sampler=self._options.sampler,
+            sampler="gp" if lost else self._options.sampler,
+            setting=setting,
             quantum=self._options.quantum,
             storage=self._out.study_url,
             study_name=f"{self._group.geometry.name}/{self._group.ranks}/{context}",
@@ -231,35 +240,39 @@ class _Session:
         self._progress.advance(candidate.partition.context)
 
     def _seeds(self, context: int) -> list[Seed]:
-        """Besides the even split: what the table interpolates, and what a fitted cost balances."""
-        from kvr_partition.schedule import balanced
+        """For samplers that know nothing: what the table interpolates, and what a fitted setting solves to."""
+        from kvr_partition.schedule import best_split
         from kvr_partition.search import Seed
         from kvr_partition.search.space import default_quantum
 
+        sampler = self._options.sampler
+        if sampler == "hierarchical" or (sampler == "informed" and self._measured_setting() is not None):
+            return []
         seeds = []
         ranks = self._group.ranks
         quantum = self._options.quantum or default_quantum(context, ranks)
         # Until something is searched on both sides of it, there is nothing to interpolate.
         with contextlib.suppress(OutOfRangeError):
             seeds.append(Seed("interpolated", self._out.table.lookup(context, ranks=ranks).partition))
-        cost = self._fitted()
-        if cost is not None:
-            seeds.append(Seed("balanced", balanced(cost, context, ranks, quantum=quantum)))
+        setting = self._measured_setting()
+        if setting is not None:
+            seeds.append(Seed("solved", best_split(context, ranks, setting, quantum=quantum)))
         return seeds
 
-    def _fitted(self) -> ChunkCost | None:
+    def _measured_setting(self) -> Setting | None:
+        """What chunks and links cost here, timed once for all contexts; None if the times do not tell."""
         from kvr_partition.cost import FitError
-        from profiler.calibrate import calibrate
+        from profiler.calibrate import measured_setting
 
-        if not self._cost_known:
-            self._progress.doing("timing a few chunks")
+        if not self._setting_known:
+            self._progress.doing("timing a few chunks and the links")
             try:
-                self._cost = calibrate(self._group, max(self._contexts), self._out.log)
+                self._setting = measured_setting(self._group, max(self._contexts), self._out.log)
             except FitError as error:
-                self._progress.say(f"  going on without a balanced split: {error}")
-            self._cost_known = True
+                self._progress.say(f"  going on without knowing what chunks cost: {error}")
+            self._setting_known = True
             self._progress.doing("measuring the first partitions")
-        return self._cost
+        return self._setting
 
     def _finish_phase(self, context: int, *, searched: bool) -> None:
         budget = self._options.budget if searched else 0

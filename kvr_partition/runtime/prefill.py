@@ -317,4 +317,4 @@ def _timeline(seconds: list[float], transfer_s: list[float]) -> RankTimeline:
         wait_begins, wait_ends = seconds[2 + 3 * position], seconds[3 + 3 * position]
         layers.append(LayerTimes(wait_begins - last, wait_ends - wait_begins, sent))
         last = wait_ends
-    return RankTimeline(tuple(layers), seconds[-1] - last)
+    return RankTimeline(tuple(layers), seconds[-1] - last, seconds[1] - seconds[0])

@@ -42,7 +42,11 @@ CASES = [
     ("search --model empty --contexts 64", 1, "model folder empty has no config.json"),
     ("search --model nowhere --contexts 64", 1, "model folder nowhere does not exist"),
     ("search --model mamba --contexts 64", 1, "layer 0 of mamba keeps a LinearAttentionLayer"),
-    ("search --model llama --contexts 64 --sampler luck", 1, "unknown sampler 'luck'; there are gp, tpe, cmaes"),
+    (
+        "search --model llama --contexts 64 --sampler luck",
+        1,
+        "unknown sampler 'luck'; there are informed, hierarchical, gp, tpe, cmaes",
+    ),
     ("search --model llama --contexts 64 --backend tpu", 1, "unknown backend 'tpu'; there are auto, cpu, cuda"),
     ("search --model llama --contexts 64 --dtype int3", 1, "unknown dtype 'int3'; there are float32"),
     ("search --model llama --contexts 64 --depth deep", 1, "unknown depth 'deep'"),

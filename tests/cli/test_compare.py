@@ -69,8 +69,9 @@ def test_compare_takes_the_methods_it_is_given(folder: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert lines[0][:2] == ["context", "method"]
-    assert [line[0] for line in lines[2:]] == ["64", "tensor", "KVR-E", "96", "tensor", "KVR-E"]
+    assert lines[0][:2] == ["llama", "on"]
+    assert lines[2][:2] == ["context", "method"]
+    assert [line[0] for line in lines[4:]] == ["64", "tensor", "KVR-E", "96", "tensor", "KVR-E"]
 
 
 def test_verify_prints_and_writes_certificates(folder: Path) -> None:

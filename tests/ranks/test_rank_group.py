@@ -90,7 +90,11 @@ def test_the_log_names_the_conditions(group: RankGroup) -> None:
 
 def test_chunks_are_timed_on_every_rank(group: RankGroup) -> None:
     assert len(group.time_chunk(8, 100)) == 2
-    assert min(group.time_chunk(8, 100)) > 0
+    for seconds, first_kv_s in group.time_chunk(8, 100):
+        assert 0 < first_kv_s < seconds
+    (times,) = group.time_links(1 << 16, 3)
+    assert len(times) == 3
+    assert min(times) > 0
 
 
 def test_decoding_goes_on_from_the_prefill(group: RankGroup) -> None:

@@ -1,0 +1,91 @@
+"""Time what chunks, ranks and links cost on this machine, and write it to a profile.
+
+A few chunks behind a few prefixes on all ranks at once, and messages from each rank to the next; a cost is
+fitted to them and refused if they do not determine it. `--backend simulate --profile FILE` then answers for
+the machine without it.
+
+Example:
+  kvr-partition profile --model my-llama --ranks 4 --context 16384 --out profile.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from kvr_partition.cli.options import add_output, add_ranks, make_group, need_at_least
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``profile``."""
+    group = parser.add_argument_group("profile")
+    group.add_argument("--context", type=int, default=1536, help="longest context it is for (default 1536)")
+    group.add_argument("--out", metavar="FILE", default="profile.json", help="(default profile.json)")
+    group.add_argument("--log", metavar="FILE", help="append every sample to this measurement log")
+    add_ranks(parser)
+    add_output(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measure, fit, write and print."""
+    need_at_least("ranks", options.ranks, 2)
+    group = make_group(options)
+    group.check_context(options.context)
+
+    import tempfile
+    from contextlib import ExitStack
+
+    from kvr_partition.cli.show import Progress, print_json, print_table
+    from kvr_partition.profile import ChunkSample, LinkSample, Profile
+    from profiler.calibrate import LEAST_SAMPLES, chunk_design, measured_setting
+    from profiler.store import MeasurementLog
+
+    work = LEAST_SAMPLES * len(chunk_design(options.context, group.ranks))
+    with ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory())
+        log = stack.enter_context(MeasurementLog(Path(options.log or f"{scratch}/profile.jsonl")))
+        progress = stack.enter_context(Progress(float(work), options.quiet))
+        group.log = log
+        progress.doing(f"starting {group.ranks} {group.backend} ranks of {group.geometry.name}")
+        stack.enter_context(group)
+        progress.doing("timing chunks and links")
+        setting = measured_setting(group, options.context, log, lambda chunk, prefix: progress.advance(1.0))
+        profile = Profile.of(
+            setting,
+            options.context,
+            group.provenance,
+            tuple(
+                ChunkSample(line.chunk, line.prefix, line.seconds, line.first_kv_s)
+                for line in log.chunks
+                if not line.warmup
+            ),
+            tuple(LinkSample(line.nbytes, line.seconds) for line in log.links if not line.warmup),
+        )
+    profile.save(options.out)
+    if options.format == "json":
+        print_json({"out": options.out, "profile": profile})
+        return
+    cost = profile.cost
+    print(f"\n{group.geometry.name} on {group.ranks} {group.backend} ranks, up to {options.context} tokens\n")
+    print_table(
+        ["per chunk", "per token", "per own pair", "per prefix pair", "before KV"],
+        [
+            [
+                f"{cost.fixed_s * 1e3:.3g} ms",
+                f"{cost.per_token_s * 1e6:.3g} µs",
+                f"{cost.per_own_pair_s * 1e9:.3g} ns",
+                f"{cost.per_prefix_pair_s * 1e9:.3g} ns",
+                f"{cost.kv_share:.0%}",
+            ]
+        ],
+    )
+    print()
+    rows = []
+    for rank, speed in enumerate(profile.speeds):
+        link = profile.links[rank] if rank < len(profile.links) else None
+        carries = "" if link is None or not link.seconds_per_byte else f"{1e-9 / link.seconds_per_byte:.3g} GB/s"
+        rows.append([str(rank), f"{speed:.3f}", "" if link is None else f"{link.latency_s * 1e6:.3g} µs", carries])
+    print_table(["rank", "speed", "latency to the next", "bandwidth"], rows)
+    print(f"\nWritten to {options.out}. Next:")
+    print(f"  kvr-partition compare --context {options.context} --ranks {group.ranks} "
+          f"--dtype {group.dtype} --backend simulate --profile {options.out}")  # fmt: skip

@@ -1,0 +1,149 @@
+"""Profile: what chunks, ranks and links of a machine cost, with the samples behind it, as one JSON file."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import msgspec
+
+from kvr_partition import jsonfile
+from kvr_partition.cost import ChunkCost, LinkCost
+from kvr_partition.errors import FileFormatError
+from kvr_partition.provenance import Provenance
+from kvr_partition.schedule import Setting
+
+SCHEMA = "kvr-partition/profile/1"
+
+
+class ChunkTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`ChunkCost` as a file keeps it; seconds."""
+
+    fixed_s: float
+    per_token_s: float
+    per_own_pair_s: float
+    per_prefix_pair_s: float
+    kv_share: float
+
+
+class LinkTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`LinkCost` as a file keeps it."""
+
+    latency_s: float
+    seconds_per_byte: float
+
+
+class ChunkSample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A chunk behind a prefix, timed on all ranks at once; seconds of each rank."""
+
+    chunk: int
+    prefix: int
+    seconds: tuple[float, ...]
+    first_kv_s: tuple[float, ...]
+
+
+class LinkSample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Messages of so many bytes; for each link from a rank to the next the seconds of each."""
+
+    nbytes: int
+    seconds: tuple[tuple[float, ...], ...]
+
+
+class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A machine as a schedule sees it.
+
+    Attributes:
+        context: the longest context the cost was timed for, in tokens.
+        layers: layers that keep KV.
+        entry_bytes: bytes of KV that a token keeps in one of them.
+        cost: of a chunk on a rank of speed 1.
+        speeds: of each rank.
+        links: from each rank to the next.
+    """
+
+    schema: str
+    provenance: Provenance
+    context: int
+    layers: int
+    entry_bytes: int
+    cost: ChunkTerms
+    speeds: tuple[float, ...]
+    links: tuple[LinkTerms, ...]
+    chunk_samples: tuple[ChunkSample, ...]
+    link_samples: tuple[LinkSample, ...]
+
+    @classmethod
+    def of(
+        cls,
+        setting: Setting,
+        context: int,
+        provenance: Provenance,
+        chunks: tuple[ChunkSample, ...] = (),
+        links: tuple[LinkSample, ...] = (),
+    ) -> Profile:
+        """A measured setting with the samples behind it."""
+        cost, ranks = setting.cost, provenance.ranks
+        return cls(
+            SCHEMA,
+            provenance,
+            context,
+            setting.layers,
+            setting.entry_bytes,
+            ChunkTerms(cost.fixed_s, cost.per_token_s, cost.per_own_pair_s, cost.per_prefix_pair_s, cost.kv_share),
+            setting.speeds or (1.0,) * ranks,
+            tuple(
+                LinkTerms(link.latency_s, link.seconds_per_byte)
+                for link in (setting.link_between(rank, rank + 1) for rank in range(ranks - 1))
+            ),
+            chunks,
+            links,
+        )
+
+    def setting(self, topology: Literal["chain", "fanout"] = "chain", bandwidth: float | None = None) -> Setting:
+        """For `schedule`; links held to ``bandwidth`` bytes a second as well, if it is given."""
+        least = 0.0 if bandwidth is None else 1.0 / bandwidth
+        cost = self.cost
+        return Setting(
+            ChunkCost(cost.fixed_s, cost.per_token_s, cost.per_own_pair_s, cost.per_prefix_pair_s, cost.kv_share),
+            self.layers,
+            self.entry_bytes,
+            tuple(LinkCost(link.latency_s, max(link.seconds_per_byte, least)) for link in self.links),
+            self.speeds,
+            topology,
+            self.provenance.depth == "attention",
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it, whole or not at all.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        jsonfile.write_atomic(path, jsonfile.encode(self))
+
+
+def load_profile(path: str | os.PathLike[str]) -> Profile:
+    """Read a profile.
+
+    Raises:
+        FileFormatError: no profile, one of another version, or one whose numbers make no sense.
+    """
+    profile = jsonfile.decode(jsonfile.read_bytes(path), Profile, SCHEMA, path)
+
+    def refuse(what: str) -> FileFormatError:
+        return FileFormatError(f"{os.fspath(path)} is not a valid profile: {what}; measure it anew")
+
+    ranks = profile.provenance.ranks
+    cost = profile.cost
+    terms = (cost.fixed_s, cost.per_token_s, cost.per_own_pair_s, cost.per_prefix_pair_s)
+    if min(terms) < 0 or max(terms[1:]) == 0 or not 0 <= cost.kv_share < 1:
+        raise refuse("its cost must not be negative, must grow with the chunk, and kv_share lies in [0, 1)")
+    if len(profile.speeds) != ranks or min(profile.speeds) <= 0:
+        raise refuse(f"{ranks} ranks need {ranks} speeds above 0")
+    if len(profile.links) != ranks - 1:
+        raise refuse(f"{ranks} ranks are joined by {ranks - 1} links, not {len(profile.links)}")
+    if any(link.latency_s < 0 or link.seconds_per_byte < 0 for link in profile.links):
+        raise refuse("a link cannot take less than no time")
+    if profile.layers < 1 or profile.entry_bytes < 1 or profile.context < ranks:
+        raise refuse("layers, entry_bytes and context must be positive")
+    return profile

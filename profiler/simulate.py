@@ -1,0 +1,109 @@
+"""Simulated ranks: a profile answers instead of hardware."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from kvr_partition.errors import UnsupportedError
+from kvr_partition.measurement import RankTimes
+from kvr_partition.partition import Partition
+from kvr_partition.profile import Profile
+from kvr_partition.schedule import Setting, bounds, gathering_ttft, simulate
+from profiler import messages
+
+
+class Simulated:
+    """A transport whose ranks are a schedule: no process, no model, the same answer every time.
+
+    Args:
+        profile: what chunks, ranks and links cost.
+        topology: how KV travels with method ``"kvr"``.
+        noise_seed: of the links that foreign traffic disturbs.
+    """
+
+    def __init__(self, profile: Profile, topology: str, noise_seed: int) -> None:
+        self._profile = profile
+        self._topology = topology
+        self._noise_seed = noise_seed
+
+    def exchange(
+        self, requests: Sequence[messages.Request], on_token: Callable[[messages.Token], None] | None = None
+    ) -> list[messages.Reply]:
+        ranks = self._profile.provenance.ranks
+        if not requests:
+            return [self._ready()] * ranks
+        match requests[0]:
+            case messages.Prefill() as request:
+                return self._prefill(request)
+            case messages.TimeChunk(chunk=chunk, prefix=prefix):
+                setting = self._profile.setting()
+                first = setting.cost.kv_share * (setting.cost.fixed_s + setting.cost.per_token_s * chunk)
+                return [
+                    messages.ChunkDone(
+                        setting.cost.seconds(chunk, prefix) * setting.slowness(rank), first / setting.layers
+                    )
+                    for rank in range(ranks)
+                ]
+            case messages.TimeLink(nbytes=nbytes, repeats=repeats, bandwidth=bandwidth):
+                setting = self._profile.setting(bandwidth=bandwidth)
+                links = [setting.link_between(rank, rank + 1) for rank in range(ranks - 1)]
+                return [*(messages.LinkDone((link.seconds(nbytes),) * repeats) for link in links),
+                        messages.LinkDone(())]  # fmt: skip
+            case other:
+                raise UnsupportedError(
+                    f"simulated ranks hold no model, so {type(other).__name__.lower()} needs another --backend"
+                )
+
+    def close(self) -> None:
+        pass
+
+    def _ready(self) -> messages.Ready:
+        of = self._profile.provenance
+        return messages.Ready(
+            of.device, os.uname().nodename, of.depth, of.torch, of.transformers, of.cuda, of.nccl, of.driver
+        )
+
+    def _prefill(self, request: messages.Prefill) -> list[messages.Reply]:
+        ranks = self._profile.provenance.ranks
+        partition = Partition(request.sizes)
+        setting = self._setting(request)
+        idle = RankTimes(0.0, 0.0, 0.0)
+        times, sent, finishing = [idle] * ranks, [0] * ranks, ranks - 1
+        match request.method:
+            case "single":
+                ttft = bounds(partition.context, 1, setting).single_s
+                times[-1] = RankTimes(ttft, 0.0, 0.0)
+            case "bound":
+                found = bounds(partition.context, ranks, setting, partition).practical_s
+                assert found is not None
+                ttft = found
+            case "tsp" | "tsp-causal" | "zigzag" as method:
+                ttft = gathering_ttft(method, partition.context, ranks, setting)
+                row = setting.entry_bytes * setting.layers * (ranks - 1)
+                sent = [size * row for size in partition.sizes]
+            case _:
+                timeline = simulate(partition, setting)
+                ttft = timeline.ttft_s
+                times = [RankTimes(one.compute_s, one.wait_s, one.transfer_s) for one in timeline.ranks]
+                row = setting.entry_bytes * setting.layers
+                sent = [
+                    sum(partition.sizes[: rank + 1]) * row
+                    if setting.topology == "chain"
+                    else partition.sizes[rank] * row * (ranks - 1 - rank)
+                    for rank in range(ranks - 1)
+                ] + [0]
+        return [
+            messages.PrefillDone(0.0, ttft, times[rank], sent[rank], 0 if rank == finishing else None)
+            for rank in range(ranks)
+        ]
+
+    def _setting(self, request: messages.Prefill) -> Setting:
+        import dataclasses
+
+        topology: Literal["chain", "fanout"] = "chain"
+        if request.method == "kvr-fanout" or (request.method == "kvr" and self._topology == "fanout"):
+            topology = "fanout"
+        setting = self._profile.setting(topology, request.bandwidth)
+        return dataclasses.replace(setting, noise=request.noise, noise_seed=self._noise_seed)

@@ -1,0 +1,140 @@
+"""The profile file, and ranks that answer from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from kvr_partition import Partition
+from kvr_partition.cost import ChunkCost, FitError, LinkCost, TimedChunk
+from kvr_partition.errors import FileFormatError, UnsupportedError
+from kvr_partition.profile import Profile, load_profile
+from kvr_partition.schedule import Setting, best_split, bounds, gathering_ttft, simulate
+from profiler import Candidate, MeasurementLog, RankGroup
+from profiler.calibrate import measured_setting
+from profiler.models import open_model
+from tests.models import provenance, write_folder
+
+COST = ChunkCost(1e-3, 2e-5, 2e-9, 1.5e-9, 0.25)
+LINKS = (LinkCost.of(2e9, 1e-4), LinkCost.of(1e9, 2e-4))
+SETTING = Setting(COST, 3, 512, link=LINKS, speeds=(1.0, 1.25, 1.0))
+
+
+def profile_of(folder: Path, **changes: Any) -> Profile:
+    origin = provenance(ranks=3, model=open_model(folder).geometry)
+    return msgspec.structs.replace(Profile.of(SETTING, 4096, origin), **changes)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "llama", "llama-gqa")
+
+
+@pytest.fixture
+def group(folder: Path) -> RankGroup:
+    return RankGroup(folder, 3, backend="simulate", profile=profile_of(folder))
+
+
+def test_a_profile_comes_back_as_it_was_written(folder: Path, tmp_path: Path) -> None:
+    profile = profile_of(folder)
+    profile.save(tmp_path / "profile.json")
+    assert load_profile(tmp_path / "profile.json") == profile
+    assert profile.setting() == SETTING
+    held = profile.setting("fanout", bandwidth=1.5e9)
+    assert held.topology == "fanout"
+    assert [held.link_between(at, at + 1).seconds_per_byte for at in (0, 1)] == [1 / 1.5e9, 1e-9]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": "kvr-partition/profile/9"}, "this version reads"),
+        ({"speeds": [1.0, 1.0]}, "need 3 speeds"),
+        ({"speeds": [1.0, 1.0, 0.0]}, "speeds above 0"),
+        ({"links": []}, "joined by 2 links"),
+        ({"layers": 0}, "must be positive"),
+        ({"cost": {"fixed_s": 0, "per_token_s": -1, "per_own_pair_s": 0, "per_prefix_pair_s": 0, "kv_share": 0}},
+         "must not be negative"),
+        ({"surprise": 1}, "unknown field"),
+    ],
+)  # fmt: skip
+def test_a_bad_profile_is_refused(folder: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    file = tmp_path / "profile.json"
+    file.write_text(json.dumps({**msgspec.to_builtins(profile_of(folder)), **change}))
+    with pytest.raises(FileFormatError, match=message):
+        load_profile(file)
+
+
+def test_simulated_ranks_answer_what_the_schedule_says(group: RankGroup) -> None:
+    split = Partition((250, 150, 104))
+    with group:
+        for method, setting in (("kvr", SETTING), ("kvr-fanout", profile_of(Path(group.model)).setting("fanout"))):
+            sample = group.sample(Candidate(method, split))
+            timeline = simulate(split, setting)
+            assert sample.ttft_s == pytest.approx(timeline.ttft_s)
+            assert [one.wait_s for one in sample.ranks] == pytest.approx([one.wait_s for one in timeline.ranks])
+        even = Partition.even(504, 3)
+        for method in ("tsp", "tsp-causal", "zigzag"):
+            found = group.sample(Candidate(method, even)).ttft_s
+            assert found == pytest.approx(gathering_ttft(method, 504, 3, SETTING))  # type: ignore[arg-type]
+        limits = bounds(504, 3, SETTING, split)
+        assert group.sample(Candidate.single(504)).ttft_s == pytest.approx(limits.single_s)
+        assert group.sample(Candidate("bound", split)).ttft_s == pytest.approx(limits.practical_s)
+        assert group.provenance.backend == "simulate"
+        assert group.provenance.link.startswith("simulated")
+        group.hold_links(1e7)
+        assert group.sample(Candidate("kvr", split)).ttft_s > simulate(split, SETTING).ttft_s
+        with pytest.raises(UnsupportedError, match="no schedule of tensor parallelism"):
+            group.check(Candidate.even("tp", 504, 3))
+        with pytest.raises(UnsupportedError, match="hold no model"):
+            group.verify(Candidate("kvr", split))
+
+
+def test_profiling_a_simulated_machine_finds_its_costs_again(group: RankGroup, tmp_path: Path) -> None:
+    with MeasurementLog(tmp_path / "log.jsonl") as log, group:
+        group.log = log
+        found = measured_setting(group, 4096, log)
+        lines = len(log.chunks), len(log.links)
+        assert measured_setting(group, 4096, log) == found
+        assert (len(log.chunks), len(log.links)) == lines
+    # Costs are fitted to the slowest rank, which is of speed 1 here.
+    for name in ("fixed_s", "per_token_s", "per_own_pair_s", "per_prefix_pair_s", "kv_share"):
+        assert getattr(found.cost, name) == pytest.approx(getattr(COST, name), rel=0.01), name
+    assert found.speeds == pytest.approx(SETTING.speeds)
+    assert isinstance(found.link, tuple)
+    for link, right in zip(found.link, LINKS, strict=True):
+        assert link.latency_s == pytest.approx(right.latency_s, rel=0.01)
+        assert link.seconds_per_byte == pytest.approx(right.seconds_per_byte, rel=0.01)
+    assert (found.layers, found.overlap) == (3, True)
+    assert best_split(2048, 3, found).sizes == pytest.approx(best_split(2048, 3, SETTING).sizes, abs=8) or (
+        simulate(best_split(2048, 3, found), SETTING).ttft_s
+        <= simulate(best_split(2048, 3, SETTING), SETTING).ttft_s * 1.001
+    )
+
+
+def test_a_profile_answers_only_for_what_it_measured(folder: Path, tmp_path: Path) -> None:
+    profile = profile_of(folder)
+    other = write_folder(tmp_path / "other", "mistral-window")
+    for arguments, message in (
+        ({"ranks": 2, "profile": profile}, "of ranks 3, not 2"),
+        ({"ranks": 3, "profile": profile, "dtype": "float16"}, "of dtype float32, not float16"),
+        ({"ranks": 3, "profile": profile, "model": other}, "of model llama, not other"),
+        ({"ranks": 3}, "with a profile"),
+        ({"ranks": 3, "profile": profile, "backend": "cpu"}, "goes with backend 'simulate'"),
+    ):
+        with pytest.raises(UnsupportedError, match=message):
+            RankGroup(**{"model": folder, "backend": "simulate", **arguments})  # type: ignore[arg-type]
+
+
+def test_links_and_kv_share_need_what_tells_them() -> None:
+    with pytest.raises(FitError, match="two sizes at least 4x apart"):
+        LinkCost.fit([(1000, 1.0), (2000, 2.0)])
+    with pytest.raises(FitError, match="equally long"):
+        LinkCost.fit([(1000, 1.0), (100_000, 1.0), (1_000_000, 0.5)])
+    points = [(c, s) for c in (256, 512, 1024) for s in (0, 1500, 3072)]
+    without = ChunkCost.fit([TimedChunk(c, s, COST.seconds(c, s)) for c, s in points])
+    assert without.kv_share == 0.0
