@@ -491,6 +491,8 @@ class RankGroup:
             check_gathering(self._shapes(), candidate.method)  # type: ignore[arg-type]
             parts_of(candidate.method, candidate.partition.context, self.ranks)  # type: ignore[arg-type]
         if candidate.method == "tp":
+            if self.backend == "simulate":
+                raise UnsupportedError("there is no schedule of tensor parallelism to simulate")
             if self.bandwidth is not None or candidate.noise:
                 raise UnsupportedError(
                     "the collectives of tensor parallelism cannot be held to a bandwidth or disturbed"
@@ -505,9 +507,6 @@ class RankGroup:
                     f"tensor parallelism cuts whole heads, and {heads[0]} heads with {heads[1]} KV heads cannot "
                     f"be dealt to {self.ranks} ranks"
                 )
-
-        if candidate.method == "tp" and self.backend == "simulate":
-            raise UnsupportedError("there is no schedule of tensor parallelism to simulate")
 
     def _check_profile(self, origin: Provenance) -> None:
         for what, asked, known in (

@@ -17,6 +17,7 @@ COMMANDS = {
     "profile": "time what chunks, ranks and links cost, for the simulator",
     "compare": "time KV-Runahead and what people would use instead, side by side",
     "verify": "certify that a split prefill equals one rank",
+    "advise": "which method and how many ranks a context is worth",
     "predict": "the partition for a context, from a table",
     "export": "a table as JSON, CSV or Markdown",
     "generate": "run a prompt: KV-Runahead prefill, then decode",

@@ -60,6 +60,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--quantum", type=int, help="cut only at multiples of so many tokens")
     group.add_argument("--samples", type=int, help="most samples per candidate (default 8 on CPU, 40 on GPU)")
     group.add_argument("--out", metavar="FOLDER", help="results (default kvr-runs/MODEL-RANKSxBACKEND-DTYPE)")
+    group.add_argument(
+        "--storage",
+        metavar="URL",
+        help="study in sqlite:///FILE, postgresql://..., journal:FILE or grpc://HOST:PORT, shared by several "
+        "runs, each with an --out of its own (default: study.db in --out)",
+    )
     again = group.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with what is in --out (the default)")
     again.add_argument("--fresh", action="store_true", help="set aside what is in --out and begin anew")
@@ -182,7 +188,9 @@ class _Session:
             sampler="gp" if lost else self._options.sampler,
             setting=setting,
             quantum=self._options.quantum,
-            storage=self._out.study_url,
+            storage=self._options.storage or self._out.study_url,
+            shared=self._options.storage is not None,
+            conditions=self._conditions(),
             study_name=f"{self._group.geometry.name}/{self._group.ranks}/{context}",
             seed=self._options.seed,
             confirm=confirm,
@@ -227,6 +235,11 @@ class _Session:
         measurements = self._measure(candidates, f"predict/{context}")
         self._finish_phase(context, searched=False)
         return ContextResult(context, True, list(zip(names, measurements, strict=True)), 0)
+
+    def _conditions(self) -> dict[str, object]:
+        """What a shared study must agree on; the model by its digest, which is short."""
+        conditions = self._group.provenance.conditions()
+        return {**conditions, "model": self._group.geometry.config_digest}
 
     def _baselines(self, context: int) -> list[Candidate]:
         from profiler.measure import Candidate

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import math
+import os
+import platform
 import sqlite3
+import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import optuna
 import sqlalchemy.exc
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from kvr_partition.errors import RankError, StorageError
 from kvr_partition.measurement import Measurement
@@ -24,11 +29,18 @@ from kvr_partition.search.beliefs import Beliefs
 from kvr_partition.search.informed import PartitionSampler
 from kvr_partition.search.samplers import make_sampler
 from kvr_partition.search.space import Seed, Space, coarseness, default_quantum
+from kvr_partition.search.storage import open_storage
 
 Measure = Callable[[Partition], Measurement]
 
 MAX_REPEATS = 25
 """Suggestions in a row that only repeat measured partitions before the neighbourhood counts as exhausted."""
+
+POLL_S = 0.2
+"""Seconds between looks at what others are measuring."""
+
+ASKING_S, LEASE_S = 10.0, 3600.0
+"""Seconds for which a running trial without an owner, and one of another host, is taken to be alive."""
 
 EXPLORE_AFTER = 5
 """Such suggestions in a row before the next ones are drawn at random."""
@@ -89,7 +101,9 @@ def search(
     setting: Setting | None = None,
     quantum: int | None = None,
     storage: str | optuna.storages.BaseStorage | None = None,
+    shared: bool = False,
     study_name: str | None = None,
+    conditions: Mapping[str, object] | None = None,
     seed: int = 0,
     confirm: Callable[[Sequence[Partition]], Sequence[Measurement]] | None = None,
     on_trial: Callable[[Trial], None] | None = None,
@@ -111,8 +125,11 @@ def search(
         sampler: one of `SAMPLERS`; ``"informed"`` if there is a setting, else ``"gp"``, when None.
         setting: what a prefill costs, as far as it is known; for the informed sampler.
         quantum: boundaries are multiples of this many tokens; a 128th of the average chunk when None.
-        storage: Optuna storage or its URL; in memory when None.
+        storage: Optuna storage, or its URL as in `open_storage`; in memory when None.
+        shared: whether others may be working on the study. Then nobody measures what another is measuring,
+            and what a dead process was measuring goes back into the queue.
         study_name: name of the study in the storage.
+        conditions: what measurements depend on; a study that began under others is refused.
         seed: of the sampler.
         confirm: times several partitions side by side. Called at the end with the three best ones and the
             even split, since medians of separate runs on a drifting machine do not compare; its medians
@@ -127,7 +144,8 @@ def search(
     """
     sampler = sampler or ("gp" if setting is None else "informed")
     if isinstance(storage, str):
-        storage = _open_storage(storage)
+        with _storage_errors():
+            storage = open_storage(storage)
     name = study_name or f"{ranks}-ranks-{context}"
     with _storage_errors():
         study = _Study(
@@ -140,6 +158,8 @@ def search(
             sampler,
             setting,
             seed,
+            shared,
+            conditions,
         )
         stopped = study.run(measure, budget, on_trial)
         return _conclude(study.trials(), study.ranked(), context, ranks, confirm, stopped)
@@ -159,7 +179,10 @@ class _Study:
         sampler: str,
         setting: Setting | None,
         seed: int,
+        shared: bool,
+        conditions: Mapping[str, object] | None,
     ) -> None:
+        self._shared = shared
         self._sampler = sampler
         self._setting = setting
         self._seed = seed
@@ -172,7 +195,7 @@ class _Study:
             # Samplers of whole partitions go where they like; for others a wide space is a slow one.
             reach = WIDE if sampler in ("informed", "hierarchical") else 0.0
             self.space = Space.around(self.seeds, quantum, reach)
-            self._study.set_user_attr("begun", self._describe())
+            self._study.set_user_attr("begun", self._describe(conditions))
         else:
             found = json.loads(begun)
             if (found["context"], found["ranks"]) != (context, ranks):
@@ -180,12 +203,14 @@ class _Study:
                     f"study {name!r} in this storage is for context {found['context']} on {found['ranks']} ranks; "
                     "use another storage or study name"
                 )
+            _check_conditions(name, conditions, found.get("conditions"))
             self.seeds = [Seed(one["name"], Partition(one["sizes"])) for one in found["seeds"]]
             self.space = Space(context, found["quantum"], tuple((low, high) for low, high in found["ranges"]))
 
-    def _describe(self) -> str:
+    def _describe(self, conditions: Mapping[str, object] | None) -> str:
         return json.dumps(
             {
+                "conditions": conditions,
                 "context": self.space.context,
                 "ranks": len(self.space.ranges) + 1,
                 "quantum": self.space.quantum,
@@ -196,7 +221,7 @@ class _Study:
 
     def run(self, measure: Measure, budget: int, on_trial: Callable[[Trial], None] | None) -> str:
         """Measure until the budget is spent; returns what ended it."""
-        self._requeue_interrupted()
+        owner = _owner()
         queued = {
             trial.user_attrs.get("source")
             for trial in self._study.get_trials(deepcopy=False)
@@ -206,10 +231,21 @@ class _Study:
             if one.name not in queued:
                 self._study.enqueue_trial(self.space.params(one.partition), user_attrs={"source": one.name})
         repeats = failures = 0
-        while len(self._known()) < budget:
+        while True:
+            self._requeue_interrupted()
+            open_places = budget - len(self._known())
+            if open_places <= 0:
+                return "budget"
+            if open_places <= len(self._running()):
+                # Others are measuring the last ones; if they fail, there is a place again.
+                time.sleep(POLL_S)
+                continue
             trial, partition = self._ask(explore=repeats >= EXPLORE_AFTER)
             if partition is None:
                 self._study.tell(trial, state=TrialState.FAIL)
+                if self._running():
+                    time.sleep(POLL_S)  # what others are measuring may yet show something
+                    continue
                 return "converged" if self._sampler == "informed" else "exhausted"
             known = self._known().get(partition.sizes)
             if known is not None:
@@ -219,8 +255,14 @@ class _Study:
                 if repeats >= MAX_REPEATS:
                     return "exhausted"
                 continue
-            repeats = 0
+            trial.set_user_attr("owner", owner)
             trial.set_user_attr("sizes", partition.sizes)
+            if any(sizes == partition.sizes and number < trial.number for number, sizes in self._running()):
+                # Two asked at the same moment; the earlier trial measures it.
+                self._study.tell(trial, state=TrialState.FAIL)
+                time.sleep(POLL_S)
+                continue
+            repeats = 0
             measurement = measure(partition)
             # Kept with the trial: the study alone then tells everything about its partitions.
             trial.set_user_attr("measurement", msgspec.json.encode(measurement).decode())
@@ -236,7 +278,6 @@ class _Study:
                     kind=measurement.failure.kind,
                     traceback=measurement.failure.traceback,
                 )
-        return "budget"
 
     def trials(self) -> list[Trial]:
         """All measured partitions, in order."""
@@ -250,17 +291,24 @@ class _Study:
         return sorted(timed, key=lambda one: one.ttft_s)
 
     def _requeue_interrupted(self) -> None:
-        """Put trials that a kill left running back into the queue.
+        """Put trials that a kill left running back into the queue; those of others that still run are theirs.
 
         Queued first and ended second: a kill in between leaves a repetition, which costs nothing.
         """
         for left in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if self._shared and _is_alive(left):
+                continue
             kept: dict[str, Any] = {
                 name: left.user_attrs[name] for name in ("source", "sizes") if name in left.user_attrs
             }
             if kept:
                 self._study.enqueue_trial(left.params, user_attrs=kept)
             self._study.tell(left.number, state=TrialState.FAIL)
+
+    def _running(self) -> list[tuple[int, tuple[int, ...]]]:
+        """Number and sizes of each trial that is being measured."""
+        trials = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return [(one.number, tuple(one.user_attrs["sizes"])) for one in trials if "sizes" in one.user_attrs]
 
     def _ask(self, explore: bool) -> tuple[optuna.Trial, Partition | None]:
         """The next trial, and its partition if there is one worth measuring."""
@@ -307,6 +355,17 @@ class _Study:
         return known
 
 
+def _check_conditions(name: str, now: Mapping[str, object] | None, then: Mapping[str, object] | None) -> None:
+    if now is None or then is None:
+        return
+    for field, value in json.loads(json.dumps(now)).items():
+        if then.get(field) != value:
+            raise StorageError(
+                f"study {name!r} in this storage was begun with another {field}: {then.get(field)}, not {value}; "
+                "use another storage or study name"
+            )
+
+
 def _distinct(seeds: Sequence[Seed]) -> list[Seed]:
     """Without seeds that a later, better informed one repeats; order kept."""
     latest = {seed.partition.sizes: seed for seed in seeds}
@@ -339,9 +398,33 @@ def _conclude(
     return SearchResult(best.partition, best, tuple(trials), confirmed, stopped)
 
 
-def _open_storage(url: str) -> optuna.storages.BaseStorage:
-    with _storage_errors():
-        return optuna.storages.RDBStorage(url)
+def _owner() -> str:
+    """This process, so that another one can tell whether it still runs: host, process id, when it began."""
+    return f"{platform.node()}/{os.getpid()}/{_began(os.getpid())}"
+
+
+def _began(process: int) -> str:
+    """When a process began, as the system counts; empty if it does not run or nobody tells."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    with contextlib.suppress(OSError):
+        os.kill(process, 0)
+        return "running"
+    return ""
+
+
+def _is_alive(trial: FrozenTrial) -> bool:
+    """Whether somebody is measuring a running trial."""
+    owner = trial.user_attrs.get("owner")
+    began = trial.datetime_start
+    age = 0.0 if began is None else (datetime.datetime.now() - began).total_seconds()
+    if owner is None:
+        # Between being asked for and being owned a trial is young.
+        return age < ASKING_S
+    host, process, since = owner.split("/")
+    if host == platform.node():
+        return bool(_began(int(process)) == since)
+    return age < LEASE_S
 
 
 @contextlib.contextmanager

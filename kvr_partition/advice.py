@@ -1,0 +1,94 @@
+"""Which method on how many ranks a context is worth, from a profile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from kvr_partition.errors import PartitionError
+from kvr_partition.partition import Partition
+from kvr_partition.schedule import Method, Setting, best_split, bounds, gathering_ttft, simulate
+
+WORTH_A_RANK = 0.03
+"""Share of TTFT that a larger number of ranks has to save to be worth them."""
+
+GATHERING: tuple[Method, ...] = ("tsp", "tsp-causal", "zigzag")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to run a prefill: predicted TTFT in seconds; ``partition`` for KV-Runahead."""
+
+    method: str
+    ranks: int
+    ttft_s: float
+    partition: Partition | None = None
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to run a context with.
+
+    Attributes:
+        context: tokens of the prompt.
+        options: every method on every number of ranks, by ranks.
+        chosen: the fastest, or one on fewer ranks that is nearly as fast.
+        reason: why, in one line.
+    """
+
+    context: int
+    options: tuple[Option, ...]
+    chosen: Option
+    reason: str
+
+
+def first_ranks(setting: Setting, ranks: int) -> Setting:
+    """The same machine with only its first ranks."""
+    link = setting.link
+    return replace(
+        setting,
+        speeds=setting.speeds[:ranks],
+        link=link[: ranks - 1] if isinstance(link, tuple) else link,
+    )
+
+
+def advise(setting: Setting, context: int, ranks: int, quantum: int = 1) -> Advice:
+    """Compare every method on 1 to ``ranks`` ranks.
+
+    Raises:
+        PartitionError: a context too short for a single rank.
+    """
+    if context < 1:
+        raise PartitionError(f"a context has at least 1 token; got {context}")
+    fastest = min(setting.slowness(rank) for rank in range(ranks))
+    options = [Option("single", 1, bounds(context, 1, setting).single_s * fastest)]
+    for count in range(2, ranks + 1):
+        if context < count * quantum:
+            break
+        few = first_ranks(setting, count)
+        options += [Option(method, count, gathering_ttft(method, context, count, few)) for method in GATHERING]
+        for topology in ("chain", "fanout"):
+            told = replace(few, topology=topology)
+            split = best_split(context, count, told, quantum=quantum)
+            options.append(Option(f"kvr-{topology}", count, simulate(split, told).ttft_s, split))
+    return Advice(context, tuple(options), *_choose(options))
+
+
+def _choose(options: Sequence[Option]) -> tuple[Option, str]:
+    fastest = min(options, key=lambda one: one.ttft_s)
+    enough = [one for one in options if one.ttft_s <= fastest.ttft_s * (1 + WORTH_A_RANK)]
+    fewest = min(one.ranks for one in enough)
+    chosen = min((one for one in enough if one.ranks == fewest), key=lambda one: one.ttft_s)
+    most = max(one.ranks for one in options)
+    if most == 1:
+        return chosen, "there is one rank"
+    best_on_most = min((one for one in options if one.ranks == most), key=lambda one: one.ttft_s)
+    if chosen.ranks == 1:
+        change = best_on_most.ttft_s / chosen.ttft_s - 1
+        return chosen, f"more ranks are not worth it: on {most}, TTFT changes by {change:+.0%} at best"
+    single = next(one for one in options if one.ranks == 1)
+    gain = f"{single.ttft_s / chosen.ttft_s:.2f}x one rank"
+    if chosen.ranks < most:
+        change = best_on_most.ttft_s / chosen.ttft_s - 1
+        return chosen, f"{gain}; {most} ranks are not worth it, TTFT changes by {change:+.0%}"
+    return chosen, gain

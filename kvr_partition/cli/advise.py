@@ -1,0 +1,101 @@
+"""Which method on how many ranks is worth it for a context, predicted from a profile.
+
+Each method on every number of ranks up to the profile's, the best split of each solved for. What a table has
+measured for a context is shown beside. Fewer ranks are advised where more of them gain next to nothing.
+
+Example:
+  kvr-partition advise --profile profile.json --contexts 2048,16384 --bandwidth 10GB/s
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from kvr_partition.cli.options import add_output, parse_contexts, parse_rate
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``advise``."""
+    group = parser.add_argument_group("advise")
+    group.add_argument("--profile", metavar="FILE", required=True, help="a profile.json of the machine")
+    group.add_argument("--contexts", required=True, help="prompt lengths: 4096,8192 or start:stop:step")
+    group.add_argument("--bandwidth", metavar="RATE", help="as if every link were held to this rate, like 10GB/s")
+    group.add_argument("--table", metavar="FILE", help="a table.json of the same machine, for measured TTFT")
+    add_output(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Predict and print."""
+    from kvr_partition.advice import Advice, Option, advise
+    from kvr_partition.cli.show import print_json, print_table, seconds
+    from kvr_partition.profile import load_profile
+    from kvr_partition.table import PartitionTable, load
+
+    contexts = parse_contexts(options.contexts)
+    profile = load_profile(options.profile)
+    bandwidth = None if options.bandwidth is None else parse_rate(options.bandwidth)
+    setting = profile.setting(bandwidth=bandwidth)
+    table = load(options.table) if options.table else PartitionTable([])
+    ranks = profile.provenance.ranks
+
+    def measured(advice: Advice, option: Option) -> float | None:
+        if not option.method.startswith("kvr") or table.provenance is None:
+            return None
+        if table.provenance.topology != option.method.removeprefix("kvr-"):
+            return None
+        return next(
+            (one.ttft_s for one in table.entries if (one.context, one.ranks) == (advice.context, option.ranks)),
+            None,
+        )
+
+    found = [advise(setting, context, ranks) for context in contexts]
+    if options.format == "json":
+        print_json(
+            [
+                {
+                    "context": advice.context,
+                    "method": advice.chosen.method,
+                    "ranks": advice.chosen.ranks,
+                    "reason": advice.reason,
+                    "beyond_profile": advice.context > profile.context,
+                    "options": [
+                        {
+                            "method": one.method,
+                            "ranks": one.ranks,
+                            "predicted_ttft_s": one.ttft_s,
+                            "measured_ttft_s": measured(advice, one),
+                            "sizes": None if one.partition is None else one.partition.sizes,
+                        }
+                        for one in advice.options
+                    ],
+                }
+                for advice in found
+            ]
+        )
+        return
+    where = profile.provenance
+    print(
+        f"{where.model.name} on up to {ranks} ranks of {where.device}, {where.dtype}; predicted from a profile\n"
+    )
+    rows = []
+    for advice in found:
+        for at, one in enumerate(advice.options):
+            known = measured(advice, one)
+            rows.append(
+                [
+                    str(advice.context) if at == 0 else "",
+                    one.method,
+                    str(one.ranks),
+                    seconds(one.ttft_s),
+                    "" if known is None else seconds(known),
+                    "" if one.partition is None else str(one.partition),
+                    "<-" if one is advice.chosen else "",
+                ]
+            )
+    print_table(["context", "method", "ranks", "predicted", "measured", "chunks", ""], rows, left=2)
+    print()
+    for advice in found:
+        chosen = advice.chosen
+        how = "one rank alone" if chosen.ranks == 1 else f"{chosen.method} on {chosen.ranks} ranks"
+        beyond = f"; the profile ends at {profile.context}" if advice.context > profile.context else ""
+        print(f"{advice.context} tokens: {how} ({advice.reason}{beyond})")

@@ -1,0 +1,81 @@
+"""Where studies are kept: databases, journal files, and a proxy in front of either."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import optuna
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+
+from kvr_partition.errors import StorageError, UnsupportedError
+
+
+def open_storage(url: str) -> optuna.storages.BaseStorage:
+    """The storage of a URL.
+
+    Args:
+        url: of a database, like ``sqlite:///study.db`` or ``postgresql://host/name``; ``journal:FILE`` for an
+            append-only file that several processes share; ``grpc://host:port`` for Optuna's proxy.
+
+    Raises:
+        UnsupportedError: a URL that is none of these, or one whose driver is not installed.
+        StorageError: a journal that cannot be read or written.
+    """
+    kind, _, rest = url.partition(":")
+    if kind == "journal":
+        if not rest:
+            raise UnsupportedError(f"a journal is written journal:FILE; got {url!r}")
+        return _journal(Path(rest))
+    if kind == "grpc":
+        host, colon, port = rest.removeprefix("//").rpartition(":")
+        if not colon or not host or not port.isdigit():
+            raise UnsupportedError(f"Optuna's proxy is written grpc://host:port; got {url!r}")
+        try:
+            return optuna.storages.GrpcStorageProxy(host=host, port=int(port))
+        except ImportError as error:
+            raise UnsupportedError(f"{url} needs the package grpcio: {_line(error)}") from None
+    import sqlalchemy.exc
+
+    try:
+        return optuna.storages.RDBStorage(url)
+    except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:
+        raise UnsupportedError(f"{url} needs a database driver: {_line(error)}") from None
+    except (sqlalchemy.exc.ArgumentError, ValueError) as error:
+        raise UnsupportedError(
+            f"{url!r} is no storage; write sqlite:///FILE, postgresql://HOST/NAME, journal:FILE or "
+            f"grpc://HOST:PORT ({_line(error)})"
+        ) from None
+
+
+def _journal(file: Path) -> optuna.storages.BaseStorage:
+    try:
+        lock = JournalFileOpenLock(str(file))
+        if file.exists():
+            lock.acquire()
+            try:
+                _set_torn_tail_aside(file)
+            finally:
+                lock.release()
+        return optuna.storages.JournalStorage(JournalFileBackend(str(file), lock_obj=lock))
+    except OSError as error:
+        raise StorageError(f"the journal {file} cannot be used: {error.strerror or error}") from None
+
+
+def _set_torn_tail_aside(file: Path) -> None:
+    """A last line without its end, which a crash or a full disk leaves, would ruin what is appended to it."""
+    with file.open("r+b") as stream:
+        content = stream.read()
+        if not content or content.endswith(b"\n"):
+            return
+        whole = content.rfind(b"\n") + 1
+        with file.with_name(file.name + ".torn").open("ab") as beside:
+            beside.write(content[whole:] + b"\n")
+            beside.flush()
+            os.fsync(beside.fileno())
+        stream.truncate(whole)
+        os.fsync(stream.fileno())
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())

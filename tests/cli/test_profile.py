@@ -1,0 +1,111 @@
+"""``profile`` and ``--backend simulate`` as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from kvr_partition import load
+from kvr_partition.profile import load_profile
+from profiler.store import MeasurementLog
+from tests.cli.program import one_error, program
+from tests.models import write_folder
+from tests.unit.test_profile import profile_of
+
+
+def run(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return program(*line.split(), cwd=folder)
+
+
+@pytest.fixture
+def simulated(tmp_path: Path) -> Path:
+    """A folder with a model and a profile of three ranks of it."""
+    profile_of(write_folder(tmp_path / "llama", "llama-gqa")).save(tmp_path / "profile.json")
+    return tmp_path
+
+
+ON = "--model llama --ranks 3 --backend simulate --profile profile.json"
+
+
+def test_profile_times_real_ranks_and_keeps_the_samples(tmp_path: Path) -> None:
+    # Wide enough that a chunk's time grows with its length.
+    write_folder(tmp_path / "llama", "llama-gqa", hidden_size=256, intermediate_size=1024, num_hidden_layers=2)
+    done = run("profile --model llama --context 512 --log log.jsonl", tmp_path)
+    with MeasurementLog(tmp_path / "log.jsonl") as log:
+        kept = [one for one in log.chunks if not one.warmup]
+        links = [one for one in log.links if not one.warmup]
+    assert kept
+    if done.returncode:
+        # On a busy machine the gates may refuse the fit, which is what they are for. Nothing measured is lost.
+        assert "fit" in one_error(done, 1) or "quieter" in done.stderr
+        return
+    profile = load_profile(tmp_path / "profile.json")
+    assert profile.provenance.backend == "cpu"
+    shape = profile.provenance.model
+    assert (profile.layers, profile.entry_bytes) == (2, 2 * shape.kv_heads * shape.head_dim * 4)
+    assert len(profile.links) == 1
+    assert len(profile.chunk_samples) == len(kept)
+    assert len(profile.link_samples) == len(links) == 4
+    assert "--backend simulate" in done.stdout
+
+
+def test_a_search_on_the_simulator_says_so_everywhere(simulated: Path) -> None:
+    done = run(f"search {ON} --contexts 256,512 --out out", simulated)
+    assert done.returncode == 0, done.stderr
+    assert "on 3 simulate ranks" in done.stdout
+    table = load(simulated / "out" / "table.json")
+    assert table.provenance is not None
+    assert table.provenance.backend == "simulate"
+    with MeasurementLog(simulated / "out" / "measurements.jsonl") as log:
+        assert {one.backend for one in log.provenance.values()} == {"simulate"}
+    sizes = table.lookup(512, ranks=3).partition.sizes
+    # The second rank is the fastest, and work per token grows.
+    assert sizes[1] > sizes[2]
+    assert sizes[0] > sizes[2]
+
+
+def test_compare_on_the_simulator(simulated: Path) -> None:
+    done = run(f"compare {ON} --context 504 --format json", simulated)
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)
+    assert found["backend"] == "simulate"
+    names = [one["method"] for one in found["methods"]]
+    assert {"single", "TSP", "zigzag", "KVR-E"} <= set(names)
+    assert "tensor parallel" not in names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--ranks 2 --backend simulate --profile profile.json", "of ranks 3, not 2"),
+        ("--ranks 3 --backend simulate", "with a profile"),
+        ("--ranks 3 --backend simulate --profile llama/config.json", "not one of our JSON files"),
+        ("--ranks 3 --backend simulate --profile nowhere.json", "does not exist"),
+    ],
+)
+def test_a_profile_that_does_not_fit_is_told_in_one_line(simulated: Path, arguments: str, message: str) -> None:
+    assert message in one_error(run(f"compare --model llama --context 96 {arguments}", simulated), 1)
+
+
+def test_advice_says_what_is_worth_it_and_what_is_not(simulated: Path) -> None:
+    done = run("advise --profile profile.json --contexts 64,4096 --format json", simulated)
+    assert done.returncode == 0, done.stderr
+    short, long = json.loads(done.stdout)
+    assert (long["method"], long["ranks"]) in {("kvr-chain", 3), ("kvr-fanout", 3)}
+    slow = run("advise --profile profile.json --contexts 4096 --bandwidth 100kB/s", simulated)
+    assert slow.returncode == 0, slow.stderr
+    assert "one rank alone (more ranks are not worth it" in slow.stdout
+    assert {one["ranks"] for one in short["options"]} == {1, 2, 3}
+    assert all(sum(one["sizes"]) == 64 for one in short["options"] if one["sizes"])
+
+
+def test_advice_shows_what_a_table_has_measured(simulated: Path) -> None:
+    run(f"search {ON} --contexts 256,512 --out out", simulated)
+    done = run("advise --profile profile.json --contexts 512 --table out/table.json --format json", simulated)
+    (found,) = json.loads(done.stdout)
+    measured = [one for one in found["options"] if one["measured_ttft_s"] is not None]
+    assert [(one["method"], one["ranks"]) for one in measured] == [("kvr-chain", 3)]
+    assert measured[0]["measured_ttft_s"] == pytest.approx(measured[0]["predicted_ttft_s"], rel=0.01)

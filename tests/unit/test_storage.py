@@ -1,0 +1,143 @@
+"""Studies that several processes share, and the storages they are in."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+
+from kvr_partition.errors import StorageError, UnsupportedError
+from kvr_partition.search import search
+from kvr_partition.search.storage import open_storage
+from tests.unit.test_samplers import FITTED
+from tests.unit.test_search import CONTEXT, RANKS, Recorder, seeds
+
+WORKER = """
+import sys, time
+from tests.unit.test_samplers import FITTED
+from tests.unit.test_search import CONTEXT, RANKS, Recorder, search
+recorder = Recorder()
+def measure(partition):
+    print(partition, flush=True)
+    time.sleep(float(sys.argv[2]))
+    return recorder(partition)
+found = search(measure, CONTEXT, RANKS, int(sys.argv[3]), sampler=sys.argv[5], setting=FITTED,
+               storage=sys.argv[1], shared=sys.argv[5] == "tpe", seed=int(sys.argv[4]))
+print("found", len(found.trials), found.best, flush=True)
+"""
+
+
+def worker(url: str, seconds: float, budget: int, seed: int, sampler: str = "tpe") -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", WORKER, url, str(seconds), str(budget), str(seed), sampler]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def outcome(process: subprocess.Popen[str]) -> tuple[list[str], list[str]]:
+    """What a worker measured, and its last line."""
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    *measured, last = out.splitlines()
+    return measured, last.split()
+
+
+@pytest.mark.parametrize("kind", ["sqlite:///", "journal:"])
+def test_two_processes_on_one_study_lose_nothing_and_repeat_nothing(kind: str, tmp_path: Path) -> None:
+    url = f"{kind}{tmp_path / 'study'}"
+    # The tables of a database that is just being made are nobody's to use.
+    open_storage(url)
+    both = [worker(url, 0.1, 16, seed) for seed in (1, 2)]
+    (first, end), (second, other_end) = (outcome(one) for one in both)
+    assert len(first) + len(second) == len({*first, *second}) == 16
+    assert first
+    assert second
+    # Whoever ends last has seen everything.
+    assert "16" in (end[1], other_end[1])
+
+
+def test_what_a_killed_process_was_measuring_is_measured_by_another(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    victim = worker(url, 60.0, 6, 1)
+    assert victim.stdout is not None
+    interrupted = victim.stdout.readline().strip()
+    survivor = worker(url, 0.05, 6, 2)
+    time.sleep(1.0)
+    victim.kill()
+    victim.communicate()
+    measured, end = outcome(survivor)
+    assert interrupted in measured
+    assert len(set(measured)) == len(measured) == 6
+    assert end[1] == "6"
+
+
+def test_a_study_of_other_conditions_is_refused(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    search(Recorder(), CONTEXT, RANKS, 2, storage=url, conditions={"device": "one", "ranks": 3})
+    search(Recorder(), CONTEXT, RANKS, 2, storage=url, conditions={"device": "one", "ranks": 3})
+    with pytest.raises(StorageError, match="another device: one, not two"):
+        search(Recorder(), CONTEXT, RANKS, 3, storage=url, conditions={"device": "two", "ranks": 3})
+
+
+def test_a_journal_with_a_torn_tail_is_repaired_and_goes_on(tmp_path: Path) -> None:
+    file = tmp_path / "study.journal"
+    search(Recorder(), CONTEXT, RANKS, 4, seeds=seeds, storage=f"journal:{file}", sampler="tpe")
+    lines = file.read_bytes()
+    file.write_bytes(lines + b'{"op_code": 5, "worker')
+    found = search(Recorder(), CONTEXT, RANKS, 6, storage=f"journal:{file}", sampler="tpe")
+    assert len(found.trials) == 6
+    assert (tmp_path / "study.journal.torn").read_bytes() == b'{"op_code": 5, "worker\n'
+    for line in file.read_text().splitlines():
+        json.loads(line)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("nonsense", "is no storage; write sqlite"),
+        ("journal:", "a journal is written journal:FILE"),
+        ("grpc://nowhere", "written grpc://host:port"),
+        ("oracledb9://x/y", "needs a database driver"),
+    ],
+)
+def test_a_bad_url_is_told(url: str, message: str) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        open_storage(url)
+
+
+def test_an_unwritable_journal_is_told(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="cannot be used"):
+        search(Recorder(), CONTEXT, RANKS, 2, storage=f"journal:{tmp_path / 'missing' / 'study'}")
+
+
+def test_killed_at_random_moments_nothing_is_lost_and_the_end_is_the_same(tmp_path: Path) -> None:
+    undisturbed = search(Recorder(), CONTEXT, RANKS, 8, setting=FITTED, seed=3)
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    finished: set[str] = set()
+    for kill in range(10):
+        process = worker(url, 0.05, 8, 3, "informed")
+        assert process.stdout is not None
+        # Each time a little later, from before the first measurement to far into the search.
+        for _ in range(kill // 3):
+            process.stdout.readline()
+        time.sleep(0.01 * (kill * 7 % 5))
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        study_url = open_storage(url)
+        studies = optuna.get_all_study_names(study_url)
+        if studies:
+            trials = optuna.load_study(study_name=studies[0], storage=study_url).get_trials(deepcopy=False)
+            now = {
+                str(tuple(one.user_attrs["sizes"]))
+                for one in trials
+                if one.state == optuna.trial.TrialState.COMPLETE and "sizes" in one.user_attrs
+            }
+            assert finished <= now
+            finished = now
+    _, end = outcome(worker(url, 0.0, 8, 3, "informed"))
+    assert end[1:] == [str(len(undisturbed.trials)), str(undisturbed.best)]
