@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,104 +23,101 @@ from kvr_partition.cli.options import model_folder, parse_bytes, parse_rate
 from kvr_partition.cli.show import print_table
 from kvr_partition.cost import ChunkCost, LinkCost
 from kvr_partition.errors import KVRError
-from kvr_partition.measurement import median
+from kvr_partition.measurement import Measurement, median
+from kvr_partition.methods import BASELINES
 from kvr_partition.partition import Partition
-from kvr_partition.schedule import Setting, balanced, best_split
+from kvr_partition.schedule import Setting, best_split
+from kvr_partition.search import SearchResult, search
+from kvr_partition.search.beliefs import Beliefs
 from profiler import Candidate, MeasurementLog, RankGroup, SamplingPlan
 
-BASELINES = ("tsp", "tsp-causal", "zigzag", "tp")
+FEW = SamplingPlan(warmup=1, least=3, most=3)
+"""For guesses and searches; what is compared is sampled again."""
 
 
-@dataclass(frozen=True)
-class Balance:
-    """What balancing found: the split, and the setting that explains what it measured."""
+def searched(group: RankGroup, context: int, quantum: int, budget: int) -> tuple[SearchResult, Setting]:
+    """The split that the informed search finds, and the setting that its measurements led to.
 
-    split: Partition
-    setting: Setting
-    rounds: list[dict[str, Any]]
-
-
-def balance(group: RankGroup, context: int, quantum: int, rounds: int) -> Balance:
-    """The split in which all ranks compute equally long, by running it and moving work from slow ranks to fast.
-
-    Each round runs a split, fits a cost to what every rank computed in all rounds so far, sets each rank's
-    speed to what it did in this round, and balances anew. The split with the shortest TTFT is kept.
+    It begins at a guess: a rank's share of what one rank alone takes, dealt to matrix products and attention by
+    how many operations each has.
     """
-    import numpy as np
-    from scipy.optimize import nnls
+    alone = group.measure_many([Candidate.single(context)], plan=FEW, purpose="guess")[0]
+    products, pairs = operations(group)
+    all_of_it = context * products + context * context / 2 * pairs
+    # Ranks that share a GPU are each so much slower than the whole of it.
+    per_operation = alone.ttft_s / all_of_it * (group.ranks if group.backend == "sm" else 1)
+    pair = pairs * per_operation
+    cost = ChunkCost(0.0, products * per_operation, pair, pair, kv_share(group))
+    guess = Setting(cost, len(group.windows), group.entry_bytes, overlap=group.resolved_depth == "attention")
 
-    split = Partition.even(context, group.ranks, quantum=quantum)
-    terms: list[list[float]] = []
-    measured: list[float] = []
-    log: list[dict[str, Any]] = []
-    found: list[tuple[float, Partition]] = []
-    cost, speeds = ChunkCost(0.0, 1.0, 0.0, 0.0), (1.0,) * group.ranks
-    for _ in range(rounds):
-        samples = [group.sample(Candidate("kvr-chain", split)) for _ in range(4)][1:]
-        took = [median([sample.ranks[rank].compute_s for sample in samples]) for rank in range(group.ranks)]
-        ttft_s = median([sample.ttft_s for sample in samples])
-        log.append({"sizes": split.sizes, "ttft_s": ttft_s, "compute_s": took})
-        found.append((ttft_s, split))
-        print(f"  balancing: {split} {ttft_s * 1e3:.1f} ms, ranks compute", end=" ")
-        print(", ".join(f"{seconds * 1e3:.0f}" for seconds in took), "ms", flush=True)
-        terms += [[c, c * (s + c / 2)] for c, s in zip(split.sizes, split.starts, strict=True)]
-        measured += took
-        (token, pair), _ = nnls(np.array(terms) / np.array(measured)[:, None], np.ones(len(measured)))
-        cost = ChunkCost(0.0, float(token), float(pair), float(pair), kv_share(group))
-        speeds = tuple(
-            cost.seconds(c, s) / seconds for c, s, seconds in zip(split.sizes, split.starts, took, strict=True)
-        )
-        split = balanced(cost, context, group.ranks, quantum=quantum, speeds=speeds)
-    setting = Setting(cost, len(group.windows), group.entry_bytes, speeds=speeds)
-    return Balance(min(found, key=lambda one: one[0])[1], setting, log)
+    def measure(split: Partition) -> Measurement:
+        found = group.measure_many([Candidate("kvr-chain", split)], plan=FEW, purpose="search")[0]
+        took = ", ".join(f"{median([one.ranks[at].compute_s for one in found.samples]) * 1e3:.0f}"
+                         for at in range(group.ranks)) if found.ok else found.failure  # fmt: skip
+        print(f"  {split}: {found.ttft_s * 1e3:.1f} ms, ranks compute {took} ms", flush=True)
+        return found
+
+    found = search(measure, context, group.ranks, budget, setting=guess, quantum=quantum)
+    return found, Beliefs.after(guess, context, [one.measurement for one in found.trials]).setting
+
+
+def operations(group: RankGroup) -> tuple[float, float]:
+    """Floating-point operations per token in matrix products, and per pair of tokens in attention."""
+    shape = group.geometry
+    heads = 2 * (shape.attention_heads + shape.kv_heads) * shape.head_dim
+    return (
+        2.0 * shape.layers * shape.hidden_size * (heads + mlp_width(group)),
+        4.0 * shape.layers * shape.attention_heads * shape.head_dim,
+    )
+
+
+def mlp_width(group: RankGroup) -> int:
+    """Columns of all matrices of a layer's MLP: Llama's has three, Falcon's two of four times the width."""
+    config = json.loads((model_folder(str(group.model)) / "config.json").read_text())
+    return 3 * config["intermediate_size"] if "intermediate_size" in config else 8 * group.geometry.hidden_size
 
 
 def kv_share(group: RankGroup) -> float:
     """Share of a layer's matrix products that come before its KV is ready: those of Q, K and V."""
     shape = group.geometry
-    config = json.loads((model_folder(str(group.model)) / "config.json").read_text())
-    heads = (shape.attention_heads + 2 * shape.kv_heads) * shape.head_dim
-    # Llama's MLP has three matrices, Falcon's two of four times the width.
-    inner = 3 * config["intermediate_size"] if "intermediate_size" in config else 8 * shape.hidden_size
-    return heads / (heads + shape.attention_heads * shape.head_dim + inner)
+    before = (shape.attention_heads + 2 * shape.kv_heads) * shape.head_dim
+    return before / (before + shape.attention_heads * shape.head_dim + mlp_width(group))
+
+
+def certified(group: RankGroup, context: int) -> dict[str, Any]:
+    """Every method that runs here and equals one rank, with how far it is from it; and why others are left out."""
+    found: dict[str, Any] = {}
+    uneven = Partition.from_fractions([1.3 - 0.6 * at / group.ranks for at in range(group.ranks)], context)
+    for method in (*BASELINES, "kvr-chain", "kvr-fanout"):
+        candidate = Candidate(method, uneven) if method.startswith("kvr") else Candidate.even(
+            method, context, group.ranks
+        )  # fmt: skip
+        try:
+            group.check(candidate)
+            certificate = group.verify(candidate)
+            if not certificate.holds:
+                raise KVRError(f"does not equal one rank: {certificate.divergence}")
+        except KVRError as error:
+            print(f"  no {method}: {error}", flush=True)
+            found[method] = {"left_out": str(error)}
+            continue
+        found[method] = {
+            "sizes": candidate.partition.sizes,
+            "worst": max(deviation.split for deviation in certificate.deviations),
+            "worst_of_one_rank": max(deviation.single for deviation in certificate.deviations),
+        }
+    return found
 
 
 def compare(
-    group: RankGroup,
-    context: int,
-    splits: list[tuple[str, Candidate]],
-    plan: SamplingPlan,
-    part: str,
-    noise: int,
-    verify: int,
+    group: RankGroup, named: list[tuple[str, Candidate]], plan: SamplingPlan, part: str, noise: int
 ) -> dict[str, Any]:
-    """Every method on one context, as `kvr-partition compare` shows them."""
-    wanted = [("single", Candidate.single(context))]
-    wanted += [(method, Candidate.even(method, context, group.ranks)) for method in BASELINES]
-    wanted += [("KVR-E", Candidate("kvr-chain", Partition.even(context, group.ranks))), *splits]
-    named, left_out, certified = [], {}, {}
-    for name, candidate in wanted:
-        try:
-            group.check(candidate)
-            if verify and candidate.method not in ("single", "bound"):
-                shape = Partition.from_fractions(candidate.partition.fractions, verify)
-                certificate = group.verify(Candidate(candidate.method, shape))
-                if not certificate.holds:
-                    raise KVRError(f"does not equal one rank: {certificate.divergence}")
-                certified[name] = {
-                    "sizes": shape.sizes,
-                    "worst": max(deviation.split for deviation in certificate.deviations),
-                    "worst_of_one_rank": max(deviation.single for deviation in certificate.deviations),
-                }
-        except KVRError as error:
-            left_out[name] = str(error)
-            continue
-        named.append((name, candidate))
-    undisturbed = ("single", "tp", "bound", "tsp-causal")
+    """Methods on one context, as `kvr-partition compare` shows them."""
+    context = named[0][1].partition.context
     disturbed = [
         (name, replace(candidate, noise=noise))
         for name, candidate in named
-        if noise and candidate.method not in undisturbed
+        if noise and candidate.method not in ("single", "tp", "bound")
     ]
     candidates = [candidate for _, candidate in named + disturbed]
     measured = dict(zip(candidates, group.measure_many(candidates, plan=plan, purpose=part), strict=True))
@@ -133,8 +130,6 @@ def compare(
         depth=group.resolved_depth,
     )
     print_table(*together([(str(context), comparison)]), left=2)
-    for name, why in left_out.items():
-        print(f"  no {name}: {why}")
     records = comparison.facts()
     for record, (_, candidate) in zip(records, named, strict=True):
         found = measured[candidate]
@@ -147,7 +142,7 @@ def compare(
             }
             for rank in range(len(found.samples[0].ranks) if found.ok else 0)
         ]
-    return {"context": context, "left_out": left_out, "certified": certified, "methods": records}
+    return {"context": context, "methods": records}
 
 
 def one_rank(group: RankGroup, contexts: list[int], plan: SamplingPlan) -> dict[str, Any]:
@@ -199,11 +194,6 @@ def cold(group: RankGroup, context: int, plan: SamplingPlan) -> dict[str, Any]:
     return found
 
 
-def around(name: str, split: Partition) -> list[tuple[str, Candidate]]:
-    """A split with its bound."""
-    return [(f"KVR {name}", Candidate("kvr-chain", split)), (f"TTFT(p) of {name}", Candidate("bound", split))]
-
-
 def main() -> None:
     """Run the parts that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -218,9 +208,9 @@ def main() -> None:
     parser.add_argument("--noise", default="0", help="foreign traffic per layer at that rate, like 16MB")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--quantum", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3, help="splits that balancing tries, the even one included")
+    parser.add_argument("--budget", type=int, default=6, help="splits that the search measures")
     parser.add_argument(
-        "--verify", type=int, default=4096, help="verify each method at this context first; 0: not"
+        "--verify", type=int, default=2048, help="verify each method at this context first; 0: not"
     )
     parser.add_argument("--out", required=True, type=Path)
     options = parser.parse_args()
@@ -275,27 +265,61 @@ def main() -> None:
 
         def work(group: RankGroup) -> Any:
             context, quantum = options.context, options.quantum
-            found = balance(group, context, quantum, options.rounds)
-            splits = [
-                *around("balanced", found.split),
-                ("KVR balanced fan-out", Candidate("kvr-fanout", found.split)),
+            equal = certified(group, options.verify) if options.verify else {}
+            left_out = {method for method, one in equal.items() if "left_out" in one}
+            found, setting = searched(group, context, quantum, options.budget)
+            even = Partition.even(context, group.ranks)
+
+            def baselines(*methods: str) -> list[tuple[str, Candidate]]:
+                kept = []
+                for method in methods:
+                    candidate = Candidate.even(method, context, group.ranks)
+                    try:
+                        group.check(candidate)
+                    except KVRError:
+                        continue
+                    kept.append((method, candidate))
+                return [one for one in kept if one[0] not in left_out]
+
+            full = [
+                ("single", Candidate.single(context)),
+                *baselines(*BASELINES),
+                ("KVR-E", Candidate("kvr-chain", even)),
+                ("KVR-S", Candidate("kvr-chain", found.best)),
+                ("KVR-S fan-out", Candidate("kvr-fanout", found.best)),
+                ("TTFT(p) of KVR-S", Candidate("bound", found.best)),
             ]
-            full = compare(group, context, splits, plan, "full-bandwidth", 0, options.verify)
-            figures = {"balancing": found.rounds, "full_bandwidth": full}
+            figures = {
+                "certified": equal,
+                "search": {
+                    "stopped": found.stopped,
+                    "trials": [
+                        {"sizes": one.partition.sizes, "ttft_s": one.ttft_s, "source": one.source}
+                        for one in found.trials
+                    ],
+                },
+                "full_bandwidth": compare(group, full, plan, "full-bandwidth", 0),
+            }
             if options.bandwidth is None:
                 return figures
             bandwidth = parse_rate(options.bandwidth)
             group.hold_links(bandwidth)
-            held = replace(found.setting, link=LinkCost.of(bandwidth))
-            best = best_split(context, group.ranks, held, quantum)
+            held = replace(setting, link=LinkCost.of(bandwidth))
+            chain = best_split(context, group.ranks, held, quantum)
             fanout = best_split(context, group.ranks, replace(held, topology="fanout"), quantum)
-            splits = [
-                ("KVR balanced", Candidate("kvr-chain", found.split)),
-                *around("solved", best),
+            limited = [
+                *baselines("tsp", "zigzag"),
+                ("KVR-E", Candidate("kvr-chain", even)),
+                ("KVR solved", Candidate("kvr-chain", chain)),
                 ("KVR solved fan-out", Candidate("kvr-fanout", fanout)),
+                ("TTFT(p) of solved", Candidate("bound", chain)),
             ]
-            limited = compare(group, context, splits, plan, "held", noise, 0)
-            return {**figures, "held": {"bandwidth": options.bandwidth, "noise_bytes": noise, **limited}}
+            figures["held"] = {
+                "bandwidth": options.bandwidth,
+                "noise_bytes": noise,
+                **compare(group, limited, plan, "held", noise),
+            }
+            return figures
 
         part(f"{options.backend}-{ranks}-ranks", ranks, options.backend, work)
     sys.exit(1 if failed else 0)

@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kvr_partition.errors import PartitionError
+from kvr_partition.methods import GATHERING
 from kvr_partition.partition import Partition
-from kvr_partition.schedule import Method, Setting, best_split, bounds, gathering_ttft, simulate
+from kvr_partition.schedule import Setting, best_split, bounds, gathering_ttft, simulate
 
 WORTH_A_RANK = 0.03
 """Share of TTFT that a larger number of ranks has to save to be worth them."""
-
-GATHERING: tuple[Method, ...] = ("tsp", "tsp-causal", "zigzag")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from kvr_partition.cost import ChunkCost, LinkCost
 from kvr_partition.errors import PartitionError
+from kvr_partition.methods import GATHERING, GatheringMethod
 from kvr_partition.noise import noisy_link
 from kvr_partition.partition import Partition
 from kvr_partition.timeline import LayerTimes, RankTimeline
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array = NDArray[np.float64]
-
-Method = Literal["kvr", "tsp", "tsp-causal", "zigzag"]
 
 FREE_LINK = LinkCost()
 """Takes no time."""
@@ -221,7 +220,7 @@ class _Run:
         return float(nbytes[0]) * self.setting.link_between(source, target).seconds_per_byte
 
 
-def gathering_ttft(method: Method, context: int, ranks: int, setting: Setting) -> float:
+def gathering_ttft(method: GatheringMethod, context: int, ranks: int, setting: Setting) -> float:
     """TTFT in seconds of a method that gathers all KV in every layer: TSP, TSP causal or zigzag.
 
     All ranks meet in each layer, and a ring's links carry everyone's rows but one rank's. Chunks are even.
@@ -229,8 +228,8 @@ def gathering_ttft(method: Method, context: int, ranks: int, setting: Setting) -
     Raises:
         PartitionError: speeds or links for another number of ranks, or an unknown method.
     """
-    if method not in ("tsp", "tsp-causal", "zigzag"):
-        raise PartitionError(f"{method!r} does not gather; there are tsp, tsp-causal and zigzag")
+    if method not in GATHERING:
+        raise PartitionError(f"{method!r} does not gather; there are {', '.join(GATHERING)}")
     _check(setting, ranks)
     cost, chunk = setting.cost, context / ranks
     hops = [setting.link_between(rank, rank + 1) for rank in range(ranks - 1)]

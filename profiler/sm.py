@@ -21,6 +21,7 @@ import torch
 
 from kvr_partition.errors import KVRError
 from kvr_partition.measurement import RankTimes
+from kvr_partition.methods import GATHERING
 from kvr_partition.partition import Partition
 from kvr_partition.runtime import probe, single
 from kvr_partition.runtime.baselines import gathered
@@ -197,20 +198,49 @@ class Recording:
         return self._hops[rank, window]
 
 
+GATHERED_LAYERS = 2
+"""Layers whose rows a rank of a gathering method keeps.
+
+Each has the whole context, and eight ranks with all their layers do not fit into one GPU. When a rank has
+gathered a layer, everyone has read what it had of the layer before, so the next one may take that place.
+"""
+
+
 @dataclass
 class _Arena:
     """KV rows of the recordings. They share the memory: no two of them are ever under way at once."""
 
     buffer: torch.Tensor
-    used: int = 0
+    _used: int = 0
+    _ring: tuple[int, int] | None = None
+    """Where the places of `GATHERED_LAYERS` begin, and how large one is."""
+    _layer: int = 0
+
+    def begin(self) -> None:
+        """A recording begins: every row is free."""
+        self._used, self._ring = 0, None
+
+    def begin_gathering(self, place: int) -> None:
+        """Rows from here on are of another rank that keeps `GATHERED_LAYERS` of at most so many bytes."""
+        self._ring, self._layer = (self._used, place), 0
+        self._used += GATHERED_LAYERS * place
 
     def empty(self, shape: tuple[int, int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         size = shape[0] * shape[1] * dtype.itemsize
-        start = self.used
-        self.used = start + (size + 511) // 512 * 512
-        if self.used > self.buffer.numel():
+        if self._ring is not None:
+            first, place = self._ring
+            start = first + self._layer % GATHERED_LAYERS * place
+            self._layer += 1
+        else:
+            start = self._used
+            self._used = start + _aligned(size)
+        if max(self._used, start + size) > self.buffer.numel():
             raise torch.OutOfMemoryError("the rows of this method do not fit in the memory set aside for them")
         return self.buffer[start : start + size].view(dtype).view(shape)
+
+
+def _aligned(size: int) -> int:
+    return (size + 511) // 512 * 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -594,14 +624,13 @@ class SMWorker(Worker):
 
     def _reserve(self, method: str, partition: Partition, prefix: int | None) -> None:
         """Make room for the rows of a recording; growing drops all recordings, whose rows lie there."""
-        entry = [layer.entry(self._setup.batch) for layer in probe(self._model).layers if layer is not None]
-        if prefix is not None:
-            tokens = partition.ranks * (prefix + partition.sizes[0])
-        elif method in ("tsp", "tsp-causal", "zigzag"):
-            tokens = partition.ranks * partition.context
+        entry = self._entry_bytes()
+        if method in GATHERING:
+            need = partition.ranks * GATHERED_LAYERS * self._place(partition.context)
+        elif prefix is not None:
+            need = sum(partition.ranks * _aligned((prefix + partition.sizes[0]) * one) for one in entry)
         else:
-            tokens = sum(partition.ends)
-        need = sum(tokens * one * self._model.dtype.itemsize + 512 * partition.ranks for one in entry)
+            need = sum(_aligned(end * one) for one in entry for end in partition.ends)
         if need > self._arena.buffer.numel():
             self._recordings.clear()
             gc.collect()
@@ -609,6 +638,15 @@ class SMWorker(Worker):
             torch.cuda.empty_cache()
             self._arena.buffer = torch.empty(need, dtype=torch.uint8, device=self._device)
             self._fill_rows()
+
+    def _entry_bytes(self) -> list[int]:
+        """Bytes of KV that one token keeps, of each layer that keeps any."""
+        layers = [layer for layer in probe(self._model).layers if layer is not None]
+        return [layer.entry(self._setup.batch) * self._model.dtype.itemsize for layer in layers]
+
+    def _place(self, context: int) -> int:
+        """Bytes of the largest layer's rows of a whole context."""
+        return _aligned(context * max(self._entry_bytes()))
 
     def _fill_rows(self) -> None:
         """Random numbers in rows that nothing fills: zeros or NaN would take another time to multiply."""
@@ -619,7 +657,7 @@ class SMWorker(Worker):
         ids = self._tokens(partition.context if prefix is None else sum(partition.sizes), seed=1)
         with self._attention(method if prefix is None else "kvr"), planning(), torch.no_grad():
             self._rehearse(method, partition, ids, prefix)
-            self._arena.used = 0
+            self._arena.begin()
             recorded = [self._record_rank(rank, method, partition, ids, prefix) for rank in range(partition.ranks)]
         topology: Topology = "fanout" if method == "kvr-fanout" else "chain"
         host_token = torch.empty((self._setup.batch, 1), dtype=torch.long, pin_memory=True)
@@ -630,7 +668,7 @@ class SMWorker(Worker):
 
         Kernels load, plans and workspaces are made, none of which a graph can hold.
         """
-        self._arena.used = 0
+        self._arena.begin()
         for rank in range(partition.ranks):
             with torch.cuda.stream(self._replayer.streams[rank]):
                 execution = Execution(to_host=False, empty=self._empty)
@@ -665,9 +703,10 @@ class SMWorker(Worker):
         execution: Execution,
     ) -> tuple[PrefillResult, _RecordedLinks | None, _RecordedGather | None]:
         ranks = partition.ranks
-        if method in ("tsp", "tsp-causal", "zigzag"):
+        if method in GATHERING:
+            self._arena.begin_gathering(self._place(partition.context))
             gather = _RecordedGather(recorder, rank, ranks)
-            result = gathered(self._model, ids, method, gather, execution)  # type: ignore[arg-type]
+            result = gathered(self._model, ids, method, gather, execution)
             return result, None, gather
         start, end = partition.starts[rank], partition.ends[rank]
         links = None if recorder is None or method == "bound" or prefix is not None else _RecordedLinks(recorder)

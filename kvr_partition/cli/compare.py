@@ -26,6 +26,7 @@ from kvr_partition.cli.options import (
     parse_contexts,
 )
 from kvr_partition.errors import KVRError, OutOfRangeError, PartitionError, UnsupportedError
+from kvr_partition.methods import BASELINES
 from kvr_partition.partition import Partition
 from kvr_partition.table import PartitionTable, load
 
@@ -181,9 +182,7 @@ def _candidates(
     chosen = next(name for name in ("given", "kvr-s", "kvr-p", "kvr-e") if name in by_name)
     other = "fanout" if group.topology == "chain" else "chain"
     named = [("single", Candidate.single(context))]
-    named += [
-        (method, Candidate.even(method, context, group.ranks)) for method in ("tsp", "tsp-causal", "zigzag", "tp")
-    ]
+    named += [(method, Candidate.even(method, context, group.ranks)) for method in BASELINES]
     named += [(name, Candidate("kvr", split)) for name, split in splits]
     named += [
         ("other", Candidate(f"kvr-{other}", by_name[chosen])),

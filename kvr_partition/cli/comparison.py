@@ -8,9 +8,8 @@ from typing import Any
 
 from kvr_partition.cli.show import seconds
 from kvr_partition.measurement import Measurement
+from kvr_partition.methods import BASELINES
 from kvr_partition.work import attention_dot_products
-
-BASELINES = ("tsp", "tsp-causal", "zigzag", "tp")
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers.cache_utils import DynamicCache
 
 from kvr_partition.errors import PartitionError, UnsupportedError
+from kvr_partition.methods import GatheringMethod
 from kvr_partition.partition import Partition
 from kvr_partition.runtime.attention import attend_chunk
 from kvr_partition.runtime.cache import LayerKV, RunaheadCache, RunaheadLayer
@@ -30,8 +31,6 @@ from kvr_partition.runtime.support import (
     text_config,
 )
 from kvr_partition.timeline import LayerTimes, RankTimeline
-
-GatheringMethod = Literal["tsp", "tsp-causal", "zigzag"]
 
 
 @torch.no_grad()

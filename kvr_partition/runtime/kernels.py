@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -225,45 +225,57 @@ class _Pattern:
         heads = self.heads if which == 0 else self.kv_heads
         shape = (1, heads, tokens, self.dim)
         strides = (tokens * self.strides[which][1], *self.strides[which])
-        length = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-        return torch.randn(length, device=self.device, dtype=self.dtype).as_strided(shape, strides)
+        data = torch.randn(_span(shape, strides), device=self.device, dtype=self.dtype)
+        return data.as_strided(shape, strides)
 
 
-SHORTEST = 256
-"""Rows or tokens below which FlashAttention, which needs no plan, is not much slower than cuDNN."""
+def _span(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Elements from the first to the last of a strided tensor."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
-def own_lengths(most: int) -> list[int]:
-    """Chunk lengths whose causal plans are built ahead: at most a 32nd apart from 8192 tokens on."""
-    lengths, length = [], SHORTEST
-    while length <= most:
-        lengths.append(length)
-        length += _own_step(length)
+SHORTEST, LEAST_PADDED = 256, 128
+"""The shortest plan, and the fewest rows worth padding to it; fewer go to FlashAttention, which needs no plan."""
+
+
+def row_lengths(most: int) -> list[int]:
+    """Rows of the plans that are built ahead, up to the first that has ``most``; from 8192 on a 32nd apart."""
+    lengths = [SHORTEST]
+    while lengths[-1] < most:
+        lengths.append(lengths[-1] + _step(lengths[-1]))
     return lengths
 
 
-def longest_own(length: int) -> int:
-    """The longest of `own_lengths` that fits into a length; 0 if none does."""
-    return length // _own_step(length) * _own_step(length)
+def rows_planned(rows: int) -> int:
+    """The fewest of `row_lengths` that hold so many rows."""
+    step = _step(max(rows, SHORTEST) - 1)
+    return max(SHORTEST, -(-rows // step) * step)
 
 
-def _own_step(length: int) -> int:
+def _step(length: int) -> int:
     return max(SHORTEST, 1 << max(0, length.bit_length() - 6))
 
 
 def piece_lengths(most: int) -> list[int]:
-    """Rows, and tokens, of the rectangles whose plans are built ahead, longest first."""
-    lengths = [SHORTEST * count for count in range(1, 9)]
-    while lengths[-1] < most:
-        lengths += [lengths[-1] * 3 // 2, lengths[-1] * 2]
-    return [length for length in reversed(lengths) if length <= most]
+    """Tokens of the rectangles whose plans are built ahead, longest first: each twice the next."""
+    return [SHORTEST << power for power in reversed(range((most // SHORTEST).bit_length()))]
+
+
+def planned_shapes(most: int) -> list[tuple[int, int, bool]]:
+    """Rows, tokens and whether causal, of all plans for up to ``most`` tokens of a chunk and its prefix."""
+    lengths, pieces = row_lengths(most), piece_lengths(most)
+    shapes = [(length, length, True) for length in lengths]
+    # Some of the rows may be padding, so what is just too long has a plan too.
+    for rows in lengths:
+        shapes += [(rows, tokens, False) for tokens in pieces if rows + tokens < most + _step(rows)]
+    return shapes
 
 
 class CudnnPlans:
     """Which cuDNN plans this thread has, since cuDNN keeps them per thread and does not tell.
 
-    After `build_ahead`, a call of an unknown shape is put together from pieces whose plans are there, a
-    few percent slower than a plan of its own, and builds nothing; without it, or inside `planning`, the
+    After `build_ahead`, a call of an unknown shape is padded and put together from pieces whose plans are
+    there, a few percent slower than a plan of its own, and builds nothing; without it, or inside `planning`, the
     plan of the exact shape is built.
     """
 
@@ -298,7 +310,7 @@ class CudnnPlans:
         return self._ahead.get(pattern, 0)
 
     def build_ahead(self, most: int) -> int:
-        """Build the plans of `own_lengths` and `piece_lengths` for every pattern this thread has seen.
+        """Build the plans of `planned_shapes` for every pattern this thread has seen.
 
         Args:
             most: tokens of a chunk and its prefix together.
@@ -310,10 +322,7 @@ class CudnnPlans:
         for pattern in list(self._seen):
             if pattern.batch != 1 or self.ahead(pattern) >= most:
                 continue
-            pieces = piece_lengths(most)
-            shapes = [(length, length, True) for length in own_lengths(most)]
-            shapes += [(rows, tokens, False) for rows in pieces for tokens in pieces if rows + tokens <= most]
-            for rows, tokens, causal in shapes:
+            for rows, tokens, causal in planned_shapes(most):
                 if (pattern, rows, tokens, causal) not in self._known:
                     query, key, value = (pattern.tensor(at, n) for at, n in enumerate((rows, tokens, tokens)))
                     _cudnn_call(query, key, value, 1.0, causal)
@@ -347,73 +356,76 @@ def split_length(length: int, most: int) -> tuple[list[tuple[int, int]], int]:
 def _attend_in_pieces(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool, most: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention from plans that exist; what is too short for any of them goes to FlashAttention."""
-    split = _own_in_pieces if causal else _rectangle_in_pieces
-    parts = split(query, key, value, scale, most)
+    """Attention from plans that exist; what is too short for any of them goes to FlashAttention.
+
+    Rows are padded to a length that has a plan: leaving some over would read all tokens once more for them, and
+    put the parts of the output together.
+    """
+    rows = query.shape[2]
+    # Only what is longer than all plans takes more than one turn.
+    longest = rows if rows <= most else row_lengths(most // 2)[-1]
+    parts = []
+    for low in range(0, rows, longest):
+        high = min(low + longest, rows)
+        block = query[:, :, low:high]
+        if causal:
+            part = _own(block, key[:, :, low:high], value[:, :, low:high], scale)
+            if low:
+                merge_(*part, *_rectangle(block, key[:, :, :low], value[:, :, :low], scale, most))
+        else:
+            part = _rectangle(block, key, value, scale, most)
+        parts.append(part)
     if len(parts) == 1:
         return parts[0]
     return torch.cat([output for output, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
 
 
-def _own_in_pieces(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, most: int
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Causal attention: nearly all rows with one plan, the few that are left with FlashAttention."""
-    parts, at, rows = [], 0, query.shape[2]
-    while at < rows:
-        length = longest_own(min(rows - at, most))
-        # A rest that is short beside what stands before it is cheaper in one piece.
-        flash = length == 0 or rows - at <= at // 16
-        end = rows if flash else at + length
-        block = query[:, :, at:end]
-        part = _flash_or_cudnn(flash, block, key[:, :, at:end], value[:, :, at:end], scale=scale, causal=True)
-        if at:
-            merge_(*part, *_fold(block, key[:, :, :at], value[:, :, :at], scale, 0 if flash else most))
-        parts.append(part)
-        at = end
-    return parts
-
-
-def _rectangle_in_pieces(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, most: int
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Attention of all rows to all tokens, some rows after the other."""
+def _own(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention; no row sees the padding behind it."""
     rows = query.shape[2]
-    blocks, end = split_length(rows, most)
-    parts = [_fold(query[:, :, low:high], key, value, scale, most) for low, high in blocks]
-    if end < rows:
-        parts.append(_fold(query[:, :, end:], key, value, scale, 0))
-    return parts
+    if rows < LEAST_PADDED:
+        return _cuda_flash(query, key, value, scale=scale, causal=True, bias=None)
+    planned = rows_planned(rows)
+    query, key, value = (_padded(one, planned) for one in (query, key, value))
+    output, lse = _cudnn_call(query, key, value, scale, True)
+    return output[:, :, :rows], lse[:, :, :rows]
 
 
-def _fold(
+def _rectangle(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, most: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of some rows to all tokens, some tokens after the other."""
-    tokens = key.shape[2]
-    runs, end = split_length(tokens, most - query.shape[2])
-    if end < tokens:
-        runs.append((end, tokens))
-    whole: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Attention of all rows to all tokens, some tokens after the other."""
+    rows, tokens = query.shape[2], key.shape[2]
+    if rows < LEAST_PADDED:
+        return _cuda_flash(query, key, value, scale=scale, causal=False, bias=None)
+    planned = rows_planned(rows)
+    padded = _padded(query, planned)
+    runs, end = split_length(tokens, most + _step(planned) - 1 - planned)
+    parts = []
     for low, high in runs:
-        part = _flash_or_cudnn(
-            low == end, query, key[:, :, low:high], value[:, :, low:high], scale=scale, causal=False
-        )
-        if whole is None:
-            whole = part
-        else:
-            merge_(*whole, *part)
-    assert whole is not None
+        some, their = (_plain_batch_stride(one[:, :, low:high]) for one in (key, value))
+        parts.append(_cudnn_call(padded, some, their, scale, False))
+    if end < tokens:
+        rest = key[:, :, end:], value[:, :, end:]
+        parts.append(_cuda_flash(query, *rest, scale=scale, causal=False, bias=None))
+    output, lse = (one[:, :, :rows] for one in parts[0])
+    for other, other_lse in parts[1:]:
+        merge_(output, lse, other[:, :, :rows], other_lse[:, :, :rows])
+    return output, lse
+
+
+def _padded(given: torch.Tensor, rows: int) -> torch.Tensor:
+    """The same rows and as many zeros as are missing, with the strides that plans are made for."""
+    batch, heads, tokens, dim = given.shape
+    if tokens == rows:
+        return _plain_batch_stride(given)
+    shape, strides = (batch, heads, rows, dim), (rows * given.stride(2), *given.stride()[1:])
+    whole = given.new_empty(_span(shape, strides)).as_strided(shape, strides)
+    whole[:, :, :tokens] = given
+    whole[:, :, tokens:] = 0
     return whole
-
-
-def _flash_or_cudnn(
-    flash: bool, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float, causal: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if flash:
-        return _cuda_flash(query, key, value, scale=scale, causal=causal, bias=None)
-    query, key, value = (_plain_batch_stride(one) for one in (query, key, value))
-    return _cudnn_call(query, key, value, scale, causal)
 
 
 @functools.cache

@@ -159,7 +159,8 @@ class InformedSampler(PartitionSampler):
             return _partition(sizes[int(expected.argmin())])
         best_s = float(beliefs.ttft_s([ranked[0].sizes])[0][0])
         gain = _expected_improvement(best_s, expected, spread)
-        at = int(gain.argmax())
+        # Far from the best no gain is left that a float could hold; nearest to it is then next.
+        at = int(gain.argmax()) if gain.max() > 0 else int(((best_s - expected) / spread).argmax())
         if enough and gain[at] < max(WORTH_IT * noise, LEAST_GAIN) * best_s:
             # What all measurements together point to is worth a last one, if it is not among them.
             solved_s = float(beliefs.ttft_s([solved.sizes])[0][0])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvr_partition.runtime import kernels
-from kvr_partition.runtime.kernels import longest_own, own_lengths, piece_lengths, split_length
+from kvr_partition.runtime.kernels import piece_lengths, planned_shapes, row_lengths, rows_planned, split_length
 from tests.unit.test_attention import close, reference
 
 
@@ -19,10 +19,10 @@ def plain(query: Any, key: Any, value: Any, scale: float, causal: bool) -> Any:
 
 
 @given(st.integers(1, 70_000))
-def test_the_longest_chunk_with_a_plan_leaves_little(length: int) -> None:
-    whole = longest_own(length)
-    assert whole == 0 if length < 256 else whole in own_lengths(length)
-    assert length - whole < max(256, length / 32)
+def test_padding_adds_few_rows(rows: int) -> None:
+    planned = rows_planned(rows)
+    assert planned == row_lengths(rows)[-1]
+    assert rows <= planned < rows + max(256, rows / 16)
 
 
 @given(st.integers(0, 40_000), st.sampled_from([0, 256, 1000, 4096, 16384]))
@@ -39,8 +39,7 @@ def test_pieces_fill_a_length(length: int, most: int) -> None:
 @pytest.mark.parametrize("prefix", [0, 40, 900])
 def test_pieces_add_up_to_the_whole(rows: int, prefix: int, monkeypatch: pytest.MonkeyPatch) -> None:
     most = 2048
-    planned = {(n, n, True) for n in own_lengths(most)}
-    planned |= {(r, t, False) for r in piece_lengths(most) for t in piece_lengths(most) if r + t <= most}
+    planned = set(planned_shapes(most))
     calls = []
 
     def cudnn(query: Any, key: Any, value: Any, scale: float, causal: bool) -> Any:
@@ -49,9 +48,19 @@ def test_pieces_add_up_to_the_whole(rows: int, prefix: int, monkeypatch: pytest.
 
     monkeypatch.setattr(kernels, "_cudnn_call", cudnn)
     monkeypatch.setattr(kernels, "_flash_call", plain)
+    padded = kernels._padded
+
+    def strides_kept(given: Any, length: int) -> Any:
+        whole = padded(given, length)
+        assert whole.stride()[1:] == given.stride()[1:]
+        assert whole.shape[2] == length
+        return whole
+
+    monkeypatch.setattr(kernels, "_padded", strides_kept)
     torch.manual_seed(rows + prefix)
-    query = torch.randn(1, 4, rows, 8)
-    key, value = torch.randn(2, 1, 2, prefix + rows, 8)
+    # Token-major, as all tensors are that have plans ahead.
+    query = torch.randn(1, rows, 4, 8).transpose(1, 2)
+    key, value = torch.randn(2, 1, prefix + rows, 2, 8).transpose(2, 3)
     own = key[:, :, prefix:], value[:, :, prefix:]
     output, lse = kernels._attend_in_pieces(query, *own, 0.3, True, most)
     if prefix:
@@ -62,7 +71,7 @@ def test_pieces_add_up_to_the_whole(rows: int, prefix: int, monkeypatch: pytest.
     assert close(output, right, torch.float32)
     assert close(lse, right_lse, torch.float32)
     assert set(calls) <= planned
-    if rows >= 256:
+    if rows >= 128:
         assert any(causal for _, _, causal in calls)
 
 

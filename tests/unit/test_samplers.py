@@ -57,6 +57,24 @@ class TestHierarchicalContract(BasicSamplerTestCase, RelativeSamplerTestCase, Si
         return lambda: HierarchicalGridSampler(seed=1)
 
 
+def test_noisy_measurements_do_not_send_it_far_away() -> None:
+    """Where all that is left is sure to be slower, the least slow of it is next, not the first of the list."""
+    few = Space.around([Seed("even", Partition.even(512, 2))], 16, math.log(10))
+    truth = replace(FITTED, cost=ChunkCost(0.0, 2e-4, 1.3e-7, 1.3e-7, 0.2))
+    known = []
+    for size in range(208, 337, 16):
+        one = measured(Partition((size, 512 - size)), truth, 1)
+        times = [one.ttft_s * off for off in (0.97, 1.0, 1.03)]
+        known.append(
+            msgspec.structs.replace(
+                one, samples=tuple(msgspec.structs.replace(one.samples[0], ttft_s=time) for time in times)
+            )
+        )
+    found = InformedSampler(few, truth, seed=3).next(known)
+    assert found is not None
+    assert found.sizes[0] in (192, 352)
+
+
 @pytest.mark.parametrize(
     "make", [lambda: InformedSampler(space(), FITTED, seed=2), lambda: HierarchicalGridSampler(space())]
 )
