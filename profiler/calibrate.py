@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 from kvr_partition.cost import ChunkCost, FitError, LinkCost, TimedChunk
 from kvr_partition.measurement import median
@@ -20,11 +21,13 @@ def chunk_design(context: int, ranks: int) -> list[tuple[int, int]]:
     """(chunk, prefix) points that tell the terms of a chunk's cost apart, for contexts up to ``context``.
 
     Chunks of a quarter, a half and the whole of the even chunk, each behind no prefix, behind half the
-    prefix of the last rank and behind all of it.
+    prefix of the last rank and behind all of it; and a first chunk half as long again, as uneven splits have.
     """
     even = max(context // ranks, 8)
     far = max(context - even, 2)
-    return [(chunk, prefix) for chunk in (even // 4, even // 2, even) for prefix in (0, far // 2, far)]
+    points = [(chunk, prefix) for chunk in (even // 4, even // 2, even) for prefix in (0, far // 2, far)]
+    longer = min(even + even // 2, context)
+    return [*points, (longer, 0)] if longer > even else points
 
 
 def calibrate(
@@ -75,11 +78,11 @@ def _timed(log: MeasurementLog, chunk: int, prefix: int, layers: int) -> TimedCh
 
 
 def rank_speeds(log: MeasurementLog, ranks: int) -> tuple[float, ...]:
-    """Of each rank, relative to the slowest of each timed chunk, which is what costs are fitted to."""
+    """Of each rank, relative to the mean of all in each timed chunk, which is what costs are fitted to."""
     lines = [line for line in log.chunks if not line.warmup and len(line.seconds) == ranks]
     if not lines:
         return (1.0,) * ranks
-    return tuple(median([max(line.seconds) / line.seconds[rank] for line in lines]) for rank in range(ranks))
+    return tuple(median([_mean(line.seconds) / line.seconds[rank] for line in lines]) for rank in range(ranks))
 
 
 def time_links(group: RankGroup, log: MeasurementLog) -> tuple[LinkCost, ...]:
@@ -127,9 +130,17 @@ def measured_setting(
 
 
 def _seconds(log: MeasurementLog, chunk: int, prefix: int) -> list[float]:
-    """Times of a chunk, the slowest rank of each sample: a rank alone is faster than beside the others."""
+    """Times of a chunk, the mean of all ranks in each sample, which is what a rank of speed 1 takes.
+
+    All ranks are busy at once, as in a prefill: a rank alone is faster than beside the others.
+    """
     return [
-        max(line.seconds)
+        _mean(line.seconds)
         for line in log.chunks
         if (line.chunk, line.prefix) == (chunk, prefix) and not line.warmup
     ]
+
+
+def _mean(seconds: Sequence[float]) -> float:
+    """Geometric, so that speeds multiply to 1."""
+    return math.exp(math.fsum(math.log(one) for one in seconds) / len(seconds))

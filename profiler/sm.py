@@ -494,7 +494,7 @@ class _Replay:
 class SMWorker(Worker):
     """All ranks of one GPU, each on its own SMs."""
 
-    _KEPT = 16
+    _KEPT = 32
     """Recordings kept at once; graphs take little memory, and the rows are shared."""
 
     def __init__(self, setup: messages.Setup) -> None:
