@@ -46,6 +46,8 @@ class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Whether the first token is the single run's; in half precision near-ties may fall either way."""
     deviations: tuple[Deviation, ...]
     provenance: Provenance
+    past: int = 0
+    """Tokens that every rank had in its cache before."""
     schema: str = SCHEMA
 
     @property

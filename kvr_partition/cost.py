@@ -154,7 +154,8 @@ class ChunkCost:
                 "take more samples of each chunk"
             )
         fixed, token, own, prefix = (float(value) for value in solution / scale)
-        if token == own == 0:
+        longest = max(chunks)
+        if token * longest + own * longest * longest / 2 <= 1e-6 * fixed:
             raise FitError(
                 "these chunks take equally long whatever their size; add longer ones, or a longer context"
             )

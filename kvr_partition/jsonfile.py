@@ -92,6 +92,31 @@ def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
+def set_torn_tail_aside(path: Path) -> bool:
+    """Move a last line without its end, which a crash or a full disk leaves, to a file beside (``.torn``).
+
+    Whatever is appended after it would be ruined as well.
+
+    Returns:
+        Whether there was one.
+
+    Raises:
+        OSError: the file cannot be read or changed.
+    """
+    with path.open("r+b") as stream:
+        content = stream.read()
+        if not content or content.endswith(b"\n"):
+            return False
+        whole = content.rfind(b"\n") + 1
+        with path.with_name(path.name + ".torn").open("ab") as beside:
+            beside.write(content[whole:] + b"\n")
+            beside.flush()
+            os.fsync(beside.fileno())
+        stream.truncate(whole)
+        os.fsync(stream.fileno())
+    return True
+
+
 def write_error(path: Path, error: OSError) -> StorageError:
     """The one-line error for a write that failed, with what to do about it."""
     return StorageError(

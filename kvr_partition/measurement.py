@@ -57,11 +57,13 @@ class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     failure: Failure | None = None
     noise: int = 0
     """Bytes of foreign traffic in each layer, on one random link between neighbours."""
+    past: int = 0
+    """Tokens that every rank had in its cache before."""
 
     @property
     def partition(self) -> Partition:
         """The chunks that were measured."""
-        return Partition(self.sizes)
+        return Partition(self.sizes, self.past)
 
     @property
     def ok(self) -> bool:

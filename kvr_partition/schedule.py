@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvr_partition.cost import ChunkCost, LinkCost
@@ -38,7 +38,7 @@ class Setting:
         topology: ``"chain"`` or ``"fanout"``.
         overlap: whether a rank attends to its own block before the prefix has arrived (attention depth).
         dense: whether every pair is computed and masked, as in the paper, rather than causal ones only.
-        past: tokens that every rank has in its cache already.
+        past: tokens that every rank has in its cache already, where no partition says so itself.
         noise, noise_seed: foreign traffic, as in `runtime.links.LinkLimits`.
     """
 
@@ -85,6 +85,7 @@ def simulate(partition: Partition, setting: Setting) -> Timeline:
     """
     import numpy as np
 
+    setting = replace(setting, past=partition.past)
     run = _Run(np.array([partition.sizes], dtype=float), setting, keep=True)
     run.play()
     ranks = []
@@ -280,7 +281,13 @@ class Bounds:
 
 
 def bounds(context: int, ranks: int, setting: Setting, partition: Partition | None = None) -> Bounds:
-    """Bounds for a context; all ranks as fast as ``cost`` says, but for ``practical_s``."""
+    """Bounds for a context; all ranks as fast as ``cost`` says, but for ``practical_s``.
+
+    Raises:
+        PartitionError: a partition with another past than the setting's.
+    """
+    if partition is not None and partition.past != setting.past:
+        raise PartitionError(f"the partition has past {partition.past}, the setting past {setting.past}")
     cost = setting.cost
     pairs = context * context * (1.0 if setting.dense else 0.5)
     single = (
@@ -297,7 +304,7 @@ def bounds(context: int, ranks: int, setting: Setting, partition: Partition | No
                 cost.fixed_s
                 + cost.per_token_s * size
                 + cost.per_own_pair_s * size * size * (1.0 if setting.dense else 0.5)
-                + cost.per_prefix_pair_s * size * (setting.past + start)
+                + cost.per_prefix_pair_s * size * start
             )
             for rank, (size, start) in enumerate(zip(partition.sizes, partition.starts, strict=True))
         )

@@ -71,7 +71,7 @@ def calibrate(
 
 def _timed(log: MeasurementLog, chunk: int, prefix: int, layers: int) -> TimedChunk:
     lines = [line for line in log.chunks if (line.chunk, line.prefix) == (chunk, prefix) and not line.warmup]
-    first = [median(line.first_kv_s) for line in lines if line.first_kv_s]
+    first = [_mean(line.first_kv_s) for line in lines if line.first_kv_s and min(line.first_kv_s) > 0]
     return TimedChunk(
         chunk, prefix, median(_seconds(log, chunk, prefix)), median(first) if first else None, layers
     )

@@ -33,9 +33,9 @@ class Candidate:
     noise: int = 0
 
     @classmethod
-    def single(cls, context: int) -> Candidate:
+    def single(cls, context: int, past: int = 0) -> Candidate:
         """The whole prompt on one rank, stock attention."""
-        return cls("single", Partition((context,)))
+        return cls("single", Partition((context,), past))
 
     @classmethod
     def tsp(cls, context: int, ranks: int) -> Candidate:
@@ -43,9 +43,9 @@ class Candidate:
         return cls.even("tsp", context, ranks)
 
     @classmethod
-    def even(cls, method: str, context: int, ranks: int) -> Candidate:
+    def even(cls, method: str, context: int, ranks: int, past: int = 0) -> Candidate:
         """A method that knows no other chunks than even ones, or KV-Runahead with them."""
-        return cls(method, Partition.even(context, ranks))
+        return cls(method, Partition.even(context, ranks, past=past))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ def measure_interleaved(
         on_sample: told of each sample, and whether it was a warm-up.
     """
     if log is not None:
-        known = [log.finished(purpose, one.method, one.partition.sizes, one.noise) for one in candidates]
+        known = [log.finished(purpose, one.method, one.partition, one.noise) for one in candidates]
         found = [measurement for measurement in known if measurement is not None]
         if len(found) == len(candidates):
             return found
@@ -137,6 +137,7 @@ def measure_interleaved(
                         warmup,
                         sample,
                         candidate.noise,
+                        candidate.partition.past,
                     )
                 )
             if not warmup:
@@ -154,6 +155,7 @@ def measure_interleaved(
             run,
             series.failure,
             series.candidate.noise,
+            series.candidate.partition.past,
         )
         if log is not None:
             log.append(
@@ -166,6 +168,7 @@ def measure_interleaved(
                     stopped,
                     series.failure,
                     measurement.noise,
+                    measurement.past,
                 )
             )
         measurements[series.candidate] = measurement

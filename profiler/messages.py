@@ -8,6 +8,7 @@ import msgspec
 
 from kvr_partition.certificate import Deviation
 from kvr_partition.measurement import RankTimes
+from kvr_partition.partition import Partition
 
 
 class Setup(msgspec.Struct, frozen=True, tag=True):
@@ -41,6 +42,13 @@ class Prefill(msgspec.Struct, frozen=True, tag=True):
     bandwidth: float | None = None
     cold: bool = False
     """As a shape that was never seen: nothing is planned for it before the clock starts."""
+    past: int = 0
+    """Tokens that every rank has in its cache before the clock starts."""
+
+    @property
+    def partition(self) -> Partition:
+        """The chunks."""
+        return Partition(self.sizes, self.past)
 
 
 class Verify(msgspec.Struct, frozen=True, tag=True):
@@ -51,6 +59,12 @@ class Verify(msgspec.Struct, frozen=True, tag=True):
     token_seed: int
     noise: int = 0
     bandwidth: float | None = None
+    past: int = 0
+
+    @property
+    def partition(self) -> Partition:
+        """The chunks."""
+        return Partition(self.sizes, self.past)
 
 
 class PlanAhead(msgspec.Struct, frozen=True, tag=True):

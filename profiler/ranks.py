@@ -24,6 +24,7 @@ from kvr_partition._version import __version__
 from kvr_partition.certificate import Certificate
 from kvr_partition.errors import KVRError, PartitionError, RankError, UnsupportedError
 from kvr_partition.measurement import Measurement, Sample
+from kvr_partition.methods import BASELINES
 from kvr_partition.partition import Partition
 from kvr_partition.profile import Profile
 from kvr_partition.provenance import ModelGeometry, Provenance
@@ -265,14 +266,14 @@ class RankGroup:
             self._support = probe_shapes(self._folder)
         return self._support
 
-    def check_context(self, context: int) -> None:
+    def check_context(self, context: int, past: int = 0) -> None:
         """Refuse a context that this group cannot measure.
 
         Raises:
             PartitionError: fewer tokens than ranks, or more than the model has positions.
             UnsupportedError: a model whose positions depend on what is read at once.
         """
-        self.check(Candidate("kvr", Partition.even(context, self.ranks)))
+        self.check(Candidate("kvr", Partition.even(context, self.ranks, past=past)))
 
     # ------------------------------------------------------------- requests
 
@@ -340,6 +341,7 @@ class RankGroup:
             noise=candidate.noise,
             bandwidth=self.bandwidth,
             cold=cold,
+            past=candidate.partition.past,
         )
         replies = [reply for reply in self._ask(request) if isinstance(reply, messages.PrefillDone)]
         finishing = next(reply for reply in reversed(replies) if reply.first_token is not None)
@@ -365,11 +367,15 @@ class RankGroup:
             UnsupportedError, PartitionError: as `measure_many`.
         """
         self.check(candidate)
-        request = messages.Verify(candidate.method, candidate.partition.sizes, token_seed=1, noise=candidate.noise)
+        partition = candidate.partition
+        request = messages.Verify(
+            candidate.method, partition.sizes, token_seed=1, noise=candidate.noise, past=partition.past
+        )
         replies = [reply for reply in self._ask(request) if isinstance(reply, messages.VerifyDone)]
         return Certificate(
             method=candidate.method,
-            sizes=candidate.partition.sizes,
+            sizes=partition.sizes,
+            past=partition.past,
             reference="float64" if self.dtype == "float32" else "float32",
             same_token=all(reply.same_token is not False for reply in replies),
             deviations=tuple(deviation for reply in replies for deviation in reply.deviations),
@@ -445,6 +451,8 @@ class RankGroup:
         if self.backend == "sm":
             raise UnsupportedError("SM-partition ranks are for measuring; use another --backend to generate")
         self.check(Candidate("kvr", partition))
+        if partition.past:
+            raise PartitionError("generate reads a whole prompt; use a partition without past tokens")
         check_context(self._folder.config, partition.context + max_new_tokens)
         self._ask(
             messages.Generate(tuple(input_ids), partition.sizes, max_new_tokens),
@@ -482,9 +490,10 @@ class RankGroup:
                 f"partition {candidate.partition} has {candidate.partition.ranks} chunks; "
                 f"{candidate.method} on this group needs {expected}"
             )
-        if candidate.partition.past:
-            raise PartitionError("the profiler measures prompts from an empty cache; use past=0")
-        check_context(self._folder.config, candidate.partition.context)
+        past = candidate.partition.past
+        if past and candidate.method in BASELINES:
+            raise UnsupportedError(f"{candidate.method} is there for prompts without past tokens only")
+        check_context(self._folder.config, past + candidate.partition.context)
         if candidate.method in ("tsp-causal", "zigzag"):
             from kvr_partition.runtime.baselines import check_gathering, parts_of
 

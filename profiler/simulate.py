@@ -8,7 +8,6 @@ from typing import Literal
 
 from kvr_partition.errors import UnsupportedError
 from kvr_partition.measurement import RankTimes
-from kvr_partition.partition import Partition
 from kvr_partition.profile import Profile
 from kvr_partition.schedule import Setting, bounds, gathering_ttft, simulate
 from profiler import messages
@@ -42,7 +41,8 @@ class Simulated:
                 first = setting.cost.kv_share * (setting.cost.fixed_s + setting.cost.per_token_s * chunk)
                 return [
                     messages.ChunkDone(
-                        setting.cost.seconds(chunk, prefix) * setting.slowness(rank), first / setting.layers
+                        setting.cost.seconds(chunk, prefix) * setting.slowness(rank),
+                        first / setting.layers * setting.slowness(rank),
                     )
                     for rank in range(ranks)
                 ]
@@ -67,7 +67,7 @@ class Simulated:
 
     def _prefill(self, request: messages.Prefill) -> list[messages.Reply]:
         ranks = self._profile.provenance.ranks
-        partition = Partition(request.sizes)
+        partition = request.partition
         setting = self._setting(request)
         idle = RankTimes(0.0, 0.0, 0.0)
         times, sent, finishing = [idle] * ranks, [0] * ranks, ranks - 1
@@ -106,4 +106,4 @@ class Simulated:
         if request.method == "kvr-fanout" or (request.method == "kvr" and self._topology == "fanout"):
             topology = "fanout"
         setting = self._profile.setting(topology, request.bandwidth)
-        return dataclasses.replace(setting, noise=request.noise, noise_seed=self._noise_seed)
+        return dataclasses.replace(setting, past=request.past, noise=request.noise, noise_seed=self._noise_seed)

@@ -10,6 +10,7 @@ enqueues. One graph over all ranks would not do: it runs on the SMs of one rank.
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import time
 import warnings
@@ -29,7 +30,7 @@ from kvr_partition.runtime.execution import Execution
 from kvr_partition.runtime.gather import Runs
 from kvr_partition.runtime.kernels import planning
 from kvr_partition.runtime.links import Hop, LinkLimits, NoLinks, Slot, Topology, receives, sends
-from kvr_partition.runtime.prefill import PrefillResult, run_chunk
+from kvr_partition.runtime.prefill import PrefillResult, chunk_cache, run_chunk
 from kvr_partition.runtime.verify import run_reference, run_single
 from profiler import messages
 from profiler.green import SMGroup, split_sms
@@ -511,7 +512,7 @@ class SMWorker(Worker):
             self._kept = torch.zeros(1, device=self._device)
             self._keeper.capture_end()
         self._arena = _Arena(torch.empty(0, dtype=torch.uint8, device=self._device))
-        self._recordings: dict[tuple[str, tuple[int, ...]], Recording] = {}
+        self._recordings: dict[tuple[str, Partition], Recording] = {}
 
     def ready(self) -> messages.Reply:
         ready = super().ready()
@@ -522,11 +523,12 @@ class SMWorker(Worker):
         if request.method == "single":
             return self._timed_single(request)
         recording = self._recorded(request)
+        self._fill_past(recording, request.token_seed)
         limits = LinkLimits(request.bandwidth, request.noise, self._setup.noise_seed)
         if request.method == "bound":
             # Its rows lie where KV-Runahead's of the same split do. A real prefill fills them with real KV:
             # random numbers take more power to multiply, and with it time.
-            self._replayer.run(self._recorded_as("kvr-chain", request.sizes), LinkLimits())
+            self._replayer.run(self._recorded_as("kvr-chain", request.partition), LinkLimits())
         gc.disable()
         try:
             times = self._replayer.run(recording, limits)
@@ -550,12 +552,14 @@ class SMWorker(Worker):
 
     def _timed_single(self, request: messages.Prefill) -> messages.Reply:
         """One rank with the whole GPU, as stock transformers would run it."""
-        ids = self._tokens(sum(request.sizes), request.token_seed)
+        ids = self._tokens(request.past + sum(request.sizes), request.token_seed)
+        before, ids = ids[:, : request.past], ids[:, request.past :]
+        past = copy.deepcopy(self._past_cache(before)) if request.past else None
         gc.disable()
         try:
             torch.cuda.synchronize()
             began = time.perf_counter()
-            result = single(self._model, ids)
+            result = single(self._model, ids, past=past)
             ended = time.perf_counter()
         finally:
             gc.enable()
@@ -566,13 +570,14 @@ class SMWorker(Worker):
         return messages.Many((*(idle,) * (self._setup.ranks - 1), done))
 
     def _verify(self, request: messages.Verify) -> messages.Reply:
-        partition = Partition(request.sizes)
-        ids = self._tokens(partition.context, request.token_seed)
+        partition = request.partition
+        ids = self._tokens(partition.past + partition.context, request.token_seed)
         if request.method == "single":
             return messages.Many(tuple(messages.VerifyDone((), None) for _ in range(self._setup.ranks)))
         recording = self._recorded(request)
         # What an earlier replay left in the rows would hide a transfer that is missing.
         self._arena.buffer.fill_(255)
+        self._fill_past(recording, request.token_seed)
         limits = LinkLimits(request.bandwidth, request.noise, self._setup.noise_seed)
         self._replayer.run(recording, limits)
         alone, reference = run_single(self._model, ids), run_reference(self._model, ids)
@@ -583,8 +588,8 @@ class SMWorker(Worker):
         return messages.Many(tuple(found))
 
     def _timed_chunk(self, request: messages.TimeChunk) -> messages.Reply:
-        sizes = (request.chunk,) * self._setup.ranks
-        recording = self._recorded_as(f"chunk behind {request.prefix}", sizes, prefix=request.prefix)
+        chunks = Partition((request.chunk,) * self._setup.ranks)
+        recording = self._recorded_as(f"chunk behind {request.prefix}", chunks, prefix=request.prefix)
         self._replayer.run(recording, LinkLimits())
         timelines = [one.result.timeline for one in recording.ranks]
         return messages.Many(tuple(messages.ChunkDone(one.compute_s, one.first_kv_s or 0.0) for one in timelines))
@@ -610,16 +615,16 @@ class SMWorker(Worker):
 
     def _recorded(self, request: messages.Prefill | messages.Verify) -> Recording:
         method = "kvr-" + self._setup.topology if request.method == "kvr" else request.method
-        return self._recorded_as(method, request.sizes)
+        return self._recorded_as(method, request.partition)
 
-    def _recorded_as(self, method: str, sizes: tuple[int, ...], prefix: int | None = None) -> Recording:
-        known = self._recordings.pop((method, sizes), None)
+    def _recorded_as(self, method: str, partition: Partition, prefix: int | None = None) -> Recording:
+        known = self._recordings.pop((method, partition), None)
         if known is None:
-            self._reserve(method, Partition(sizes), prefix)
+            self._reserve(method, partition, prefix)
             while len(self._recordings) >= self._KEPT:
                 self._recordings.pop(next(iter(self._recordings)))
-            known = self._record(method, Partition(sizes), prefix)
-        self._recordings[method, sizes] = known
+            known = self._record(method, partition, prefix)
+        self._recordings[method, partition] = known
         return known
 
     def _reserve(self, method: str, partition: Partition, prefix: int | None) -> None:
@@ -647,6 +652,21 @@ class SMWorker(Worker):
     def _place(self, context: int) -> int:
         """Bytes of the largest layer's rows of a whole context."""
         return _aligned(context * max(self._entry_bytes()))
+
+    def _fill_past(self, recording: Recording, token_seed: int) -> None:
+        """Put the KV of the tokens before the prompt where every rank has it; other recordings used the place."""
+        partition = recording.partition
+        if not partition.past:
+            return
+        before = self._tokens(partition.past + partition.context, token_seed)[:, : partition.past]
+        past = self._past_cache(before)
+        for recorded in recording.ranks:
+            for index, layer in recorded.result.cache.kv_layers:
+                kept, start = layer.kept_prefix, partition.starts[recorded.result.rank % partition.ranks]
+                seen = partition.past - (start - kept)
+                if seen > 0:
+                    known = past.layers[index]
+                    layer.store.write(0, known.keys[:, :, -seen:], known.values[:, :, -seen:])
 
     def _fill_rows(self) -> None:
         """Random numbers in rows that nothing fills: zeros or NaN would take another time to multiply."""
@@ -710,10 +730,12 @@ class SMWorker(Worker):
             return result, None, gather
         start, end = partition.starts[rank], partition.ends[rank]
         links = None if recorder is None or method == "bound" or prefix is not None else _RecordedLinks(recorder)
+        chunk = ids[:, start - partition.past : end - partition.past]
+        cache = chunk_cache(self._model, chunk, prefix=start if prefix is None else prefix, execution=execution)
         result = run_chunk(
             self._model,
-            ids[:, start:end],
-            prefix=start if prefix is None else prefix,
+            chunk,
+            cache,
             rank=rank,
             # A timed chunk ends with logits on every rank, as the last chunk of a prefill does.
             ranks=ranks if prefix is None else rank + 1,

@@ -10,11 +10,15 @@ from pathlib import Path
 import msgspec
 
 from kvr_partition.errors import FileFormatError
-from kvr_partition.jsonfile import write_error
+from kvr_partition.jsonfile import set_torn_tail_aside, write_error
 from kvr_partition.measurement import Failure, Measurement, Sample
+from kvr_partition.partition import Partition
 from kvr_partition.provenance import Provenance
 
 SCHEMA = "kvr-partition/measurements/1"
+
+Key = tuple[str, str, tuple[int, ...], int, int]
+"""Purpose, method, sizes, past and noise: what a finished measurement is found by."""
 
 
 class RunLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="run", tag_field="type"):
@@ -35,6 +39,12 @@ class SampleLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="s
     warmup: bool
     sample: Sample
     noise: int = 0
+    past: int = 0
+
+    @property
+    def of(self) -> Key:
+        """Which candidate it is of."""
+        return self.purpose, self.method, self.sizes, self.past, self.noise
 
 
 class MeasurementLine(
@@ -50,6 +60,12 @@ class MeasurementLine(
     stopped: str
     failure: Failure | None = None
     noise: int = 0
+    past: int = 0
+
+    @property
+    def of(self) -> Key:
+        """Which candidate it is of."""
+        return self.purpose, self.method, self.sizes, self.past, self.noise
 
 
 class ChunkLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="chunk", tag_field="type"):
@@ -92,9 +108,8 @@ class MeasurementLog:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self.repaired = False
         try:
-            self._repair()
+            self.repaired = self.path.exists() and set_torn_tail_aside(self.path)
             self._file = self.path.open("ab", buffering=0)
         except OSError as error:
             raise write_error(self.path, error) from None
@@ -104,8 +119,8 @@ class MeasurementLog:
             self._file.close()
             raise
         self._provenance: dict[str, Provenance] = {}
-        self._samples: dict[tuple[str, str, str, tuple[int, ...], int], list[Sample]] = {}
-        self._finished: dict[tuple[str, str, tuple[int, ...], int], Measurement] = {}
+        self._samples: dict[tuple[str, Key], list[Sample]] = {}
+        self._finished: dict[Key, Measurement] = {}
         self._chunks: list[ChunkLine] = []
         self._links: list[LinkLine] = []
         for line in lines:
@@ -130,13 +145,13 @@ class MeasurementLog:
             raise write_error(self.path, error) from None
         self._note(line)
 
-    def finished(self, purpose: str, method: str, sizes: tuple[int, ...], noise: int = 0) -> Measurement | None:
+    def finished(self, purpose: str, method: str, partition: Partition, noise: int = 0) -> Measurement | None:
         """The finished measurement of a candidate, if there is one."""
-        return self._finished.get((purpose, method, sizes, noise))
+        return self._finished.get((purpose, method, partition.sizes, partition.past, noise))
 
     def measurements(self, purpose: str | None = None) -> list[Measurement]:
         """All finished measurements, in the order they finished, of one purpose or of all."""
-        return [found for (of, _, _, _), found in self._finished.items() if purpose in (None, of)]
+        return [found for of, found in self._finished.items() if purpose in (None, of[0])]
 
     @property
     def chunks(self) -> list[ChunkLine]:
@@ -176,11 +191,10 @@ class MeasurementLog:
             case LinkLine():
                 self._links.append(line)
             case SampleLine() if not line.warmup:
-                key = (line.run, line.purpose, line.method, line.sizes, line.noise)
-                self._samples.setdefault(key, []).append(line.sample)
+                self._samples.setdefault((line.run, line.of), []).append(line.sample)
             case MeasurementLine():
-                samples = self._samples.get((line.run, line.purpose, line.method, line.sizes, line.noise), [])
-                self._finished[line.purpose, line.method, line.sizes, line.noise] = Measurement(
+                samples = self._samples.get((line.run, line.of), [])
+                self._finished[line.of] = Measurement(
                     method=line.method,
                     sizes=line.sizes,
                     samples=tuple(samples[-line.samples :] if line.samples else ()),
@@ -188,6 +202,7 @@ class MeasurementLog:
                     run=line.run,
                     failure=line.failure,
                     noise=line.noise,
+                    past=line.past,
                 )
 
     def _read(self) -> Iterator[Line]:
@@ -206,18 +221,3 @@ class MeasurementLog:
                         f"{self.path} line {number} has schema {line.schema!r}; this version reads {SCHEMA!r}"
                     )
                 yield line
-
-    def _repair(self) -> None:
-        if not self.path.exists():
-            return
-        content = self.path.read_bytes()
-        if not content or content.endswith(b"\n"):
-            return
-        whole = content.rfind(b"\n") + 1
-        with self.path.with_name(self.path.name + ".torn").open("ab") as beside:
-            beside.write(content[whole:] + b"\n")
-            os.fsync(beside.fileno())
-        with self.path.open("r+b") as stream:
-            stream.truncate(whole)
-            os.fsync(stream.fileno())
-        self.repaired = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import faulthandler
@@ -33,7 +34,7 @@ from kvr_partition.runtime import decode, prefill, probe, single, tsp, warm_up, 
 from kvr_partition.runtime.cache import RunaheadCache
 from kvr_partition.runtime.kernels import planning
 from kvr_partition.runtime.links import LinkLimits, NoLinks, Topology
-from kvr_partition.runtime.prefill import PrefillResult, run_chunk
+from kvr_partition.runtime.prefill import PrefillResult, chunk_cache, run_chunk
 from kvr_partition.runtime.support import Depth, runahead_attention
 from kvr_partition.runtime.verify import SingleRun, compare, run_reference, run_single
 from profiler import messages
@@ -66,6 +67,7 @@ class Worker:
         self._model = build_model(folder, dtype=setup.dtype, device=setup.device, seed=setup.seed)
         self._has_weights = folder.has_weights
         self._tensor_parallel_model: Any = None
+        self._past: tuple[torch.Tensor | None, Any] = (None, None)
         self._vocab = folder.geometry.vocab_size
         self._depth: Depth = probe(self._model).choose(setup.depth)  # type: ignore[arg-type]
         # The model lives as long as this process; collecting garbage never needs to look at it again.
@@ -140,8 +142,9 @@ class Worker:
 
     def _runner(self, request: messages.Prefill | messages.Verify) -> Callable[[], PrefillResult | None]:
         """This rank's part of a method, ready to run."""
-        partition = Partition(request.sizes)
-        ids = self._tokens(partition.context, request.token_seed)
+        partition = request.partition
+        ids = self._tokens(partition.past + partition.context, request.token_seed)
+        before, ids = ids[:, : partition.past], ids[:, partition.past :]
         setup, model, depth = self._setup, self._model, self._depth
         limits = LinkLimits(request.bandwidth, request.noise, setup.noise_seed)
         last = setup.rank == setup.ranks - 1
@@ -150,18 +153,17 @@ class Worker:
                 topology: Topology = "fanout" if request.method == "kvr-fanout" else "chain"
                 if request.method == "kvr":
                     topology = setup.topology  # type: ignore[assignment]
-                return lambda: prefill(model, ids, partition, depth=depth, topology=topology, limits=limits)
+                past = self._past_rows(before, ids, partition.ends[setup.rank])
+                return lambda: prefill(
+                    model, ids, partition, depth=depth, topology=topology, limits=limits, past=past
+                )
             case "bound":
+                # Its prefix is there before the clock starts.
                 start, end = partition.starts[setup.rank], partition.ends[setup.rank]
+                chunk = ids[:, start - partition.past : end - partition.past]
+                cache = random_prefix(chunk_cache(model, chunk, prefix=start))
                 return lambda: run_chunk(
-                    model,
-                    ids[:, start:end],
-                    prefix=start,
-                    rank=setup.rank,
-                    ranks=setup.ranks,
-                    links=NoLinks(),
-                    depth=depth,
-                    fill=random_prefix,
+                    model, chunk, cache, rank=setup.rank, ranks=setup.ranks, links=NoLinks(), depth=depth
                 )
             case "tsp":
                 return lambda: tsp(model, ids, limits=limits)
@@ -172,7 +174,10 @@ class Worker:
             case "tp":
                 return lambda: single(self._tensor_parallel(), ids, rank=setup.rank, ranks=setup.ranks)
             case "single":
-                return lambda: single(model, ids, rank=setup.rank, ranks=setup.ranks) if last else None
+                if not last:
+                    return lambda: None
+                kept = copy.deepcopy(self._past_cache(before)) if partition.past else None
+                return lambda: single(model, ids, rank=setup.rank, ranks=setup.ranks, past=kept)
             case _:
                 raise KVRError(f"unknown method {request.method!r}")
 
@@ -185,10 +190,26 @@ class Worker:
             result = run()
         if result is None:
             return messages.VerifyDone((), None)
-        partition = Partition(request.sizes)
-        ids = self._tokens(partition.context, request.token_seed)
+        partition = request.partition
+        ids = self._tokens(partition.past + partition.context, request.token_seed)
         alone, reference = run_single(self._model, ids), run_reference(self._model, ids)
         return verified(result, partition, request.method, alone, reference)
+
+    def _past_cache(self, before: torch.Tensor) -> Any:
+        """The KV of the tokens before a prompt, from one rank; kept until other tokens are asked for."""
+        known, cache = self._past
+        if known is None or not torch.equal(known, before):
+            cache = single(self._model, before).cache
+            self._past = (before, cache)
+        return cache
+
+    def _past_rows(self, before: torch.Tensor, ids: torch.Tensor, end: int) -> RunaheadCache | None:
+        """The same as rows with room for everything up to position ``end``: nothing is copied on the clock."""
+        past = before.shape[1]
+        if not past:
+            return None
+        room = end - past
+        return chunk_cache(self._model, ids[:, :0], prefix=past, reserve=room, past=self._past_cache(before))
 
     def _tensor_parallel(self) -> Any:
         """The same model, its layers cut across all ranks by transformers; built at the first call."""
@@ -255,16 +276,9 @@ class Worker:
             torch.cuda.synchronize()
 
     def _chunk(self, chunk: int, prefix: int) -> PrefillResult:
-        return run_chunk(
-            self._model,
-            self._tokens(chunk, seed=0),
-            prefix=prefix,
-            rank=0,
-            ranks=1,
-            links=NoLinks(),
-            depth=self._depth,
-            fill=random_prefix,
-        )
+        ids = self._tokens(chunk, seed=0)
+        cache = random_prefix(chunk_cache(self._model, ids, prefix=prefix))
+        return run_chunk(self._model, ids, cache, rank=0, ranks=1, links=NoLinks(), depth=self._depth)
 
     def _generate(self, request: messages.Generate, stream: Callable[[messages.Reply], None]) -> messages.Reply:
         input_ids = torch.tensor([request.input_ids], device=self._device)
@@ -307,10 +321,11 @@ class Worker:
             torch.cuda.synchronize()
 
 
-def random_prefix(cache: RunaheadCache) -> None:
+def random_prefix(cache: RunaheadCache) -> RunaheadCache:
     """Fill in a prefix that no link brings: zeros would be faster to multiply than real data."""
     for _, layer in cache.kv_layers:
         layer.store.rows[: layer.kept_prefix].normal_()
+    return cache
 
 
 def verified(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from kvr_partition.cli.options import (
     add_output,
+    add_past,
     add_ranks,
     make_group,
     need_at_least,
@@ -56,6 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--context", required=True, help="prompt lengths: 4096,8192 or start:stop:step")
     group.add_argument("--table", metavar="FILE", help="a table.json written by search, for KVR-S and KVR-P")
     group.add_argument("--partition", metavar="SIZES", help="also time this split, like 9728/6656")
+    add_past(group)
     group.add_argument("--methods", help=f"only these, comma-separated: {', '.join(NAMES)}")
     group.add_argument("--noise", metavar="BYTES", help="time all again under foreign traffic, like 16MB a layer")
     group.add_argument("--no-verify", action="store_true", help="do not verify the methods first")
@@ -76,17 +78,17 @@ def run(options: argparse.Namespace) -> None:
     if options.partition is not None:
         if len(contexts) != 1:
             raise PartitionError("--partition goes with a single --context")
-        given = Partition.parse(options.partition, contexts[0])
+        given = Partition(Partition.parse(options.partition, contexts[0]).sizes, options.past)
     wanted = list(NAMES) if options.methods is None else [word.strip() for word in options.methods.split(",")]
     for word in wanted:
         if word not in NAMES:
             raise UnsupportedError(f"unknown method {word!r} in --methods; there are {', '.join(NAMES)}")
     noise = 0 if options.noise is None else int(parse_bytes(options.noise, "--noise"))
     for context in contexts:
-        Partition.even(context, options.ranks)
+        Partition.even(context, options.ranks, past=options.past)
     group = make_group(options)
     for context in contexts:
-        group.check_context(context)
+        group.check_context(context, options.past)
 
     from kvr_partition.cli.comparison import Comparison, together
     from kvr_partition.cli.search import sampling_plan
@@ -104,7 +106,7 @@ def run(options: argparse.Namespace) -> None:
         progress.doing(f"starting {group.ranks} {group.backend} ranks of {group.geometry.name}")
         group.start()
         for context in contexts:
-            named = _candidates(context, group, table, given, wanted, progress)
+            named = _candidates(context, options.past, group, table, given, wanted, progress)
             # Simulated ranks have nothing to verify.
             if not options.no_verify and group.backend != "simulate":
                 named = _verified(named, group, progress)
@@ -156,6 +158,7 @@ def _noisy(candidate: Candidate, noise: int) -> Candidate:
 
 def _candidates(
     context: int,
+    past: int,
     group: RankGroup,
     table: PartitionTable,
     given: Partition | None,
@@ -165,10 +168,10 @@ def _candidates(
     """What there is to time for a context, under the name it is shown by."""
     from profiler.measure import Candidate
 
-    splits: list[tuple[str, Partition]] = [("kvr-e", Partition.even(context, group.ranks))]
-    for name, source in (("kvr-s", table), ("kvr-p", table.without(context, group.ranks))):
+    splits: list[tuple[str, Partition]] = [("kvr-e", Partition.even(context, group.ranks, past=past))]
+    for name, source in (("kvr-s", table), ("kvr-p", table.without(context, group.ranks, past))):
         try:
-            found = source.lookup(context, ranks=group.ranks)
+            found = source.lookup(context, ranks=group.ranks, past=past)
         except OutOfRangeError as error:
             if name in wanted:
                 progress.say(f"no {NAMES[name]} for {context}: {error}")
@@ -181,8 +184,8 @@ def _candidates(
     by_name = dict(splits)
     chosen = next(name for name in ("given", "kvr-s", "kvr-p", "kvr-e") if name in by_name)
     other = "fanout" if group.topology == "chain" else "chain"
-    named = [("single", Candidate.single(context))]
-    named += [(method, Candidate.even(method, context, group.ranks)) for method in BASELINES]
+    named = [("single", Candidate.single(context, past))]
+    named += [(method, Candidate.even(method, context, group.ranks, past)) for method in BASELINES]
     named += [(name, Candidate("kvr", split)) for name, split in splits]
     named += [
         ("other", Candidate(f"kvr-{other}", by_name[chosen])),

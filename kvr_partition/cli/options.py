@@ -57,6 +57,17 @@ def add_ranks(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_past(group: Any) -> None:
+    """``--past``."""
+    group.add_argument(
+        "--past",
+        type=int,
+        default=0,
+        metavar="TOKENS",
+        help="tokens that every rank has in its cache before the prompt (default 0)",
+    )
+
+
 def make_group(options: argparse.Namespace) -> RankGroup:
     """The group that the options describe; nothing is started yet, unless to follow a ``torchrun`` leader."""
     from kvr_partition.profile import load_profile

@@ -14,12 +14,13 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvr_partition.cli.options import (
     add_output,
+    add_past,
     add_ranks,
     make_group,
     need_at_least,
@@ -57,6 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="informed (corrects a cost model), hierarchical (the paper's grid), gp, tpe or cmaes "
         "(default informed)",
     )
+    add_past(group)
     group.add_argument("--quantum", type=int, help="cut only at multiples of so many tokens")
     group.add_argument("--samples", type=int, help="most samples per candidate (default 8 on CPU, 40 on GPU)")
     group.add_argument("--out", metavar="FOLDER", help="results (default kvr-runs/MODEL-RANKSxBACKEND-DTYPE)")
@@ -86,14 +88,14 @@ def run(options: argparse.Namespace) -> None:
     held_out_text = options.held_out or held_out_default
     held_out = parse_contexts(held_out_text) if held_out_text else []
     for context in [*contexts, *held_out]:
-        Partition.even(context, options.ranks, quantum=options.quantum or 1)
+        Partition.even(context, options.ranks, quantum=options.quantum or 1, past=options.past)
 
     from kvr_partition.search.samplers import check_sampler
 
     check_sampler(options.sampler)
     group = make_group(options)
     for context in [*contexts, *held_out]:
-        group.check_context(context)
+        group.check_context(context, options.past)
 
     import optuna
 
@@ -149,6 +151,7 @@ class _Session:
         self._plan = plan
         self._contexts = contexts
         self._progress = progress
+        self._past: int = options.past
         self._setting: Setting | None = None
         self._setting_known = False
         self._planned = 0.0
@@ -163,12 +166,12 @@ class _Session:
         finals: list[tuple[Candidate, Measurement]] = []
 
         def measure(partition: Partition) -> Measurement:
-            return self._measure([Candidate("kvr", partition)], f"search/{context}")[0]
+            return self._measure([Candidate("kvr", partition)], f"search/{self._label(context)}")[0]
 
         def confirm(partitions: Sequence[Partition]) -> list[Measurement]:
             self._progress.doing(f"context {context}: the best ones side by side with the baselines")
             candidates = self._baselines(context) + [Candidate("kvr", one) for one in partitions]
-            measurements = self._measure(candidates, f"compare/{context}")
+            measurements = self._measure(candidates, f"compare/{self._label(context)}")
             finals.extend(zip(candidates, measurements, strict=True))
             return measurements[-len(partitions) :]
 
@@ -188,10 +191,11 @@ class _Session:
             sampler="gp" if lost else self._options.sampler,
             setting=setting,
             quantum=self._options.quantum,
+            past=self._past,
             storage=self._options.storage or self._out.study_url,
             shared=self._options.storage is not None,
             conditions=self._conditions(),
-            study_name=f"{self._group.geometry.name}/{self._group.ranks}/{context}",
+            study_name=f"{self._group.geometry.name}/{self._group.ranks}/{self._label(context)}",
             seed=self._options.seed,
             confirm=confirm,
             on_trial=told,
@@ -199,6 +203,7 @@ class _Session:
         entry = Entry(
             context,
             found.best.sizes,
+            past=self._past,
             ttft_s=found.measurement.ttft_s,
             interval_s=found.measurement.interval_s,
             measured=len(found.trials),
@@ -208,7 +213,7 @@ class _Session:
         )
         self._out.table.save(self._out.table_path)
         self._finish_phase(context, searched=True)
-        even = Partition.even(context, self._group.ranks)
+        even = self._even(context)
         names = {"single": "single", "tsp": "TSP"}
         named = [(names[one.method], result) for one, result in finals if one.method in names]
         named += [("KVR-E", result) for one, result in finals if one == Candidate("kvr", even)]
@@ -222,17 +227,18 @@ class _Session:
         self._progress.doing(f"context {context}: trying KVR-P, this context was not searched")
         predicted: Partition | None
         try:
-            found = self._out.table.without(context, self._group.ranks).lookup(context, ranks=self._group.ranks)
+            ranks, past = self._group.ranks, self._past
+            found = self._out.table.without(context, ranks, past).lookup(context, ranks=ranks, past=past)
             predicted = found.partition
         except OutOfRangeError as error:
             self._progress.say(f"  no KVR-P for {context}: {error}")
             predicted = None
-        candidates = [*self._baselines(context), Candidate("kvr", Partition.even(context, self._group.ranks))]
-        names = ["single", "TSP", "KVR-E"]
+        candidates = [*self._baselines(context), Candidate("kvr", self._even(context))]
+        names = [*(["single"] if self._past else ["single", "TSP"]), "KVR-E"]
         if predicted is not None:
             candidates.append(Candidate("kvr", predicted))
             names.append("KVR-P")
-        measurements = self._measure(candidates, f"predict/{context}")
+        measurements = self._measure(candidates, f"predict/{self._label(context)}")
         self._finish_phase(context, searched=False)
         return ContextResult(context, True, list(zip(names, measurements, strict=True)), 0)
 
@@ -244,7 +250,16 @@ class _Session:
     def _baselines(self, context: int) -> list[Candidate]:
         from profiler.measure import Candidate
 
-        return [Candidate.single(context), Candidate.tsp(context, self._group.ranks)]
+        alone = Candidate.single(context, self._past)
+        # Methods that gather KV know no past.
+        return [alone] if self._past else [alone, Candidate.tsp(context, self._group.ranks)]
+
+    def _even(self, context: int) -> Partition:
+        return Partition.even(context, self._group.ranks, past=self._past)
+
+    def _label(self, context: int) -> str:
+        """What a context is called in the log and the study."""
+        return f"{context}+{self._past}" if self._past else str(context)
 
     def _measure(self, candidates: Sequence[Candidate], purpose: str) -> list[Measurement]:
         return self._group.measure_many(candidates, plan=self._plan, purpose=purpose, on_sample=self._sampled)
@@ -266,10 +281,12 @@ class _Session:
         quantum = self._options.quantum or default_quantum(context, ranks)
         # Until something is searched on both sides of it, there is nothing to interpolate.
         with contextlib.suppress(OutOfRangeError):
-            seeds.append(Seed("interpolated", self._out.table.lookup(context, ranks=ranks).partition))
+            found = self._out.table.lookup(context, ranks=ranks, past=self._past)
+            seeds.append(Seed("interpolated", found.partition))
         setting = self._measured_setting()
         if setting is not None:
-            seeds.append(Seed("solved", best_split(context, ranks, setting, quantum=quantum)))
+            told = replace(setting, past=self._past)
+            seeds.append(Seed("solved", best_split(context, ranks, told, quantum=quantum)))
         return seeds
 
     def _measured_setting(self) -> Setting | None:
@@ -280,7 +297,8 @@ class _Session:
         if not self._setting_known:
             self._progress.doing("timing a few chunks and the links")
             try:
-                self._setting = measured_setting(self._group, max(self._contexts), self._out.log)
+                longest = max(self._contexts) + self._past
+                self._setting = measured_setting(self._group, longest, self._out.log)
             except FitError as error:
                 self._progress.say(f"  going on without knowing what chunks cost: {error}")
             self._setting_known = True

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from kvr_partition.cli.options import add_output, add_ranks, make_group, need_at_least, parse_bytes
+from kvr_partition.cli.options import add_output, add_past, add_ranks, make_group, need_at_least, parse_bytes
 from kvr_partition.errors import KVRError, PartitionError, StorageError, UnsupportedError
 from kvr_partition.partition import Partition
 
@@ -23,6 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("verify")
     group.add_argument("--context", type=int, default=512, help="prompt length (default 512)")
     group.add_argument("--partition", metavar="SIZES", help="the split, like 300/212; even if not given")
+    add_past(group)
     group.add_argument("--methods", default="kvr", help="comma-separated; default kvr (see compare)")
     group.add_argument("--noise", metavar="BYTES", default="0", help="foreign traffic per layer, like 1MB")
     group.add_argument("--out", metavar="FOLDER", help="write a certificate per method there")
@@ -34,9 +35,9 @@ def run(options: argparse.Namespace) -> None:
     """Verify and print."""
     need_at_least("ranks", options.ranks, 1)
     partition = (
-        Partition.even(options.context, options.ranks)
+        Partition.even(options.context, options.ranks, past=options.past)
         if options.partition is None
-        else Partition.parse(options.partition, options.context)
+        else Partition(Partition.parse(options.partition, options.context).sizes, options.past)
     )
     if partition.ranks != options.ranks:
         raise PartitionError(f"--partition has {partition.ranks} chunks, but there are {options.ranks} ranks")
@@ -58,7 +59,9 @@ def run(options: argparse.Namespace) -> None:
     candidates = [
         Candidate(
             method,
-            partition if method.startswith("kvr") else Partition.even(options.context, options.ranks),
+            partition
+            if method.startswith("kvr")
+            else Partition.even(options.context, options.ranks, past=options.past),
             noise,
         )
         for method in methods

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
 from kvr_partition.errors import PartitionError, UnsupportedError
 from kvr_partition.methods import GatheringMethod
@@ -35,19 +35,27 @@ from kvr_partition.timeline import LayerTimes, RankTimeline
 
 @torch.no_grad()
 def single(
-    model: Any, input_ids: torch.Tensor, *, rank: int = 0, ranks: int = 1, execution: Execution = AT_ONCE
+    model: Any,
+    input_ids: torch.Tensor,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    past: Cache | None = None,
+    execution: Execution = AT_ONCE,
 ) -> PrefillResult:
     """The whole prompt on this rank, through the model's stock attention and cache.
 
     Args:
         input_ids: the prompt, ``[batch, context]``.
         rank, ranks: what the result says of itself; the last rank keeps the logits.
+        past: a cache of the tokens before the prompt, which is gone on with.
         execution: at once, or to be recorded.
     """
-    check_context(model.config, input_ids.shape[1])
+    before = 0 if past is None else past.get_seq_length()
+    check_context(model.config, before + input_ids.shape[1])
     clock = execution.clock(input_ids.device)
     clock.stamp()
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache(config=model.config) if past is None else past
     logits, token = first_token(forward(model, input_ids, cache), execution.to_host)
     clock.stamp()
     return PrefillResult(

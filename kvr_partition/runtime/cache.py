@@ -96,16 +96,30 @@ class RunaheadLayer(CacheLayerMixin):
         dtype: torch.dtype,
         device: torch.device,
         empty: Callable[..., torch.Tensor] = torch.empty,
+        past: Any = None,
     ) -> None:
         self.kv = kv
         self.is_sliding = kv.window is not None
         self.is_croppable = not self.is_sliding
         self.is_initialized = True
         self.kept_prefix = visible_prefix(prefix, kv.window)
-        self.store = TokenRows(kv, batch, self.kept_prefix + chunk + reserve, dtype, device, empty)
+        rows = self.kept_prefix + chunk + reserve
+        if isinstance(past, RunaheadLayer) and not self.is_sliding and past.store.rows.shape[0] >= rows:
+            # Its rows are where they belong, and there is room behind them.
+            self.store: TokenRows = past.store
+        else:
+            self.store = TokenRows(kv, batch, rows, dtype, device, empty)
+            if past is not None:
+                self._take_over(past, prefix)
         self._length = prefix
         self._filled = self.kept_prefix
         self._visible = self.kept_prefix + chunk
+
+    def _take_over(self, past: Any, prefix: int) -> None:
+        """Copy what a chunk behind ``prefix`` tokens can see of an earlier cache's layer."""
+        seen = past.get_seq_length() - (prefix - self.kept_prefix)
+        if seen > 0:
+            self.store.write(0, past.keys[:, :, -seen:], past.values[:, :, -seen:])
 
     @property
     def batch_size(self) -> int:
@@ -229,8 +243,14 @@ class RunaheadCache(Cache):
         dtype: torch.dtype,
         device: torch.device,
         empty: Callable[..., torch.Tensor] = torch.empty,
+        past: Cache | None = None,
     ) -> RunaheadCache:
-        """Rows for exactly the tokens a rank can see, and for ``reserve`` tokens to decode."""
+        """Rows for exactly the tokens a rank can see, and for ``reserve`` tokens to decode.
+
+        Args:
+            past: a cache with the first tokens of the prefix. Their KV is copied from it; where it is a
+                `RunaheadCache` with room for all that follows, its rows are gone on with in place.
+        """
         return cls(
             [
                 None
@@ -244,8 +264,9 @@ class RunaheadCache(Cache):
                     dtype=dtype,
                     device=device,
                     empty=empty,
+                    past=None if past is None else past.layers[index],
                 )
-                for one in kv
+                for index, one in enumerate(kv)
             ]
         )
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers.cache_utils import Cache
 
-from kvr_partition.errors import PartitionError, UnsupportedError
+from kvr_partition.errors import PartitionError
 from kvr_partition.partition import Partition
 from kvr_partition.runtime import attention
 from kvr_partition.runtime.cache import RunaheadCache, RunaheadLayer
@@ -71,6 +72,7 @@ def prefill(
     reserve: int = 0,
     topology: Topology = "chain",
     limits: LinkLimits = NO_LIMITS,
+    past: Cache | None = None,
 ) -> PrefillResult:
     """Read a prompt on all ranks of an initialised ``torch.distributed`` world.
 
@@ -86,6 +88,9 @@ def prefill(
         topology: ``"chain"``: each rank hands on everything to the next, as published; ``"fanout"``: each
             sends its own chunk to all later ones.
         limits: what links are held to, for experiments.
+        past: on every rank, a cache that holds the partition's ``past`` tokens before this prompt (a
+            prefix-cache hit): any transformers cache, which is copied, or a `RunaheadCache` with rows to
+            spare, which is gone on with in place.
 
     Raises:
         PartitionError: the partition does not fit the prompt or the group, or the model's positions.
@@ -100,54 +105,43 @@ def prefill(
         raise PartitionError(
             f"input_ids must be [batch, {partition.context}] for this partition; got {list(input_ids.shape)}"
         )
-    if partition.past:
-        raise UnsupportedError("prefill starts from an empty cache; use a partition with past=0")
-    check_context(model.config, partition.context + reserve)
+    held = 0 if past is None else past.get_seq_length()
+    if held != partition.past:
+        raise PartitionError(f"the partition has {partition.past} past tokens, but the cache given holds {held}")
+    check_context(model.config, partition.past + partition.context + reserve)
     start, end = partition.starts[rank], partition.ends[rank]
+    chunk_ids = input_ids[:, start - held : end - held]
+    room = reserve if rank == partition.ranks - 1 else 0
+    cache = chunk_cache(model, chunk_ids, prefix=start, reserve=room, past=past)
     links = group_links(partition, rank, input_ids.device, topology=topology, limits=limits, group=group)
     try:
-        return run_chunk(
-            model,
-            input_ids[:, start:end],
-            prefix=start,
-            rank=rank,
-            ranks=partition.ranks,
-            links=links,
-            depth=depth,
-            reserve=reserve if rank == partition.ranks - 1 else 0,
-        )
+        return run_chunk(model, chunk_ids, cache, rank=rank, ranks=partition.ranks, links=links, depth=depth)
     except BaseException:
         links.abort()
         raise
 
 
 @torch.no_grad()
-def run_chunk(
+def chunk_cache(
     model: Any,
     chunk_ids: torch.Tensor,
     *,
     prefix: int,
-    rank: int,
-    ranks: int,
-    links: Links,
-    depth: Depth = "auto",
     reserve: int = 0,
-    fill: Callable[[RunaheadCache], None] | None = None,
+    past: Cache | None = None,
     execution: Execution = AT_ONCE,
-) -> PrefillResult:
-    """Run a model over one chunk behind a prefix that ``links`` deliver.
+) -> RunaheadCache:
+    """The cache that `run_chunk` needs for one chunk.
 
     Args:
         chunk_ids: the chunk's tokens, ``[batch, tokens]``.
-        prefix: tokens before the chunk.
-        fill: called with the cache before anything runs; for prefixes that no link brings.
-        execution: at once, or to be recorded.
+        prefix: tokens before the chunk, those in ``past`` included.
+        reserve: tokens of room for decoding.
+        past: a cache of the first tokens, see `RunaheadCache.allocate`.
+        execution: allocates the rows.
     """
-    support = probe(model)
-    chosen = support.choose(depth)
-    clock = execution.clock(chunk_ids.device)
-    cache = RunaheadCache.allocate(
-        support.layers,
+    return RunaheadCache.allocate(
+        probe(model).layers,
         batch=chunk_ids.shape[0],
         prefix=prefix,
         chunk=chunk_ids.shape[1],
@@ -155,9 +149,32 @@ def run_chunk(
         dtype=model.dtype,
         device=chunk_ids.device,
         empty=execution.empty,
+        past=past,
     )
-    if fill is not None:
-        fill(cache)
+
+
+@torch.no_grad()
+def run_chunk(
+    model: Any,
+    chunk_ids: torch.Tensor,
+    cache: RunaheadCache,
+    *,
+    rank: int,
+    ranks: int,
+    links: Links,
+    depth: Depth = "auto",
+    execution: Execution = AT_ONCE,
+) -> PrefillResult:
+    """Run a model over one chunk behind a prefix that ``links`` deliver, or that is in the cache already.
+
+    Args:
+        chunk_ids: the chunk's tokens, ``[batch, tokens]``.
+        cache: of `chunk_cache`, not used before.
+        execution: at once, or to be recorded.
+    """
+    support = probe(model)
+    chosen = support.choose(depth)
+    clock = execution.clock(chunk_ids.device)
     run = _ChunkRun(cache, links, clock.stamp)
     clock.stamp()
     links.start([layer.slot for _, layer in cache.kv_layers])
@@ -258,7 +275,10 @@ def warm_up(model: Any, tokens: int, depth: Depth = "auto") -> int:
     # A chunk behind a prefix shows which kinds of calls the model makes.
     chunk = max(1, min(512, tokens // 2))
     ids = torch.zeros((1, chunk), dtype=torch.long, device=device)
-    run_chunk(model, ids, prefix=chunk, rank=0, ranks=1, links=NoLinks(), depth=depth, fill=_zero_prefix)
+    cache = chunk_cache(model, ids, prefix=chunk)
+    for _, layer in cache.kv_layers:
+        layer.store.rows.zero_()
+    run_chunk(model, ids, cache, rank=0, ranks=1, links=NoLinks(), depth=depth)
     if device.type != "cuda":
         return 0
     built = CudnnPlans.here().build_ahead(tokens)
@@ -266,14 +286,10 @@ def warm_up(model: Any, tokens: int, depth: Depth = "auto") -> int:
     # longest prompt fits only when it is split, there is nothing to set aside.
     ids = torch.zeros((1, max(1, tokens - 1)), dtype=torch.long, device=device)
     with contextlib.suppress(torch.OutOfMemoryError):
-        run_chunk(model, ids, prefix=0, rank=0, ranks=1, links=NoLinks(), depth=depth)
+        cache = chunk_cache(model, ids, prefix=0)
+        run_chunk(model, ids, cache, rank=0, ranks=1, links=NoLinks(), depth=depth)
     torch.cuda.synchronize(device)
     return built
-
-
-def _zero_prefix(cache: RunaheadCache) -> None:
-    for _, layer in cache.kv_layers:
-        layer.store.rows.zero_()
 
 
 def decode(

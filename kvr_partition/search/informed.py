@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -121,7 +122,7 @@ class InformedSampler(PartitionSampler):
         self, space: Space | None = None, setting: Setting | None = None, *, seed: int | None = None
     ) -> None:
         super().__init__(space, seed=seed)
-        self._setting = setting
+        self._setting = setting if setting is None or space is None else replace(setting, past=space.past)
         self._seed = seed
 
     def propose(self, study: optuna.Study) -> Partition | None:
@@ -156,7 +157,7 @@ class InformedSampler(PartitionSampler):
             return None
         expected, spread = beliefs.ttft_s(sizes)
         if not ranked:
-            return _partition(sizes[int(expected.argmin())])
+            return self._partition(sizes[int(expected.argmin())])
         best_s = float(beliefs.ttft_s([ranked[0].sizes])[0][0])
         gain = _expected_improvement(best_s, expected, spread)
         # Far from the best no gain is left that a float could hold; nearest to it is then next.
@@ -165,7 +166,11 @@ class InformedSampler(PartitionSampler):
             # What all measurements together point to is worth a last one, if it is not among them.
             solved_s = float(beliefs.ttft_s([solved.sizes])[0][0])
             return solved if solved.sizes not in taken and solved_s < best_s * (1 - LEAST_NOISE) else None
-        return _partition(sizes[at])
+        return self._partition(sizes[at])
+
+    def _partition(self, sizes: Any) -> Partition:
+        assert self._space is not None
+        return Partition((int(size) for size in sizes), self._space.past)
 
     def _around(self, centres: Sequence[Sequence[int]], context: int, generator: Any) -> NDArray[np.int64]:
         """Partitions near some boundaries, on the quantum and inside the space; ``[n, ranks]``."""
@@ -188,10 +193,6 @@ class InformedSampler(PartitionSampler):
         low, high = (np.array(side) for side in zip(*self._space.ranges, strict=True))
         inside: NDArray[np.int64] = sizes[((ratios >= low) & (ratios <= high)).all(axis=1)]
         return inside
-
-
-def _partition(sizes: Any) -> Partition:
-    return Partition(tuple(int(size) for size in sizes))
 
 
 def _expected_improvement(best_s: float, expected: Array, spread: Array) -> Array:
@@ -245,7 +246,7 @@ class HierarchicalGridSampler(PartitionSampler):
             cells = [tuple(row) for row in sizes.tolist()]
             for cell in cells:
                 if cell not in measured and cell not in (running or set()):
-                    return Partition(cell)
+                    return Partition(cell, self._space.past)
             if stride <= quantum:
                 return None
             best = min(cells, key=lambda cell: measured.get(cell, math.inf))

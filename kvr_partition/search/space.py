@@ -25,11 +25,13 @@ class Space:
         context: tokens of the prompt.
         quantum: boundaries are multiples of this many tokens.
         ranges: lowest and highest log ratio of each rank but the last.
+        past: tokens that every rank has in its cache before the prompt.
     """
 
     context: int
     quantum: int
     ranges: tuple[tuple[float, float], ...]
+    past: int = 0
 
     @classmethod
     def around(cls, seeds: Sequence[Seed], quantum: int, reach: float = 0.0) -> Space:
@@ -46,7 +48,8 @@ class Space:
             centre = values[-1]
             far = max(reach, 1.5 * max(abs(value - centre) for value in values) + spare)
             ranges.append((centre - far, centre + far))
-        return cls(seeds[0].partition.context, quantum, tuple(ranges))
+        first = seeds[0].partition
+        return cls(first.context, quantum, tuple(ranges), first.past)
 
     def names(self) -> list[str]:
         """Parameter names, in rank order."""
@@ -59,7 +62,7 @@ class Space:
     def partition(self, params: dict[str, float]) -> Partition:
         """The partition at a point, rounded to the quantum."""
         shares = [math.exp(params[name]) for name in self.names()] + [1.0]
-        return Partition.from_fractions(shares, self.context, quantum=self.quantum)
+        return Partition.from_fractions(shares, self.context, quantum=self.quantum, past=self.past)
 
 
 def log_ratios(partition: Partition) -> tuple[float, ...]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import optuna
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from kvr_partition.errors import StorageError, UnsupportedError
+from kvr_partition.jsonfile import set_torn_tail_aside
 
 
 def open_storage(url: str) -> optuna.storages.BaseStorage:
@@ -54,27 +54,12 @@ def _journal(file: Path) -> optuna.storages.BaseStorage:
         if file.exists():
             lock.acquire()
             try:
-                _set_torn_tail_aside(file)
+                set_torn_tail_aside(file)
             finally:
                 lock.release()
         return optuna.storages.JournalStorage(JournalFileBackend(str(file), lock_obj=lock))
     except OSError as error:
         raise StorageError(f"the journal {file} cannot be used: {error.strerror or error}") from None
-
-
-def _set_torn_tail_aside(file: Path) -> None:
-    """A last line without its end, which a crash or a full disk leaves, would ruin what is appended to it."""
-    with file.open("r+b") as stream:
-        content = stream.read()
-        if not content or content.endswith(b"\n"):
-            return
-        whole = content.rfind(b"\n") + 1
-        with file.with_name(file.name + ".torn").open("ab") as beside:
-            beside.write(content[whole:] + b"\n")
-            beside.flush()
-            os.fsync(beside.fileno())
-        stream.truncate(whole)
-        os.fsync(stream.fileno())
 
 
 def _line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ import sqlite3
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,7 @@ def search(
     sampler: str | None = None,
     setting: Setting | None = None,
     quantum: int | None = None,
+    past: int = 0,
     storage: str | optuna.storages.BaseStorage | None = None,
     shared: bool = False,
     study_name: str | None = None,
@@ -125,6 +126,7 @@ def search(
         sampler: one of `SAMPLERS`; ``"informed"`` if there is a setting, else ``"gp"``, when None.
         setting: what a prefill costs, as far as it is known; for the informed sampler.
         quantum: boundaries are multiples of this many tokens; a 128th of the average chunk when None.
+        past: tokens that every rank has in its cache before the prompt.
         storage: Optuna storage, or its URL as in `open_storage`; in memory when None.
         shared: whether others may be working on the study. Then nobody measures what another is measuring,
             and what a dead process was measuring goes back into the queue.
@@ -146,13 +148,15 @@ def search(
     if isinstance(storage, str):
         with _storage_errors():
             storage = open_storage(storage)
-    name = study_name or f"{ranks}-ranks-{context}"
+    name = study_name or f"{ranks}-ranks-{context}" + (f"-past-{past}" if past else "")
+    setting = None if setting is None else replace(setting, past=past)
     with _storage_errors():
         study = _Study(
             storage,
             name,
             context,
             ranks,
+            past,
             quantum or default_quantum(context, ranks),
             seeds,
             sampler,
@@ -162,7 +166,7 @@ def search(
             conditions,
         )
         stopped = study.run(measure, budget, on_trial)
-        return _conclude(study.trials(), study.ranked(), context, ranks, confirm, stopped)
+        return _conclude(study.trials(), study.ranked(), context, ranks, past, confirm, stopped)
 
 
 class _Study:
@@ -174,6 +178,7 @@ class _Study:
         name: str,
         context: int,
         ranks: int,
+        past: int,
         quantum: int,
         seeds: Callable[[], Sequence[Seed]] | None,
         sampler: str,
@@ -190,7 +195,10 @@ class _Study:
         # Everything a resumed search must agree on is written in one step, so that a kill leaves all or none.
         begun = self._study.user_attrs.get("begun")
         if begun is None:
-            given = [Seed("even", Partition.even(context, ranks)), *(seeds() if seeds is not None else ())]
+            given = [
+                Seed("even", Partition.even(context, ranks, past=past)),
+                *(seeds() if seeds is not None else ()),
+            ]
             self.seeds = _distinct(given)
             # Samplers of whole partitions go where they like; for others a wide space is a slow one.
             reach = WIDE if sampler in ("informed", "hierarchical") else 0.0
@@ -198,14 +206,16 @@ class _Study:
             self._study.set_user_attr("begun", self._describe(conditions))
         else:
             found = json.loads(begun)
-            if (found["context"], found["ranks"]) != (context, ranks):
+            begun_past = found.get("past", 0)
+            if (found["context"], found["ranks"], begun_past) != (context, ranks, past):
                 raise StorageError(
-                    f"study {name!r} in this storage is for context {found['context']} on {found['ranks']} ranks; "
-                    "use another storage or study name"
+                    f"study {name!r} in this storage is for context {found['context']} with past {begun_past} on "
+                    f"{found['ranks']} ranks; use another storage or study name"
                 )
             _check_conditions(name, conditions, found.get("conditions"))
-            self.seeds = [Seed(one["name"], Partition(one["sizes"])) for one in found["seeds"]]
-            self.space = Space(context, found["quantum"], tuple((low, high) for low, high in found["ranges"]))
+            self.seeds = [Seed(one["name"], Partition(one["sizes"], past)) for one in found["seeds"]]
+            ranges = tuple((low, high) for low, high in found["ranges"])
+            self.space = Space(context, found["quantum"], ranges, past)
 
     def _describe(self, conditions: Mapping[str, object] | None) -> str:
         return json.dumps(
@@ -213,6 +223,7 @@ class _Study:
                 "conditions": conditions,
                 "context": self.space.context,
                 "ranks": len(self.space.ranges) + 1,
+                "past": self.space.past,
                 "quantum": self.space.quantum,
                 "ranges": self.space.ranges,
                 "seeds": [{"name": one.name, "sizes": one.partition.sizes} for one in self.seeds],
@@ -329,7 +340,7 @@ class _Study:
             ranges = zip(self.space.names(), self.space.ranges, strict=True)
             params = {name: trial.suggest_float(name, low, high) for name, (low, high) in ranges}
         if "sizes" in trial.user_attrs:
-            return trial, Partition(trial.user_attrs["sizes"])
+            return trial, Partition(trial.user_attrs["sizes"], self.space.past)
         if trial.user_attrs.get("source") is None:
             if isinstance(self._study.sampler, PartitionSampler):
                 return trial, self._study.sampler.proposals.get(trial.number)
@@ -377,6 +388,7 @@ def _conclude(
     ranked: Sequence[Measurement],
     context: int,
     ranks: int,
+    past: int,
     confirm: Callable[[Sequence[Partition]], Sequence[Measurement]] | None,
     stopped: str,
 ) -> SearchResult:
@@ -385,7 +397,7 @@ def _conclude(
     if confirm is None:
         return SearchResult(ranked[0].partition, ranked[0], tuple(trials), (), stopped)
     finalists = [one.partition for one in ranked[:3]]
-    even = Partition.even(context, ranks)
+    even = Partition.even(context, ranks, past=past)
     confirmed = tuple(confirm(finalists if even in finalists else [even, *finalists]))
     timed = [one for one in confirmed if one.ok]
     if not timed:

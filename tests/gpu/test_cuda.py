@@ -13,7 +13,7 @@ from kvr_partition.errors import UnsupportedError
 from kvr_partition.runtime import decode, prefill, probe, single
 from kvr_partition.runtime.cache import RunaheadCache
 from kvr_partition.runtime.links import NoLinks
-from kvr_partition.runtime.prefill import PrefillResult, run_chunk
+from kvr_partition.runtime.prefill import PrefillResult, chunk_cache, run_chunk
 from profiler import Candidate, RankGroup, SamplingPlan
 from tests.models import CORE, build, write_folder
 
@@ -29,23 +29,9 @@ def in_turn(model: Any, input_ids: torch.Tensor, partition: Partition, depth: An
     before: RunaheadCache | None = None
     result: PrefillResult | None = None
     for rank, (start, end) in enumerate(zip(partition.starts, partition.ends, strict=True)):
-
-        def fill(cache: RunaheadCache, source: RunaheadCache | None = before) -> None:
-            if source is None:
-                return
-            for (_, layer), (_, earlier) in zip(cache.kv_layers, source.kv_layers, strict=True):
-                layer.store.rows[: layer.kept_prefix] = earlier.store.rows[-layer.kept_prefix :]
-
-        result = run_chunk(
-            model,
-            input_ids[:, start:end],
-            prefix=start,
-            rank=rank,
-            ranks=partition.ranks,
-            links=NoLinks(),
-            depth=depth,
-            fill=fill,
-        )
+        chunk = input_ids[:, start:end]
+        cache = chunk_cache(model, chunk, prefix=start, past=before)
+        result = run_chunk(model, chunk, cache, rank=rank, ranks=partition.ranks, links=NoLinks(), depth=depth)
         before = result.cache
     assert result is not None
     return result
@@ -220,7 +206,7 @@ def test_a_rank_needs_its_weights_its_visible_kv_and_a_stated_bound() -> None:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        result = run_chunk(model, ids, prefix=prefix, rank=1, ranks=2, links=NoLinks())
+        result = run_chunk(model, ids, chunk_cache(model, ids, prefix=prefix), rank=1, ranks=2, links=NoLinks())
         peak = torch.cuda.max_memory_allocated() - before
         kv = result.cache.kv_bytes
         del result

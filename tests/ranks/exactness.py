@@ -21,6 +21,7 @@ from kvr_partition import Partition
 from kvr_partition.errors import UnsupportedError
 from kvr_partition.runtime import LinkLimits, PrefillResult, decode, prefill, probe, single, tsp, zigzag
 from kvr_partition.runtime.baselines import check_gathering, parts_of
+from kvr_partition.runtime.prefill import chunk_cache
 from tests.models import build
 
 NEW_TOKENS = 32
@@ -68,10 +69,15 @@ def run(case: dict[str, Any], model: Any) -> dict[str, Any] | None:
     """One case on this rank; what the last rank found out."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     sizes, batch = case["sizes"], case["batch"]
-    context = sum(sizes)
+    past: int = case.get("past", 0)
+    context = past + sum(sizes)
     generator = torch.Generator().manual_seed(context)
     input_ids = torch.randint(0, 257, (batch, context), generator=generator)
-    partition = Partition(sizes)
+    partition = Partition(sizes, past)
+    before: Any = single(model, input_ids[:, :past]).cache if past else None
+    if case["method"] == "past-in-place":
+        room = partition.ends[rank] - past
+        before = chunk_cache(model, input_ids[:, :0], prefix=past, reserve=room, past=before)
     out: PrefillResult
     with LargestAllocation() as largest:
         match case["method"]:
@@ -85,6 +91,9 @@ def run(case: dict[str, Any], model: Any) -> dict[str, Any] | None:
                 out = prefill(model, input_ids, partition, limits=LIMITS)
             case "fanout-limited":
                 out = prefill(model, input_ids, partition, topology="fanout", limits=LIMITS)
+            case "past" | "past-in-place" | "past-cache-depth":
+                depth = "cache" if case["method"] == "past-cache-depth" else "auto"
+                out = prefill(model, input_ids[:, past:], partition, depth=depth, past=before)
             case "fanout":
                 out = prefill(model, input_ids, partition, topology="fanout")
             case depth:
@@ -103,6 +112,12 @@ def run(case: dict[str, Any], model: Any) -> dict[str, Any] | None:
         return None
     assert out.logits is not None
     right = single(model, input_ids)
+    # Decoding needs more room, so this is asked first.
+    shared = before is not None and any(
+        getattr(layer, "store", None) is earlier.store
+        for layer, earlier in zip(out.cache.layers, before.layers, strict=True)
+        if hasattr(earlier, "store")
+    )
     kv_errors = []
     order = torch.arange(context)
     if case["method"] == "zigzag":
@@ -135,6 +150,8 @@ def run(case: dict[str, Any], model: Any) -> dict[str, Any] | None:
         "largest_allocation": largest.bytes,
         "largest_allocation_op": largest.op,
         "attention_depth": support.attention_depth,
+        "past_rows_shared": shared,
+        "full_layers": any(layer is not None and layer.window is None for layer in support.layers),
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kvr_partition import Partition
-from tests.models import CORE, OTHERS, config
+from tests.models import ALL, CORE, OTHERS, config
 from tests.ranks.launch import launch
 
 METHODS = ("attention", "cache", "tsp")
@@ -43,9 +43,17 @@ CASES += [
 CASES += [{"model": "llama-gqa", "method": "zigzag", "sizes": (12, 12), "batch": 1}]  # equal chunks: a collective
 CASES += [{"model": "llama-gqa", "method": "fanout", "sizes": SPLITS[5][1], "batch": 1}]
 
+PAST_CASES = [
+    {"model": model, "method": method, "sizes": sizes, "batch": batch, "past": past}
+    for model in ALL
+    for method in ("past", "past-in-place", "past-cache-depth")
+    for sizes, past, batch in (((16, 16, 15), 31, 2), ((1, 44, 2), 5, 1))
+]
+
 
 def name(case: dict[str, Any]) -> str:
-    return f"{case['model']}-{case['method']}-{'/'.join(map(str, case['sizes']))}-batch{case['batch']}"
+    past = f"-past{case['past']}" if "past" in case else ""
+    return f"{case['model']}-{case['method']}-{'/'.join(map(str, case['sizes']))}-batch{case['batch']}{past}"
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +62,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     found = {}
     for ranks in SPLITS:
         folder = tmp_path_factory.mktemp(f"ranks{ranks}")
-        cases = [case for case in CASES if len(case["sizes"]) == ranks]
+        cases = [case for case in [*CASES, *PAST_CASES] if len(case["sizes"]) == ranks]
         (folder / "cases.json").write_text(json.dumps(cases))
         launch("tests.ranks.exactness", folder, ranks)
         for file in folder.glob("results*.json"):
@@ -75,6 +83,21 @@ def test_it_equals_the_single_run(results: dict[str, dict[str, Any]], case: dict
     assert result["kv_error"] < 1e-5
     assert result["kv_layers"] == config(case["model"])["num_hidden_layers"]
     assert result["same_tokens"]
+
+
+@pytest.mark.parametrize("case", PAST_CASES, ids=name)
+def test_a_prompt_behind_cached_tokens_equals_reading_all_of_it(
+    results: dict[str, dict[str, Any]], case: dict[str, Any]
+) -> None:
+    result = results[name(case)]
+    assert result["logits_error"] < 1e-5
+    assert result["kv_error"] < 1e-5
+    assert result["same_tokens"]
+    assert result["past_rows_shared"] == (case["method"] == "past-in-place" and result["full_layers"])
+    if whole_context(case):
+        # What was cached everywhere is not sent.
+        entries = case["sizes"][0] + sum(case["sizes"][:2])
+        assert result["sent_bytes"] == entries * result["entry_bytes"]
 
 
 @pytest.mark.parametrize(

@@ -96,11 +96,32 @@ def test_links_are_held_and_disturbed_and_the_log_keeps_runs_apart(group: RankGr
         group.hold_links(None)
     assert len(log.provenance) >= 3
     reread = MeasurementLog(log.path)
-    assert reread.finished("held", "kvr", SPLIT.sizes, 20_000) == measured[1]
-    assert reread.finished("held", "kvr", SPLIT.sizes) == measured[0]
+    assert reread.finished("held", "kvr", SPLIT, 20_000) == measured[1]
+    assert reread.finished("held", "kvr", SPLIT) == measured[0]
     reread.close()
     with pytest.raises(UnsupportedError, match="more than 0"):
         group.hold_links(0.0)
+
+
+def test_a_prompt_behind_cached_tokens_is_timed_verified_and_kept_apart(
+    group: RankGroup, log: MeasurementLog
+) -> None:
+    behind = Partition((30, 18), past=21)
+    candidates = [Candidate.single(48, 21), Candidate("kvr", behind), Candidate("kvr", SPLIT)]
+    measured = group.measure_many([*candidates, Candidate("bound", behind)], plan=PLAN, purpose="past")
+    assert all(one.ok for one in measured), [one.failure for one in measured]
+    assert [one.partition for one in measured[1:3]] == [behind, SPLIT]
+    # What every rank has already is not sent.
+    assert measured[1].samples[0].kv_bytes == measured[2].samples[0].kv_bytes == 30 * ENTRY
+    reread = MeasurementLog(log.path)
+    assert reread.finished("past", "kvr", behind) == measured[1]
+    assert reread.finished("past", "kvr", SPLIT) == measured[2]
+    reread.close()
+    certificate = group.verify(Candidate("kvr-fanout", behind))
+    assert certificate.holds, certificate.divergence
+    assert certificate.past == 21
+    with pytest.raises(UnsupportedError, match="without past tokens only"):
+        group.check(Candidate.even("zigzag", 48, 2, past=21))
 
 
 def test_planning_ahead_has_nothing_to_do_on_the_cpu(group: RankGroup) -> None:

@@ -20,7 +20,7 @@ from kvr_partition.cost import ChunkCost, LinkCost
 from kvr_partition.errors import UnsupportedError
 from kvr_partition.measurement import Failure, Measurement, RankTimes, Sample
 from kvr_partition.schedule import Setting, best_split, simulate, ttft
-from kvr_partition.search import HierarchicalGridSampler, InformedSampler, Seed, search
+from kvr_partition.search import HierarchicalGridSampler, InformedSampler, Replay, Seed, search
 from kvr_partition.search.beliefs import Beliefs, corrected, noise_of
 from kvr_partition.search.informed import PartitionSampler
 from kvr_partition.search.space import Space, coarseness
@@ -55,6 +55,25 @@ class TestHierarchicalContract(BasicSamplerTestCase, RelativeSamplerTestCase, Si
     @pytest.fixture
     def sampler(self) -> Callable[[], optuna.samplers.BaseSampler]:
         return lambda: HierarchicalGridSampler(seed=1)
+
+
+def test_a_search_runs_again_from_its_log_alone() -> None:
+    asked: list[Measurement] = []
+
+    def measure(partition: Partition) -> Measurement:
+        asked.append(measured(partition))
+        return asked[-1]
+
+    first = search(measure, CONTEXT, RANKS, 6, setting=FITTED, quantum=QUANTUM, seed=5)
+    replay = Replay(asked)
+    again = search(replay, CONTEXT, RANKS, 6, setting=FITTED, quantum=QUANTUM, seed=5)
+    assert again == first
+    assert not replay.missing
+    assert len(replay) == len(first.trials)
+    # Another search may ask for what nobody measured: that candidate fails, the others do not.
+    other = search(replay, CONTEXT, RANKS, 6, setting=FITTED, quantum=QUANTUM, sampler="hierarchical")
+    assert replay.missing
+    assert other.best in {one.partition for one in asked}
 
 
 def test_noisy_measurements_do_not_send_it_far_away() -> None:

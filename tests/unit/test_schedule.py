@@ -179,7 +179,7 @@ def test_the_best_split_is_never_worse_than_the_even_one(case: tuple[Partition, 
     partition, setting = case
     assume(partition.context >= partition.ranks * quantum)
     found = best_split(partition.context, partition.ranks, setting, quantum=quantum)
-    even = Partition.even(partition.context, partition.ranks, quantum=quantum)
+    even = Partition.even(partition.context, partition.ranks, quantum=quantum, past=setting.past)
     assert (found.context, found.ranks, found.past) == (partition.context, partition.ranks, setting.past)
     assert simulate(found, setting).ttft_s <= simulate(even, setting).ttft_s * (1 + 1e-9)
 

@@ -27,7 +27,7 @@ def landscape(partition: Partition) -> float:
 
 def measurement(partition: Partition, seconds: float) -> Measurement:
     times = (RankTimes(seconds, 0.0, 0.0),) * partition.ranks
-    return Measurement("kvr", partition.sizes, (Sample(seconds, times, 0),) * 6, "precise")
+    return Measurement("kvr", partition.sizes, (Sample(seconds, times, 0),) * 6, "precise", past=partition.past)
 
 
 class Recorder:
@@ -57,6 +57,21 @@ def test_seeds_come_first_and_the_sampler_improves_on_them(sampler: str) -> None
     assert landscape(found.best) <= landscape(Partition((1600, 1300, 1196)))
     assert found.stopped == "budget"
     assert [one.source for one in found.trials[:3]] == ["even", "interpolated", "balanced"]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_partition_of_a_search_stands_behind_its_past(sampler: str) -> None:
+    from tests.unit.test_samplers import FITTED
+
+    pasts = set()
+
+    def measure(partition: Partition) -> Measurement:
+        pasts.add(partition.past)
+        return measurement(partition, landscape(partition))
+
+    found = search(measure, CONTEXT, RANKS, 5, sampler=sampler, setting=FITTED, past=1000)
+    assert pasts == {1000}
+    assert found.best.past == 1000
 
 
 def test_a_stopped_search_goes_on_and_repeats_nothing(tmp_path: Path) -> None:
@@ -151,7 +166,7 @@ def test_an_exhausted_neighbourhood_ends_the_search() -> None:
 def test_another_searchs_study_and_a_damaged_one_are_refused(tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path / 'study.db'}"
     search(Recorder(), CONTEXT, RANKS, 2, storage=storage, study_name="mine")
-    with pytest.raises(StorageError, match="is for context 4096 on 3 ranks"):
+    with pytest.raises(StorageError, match="is for context 4096 with past 0 on 3 ranks"):
         search(Recorder(), 2048, RANKS, 2, storage=storage, study_name="mine")
     (tmp_path / "study.db").write_bytes(b"this is no database at all" * 100)
     with pytest.raises(StorageError, match="move the database away") as caught:

@@ -31,10 +31,10 @@ def test_what_was_measured_is_there_again(tmp_path: Path) -> None:
         measured(log, "search", [9.0, 1, 2, 3, 4, 5, 6])
         log.append(ChunkLine("", 8, 0, False, (0.5, 0.25)))
     with MeasurementLog(tmp_path / "log") as log:
-        found = log.finished("search", "kvr", (3, 2))
+        found = log.finished("search", "kvr", Partition((3, 2)))
         assert found is not None
         assert [one.ttft_s for one in found.samples] == [1, 2, 3, 4, 5, 6]
-        assert log.finished("compare", "kvr", (3, 2)) is None
+        assert log.finished("compare", "kvr", Partition((3, 2))) is None
         assert [line.seconds for line in log.chunks] == [(0.5, 0.25)]
 
 
@@ -86,7 +86,7 @@ def test_a_failed_candidate_is_a_result_and_the_others_go_on(tmp_path: Path) -> 
     assert (failed.failure.kind, failed.failure.traceback, failed.stopped) == ("out-of-memory", "where", "failed")
     assert fine.ok
     with MeasurementLog(tmp_path / "log") as log:
-        again = log.finished("measure", "kvr", (3, 2))
+        again = log.finished("measure", "kvr", Partition((3, 2)))
     assert again is not None
     assert again.failure == failed.failure
 
@@ -101,7 +101,7 @@ def test_a_torn_last_line_is_set_aside_and_the_rest_is_kept(tmp_path: Path) -> N
         path.write_bytes(content[:-cut])
         with MeasurementLog(path) as log:
             assert log.repaired
-            assert log.finished("search", "kvr", (3, 2)) is not None
+            assert log.finished("search", "kvr", Partition((3, 2))) is not None
             log.append(SampleLine("", "search", "kvr", (4, 1), False, sample(3.0)))
         with MeasurementLog(path) as log:
             assert not log.repaired

@@ -98,7 +98,7 @@ def test_calls_that_do_not_fit_are_refused() -> None:
     model, ids = build("llama-gqa"), torch.arange(20)[None]
     with pytest.raises(PartitionError, match=r"input_ids must be \[batch, 19\]"):
         prefill(model, ids, Partition((19,)))
-    with pytest.raises(UnsupportedError, match="past=0"):
+    with pytest.raises(PartitionError, match="has 4 past tokens, but the cache given holds 0"):
         prefill(model, ids, Partition((20,), past=4))
     with pytest.raises(PartitionError, match="beyond the 512 positions"):
         decode(model, ids, single(model, ids), 500)

@@ -9,7 +9,7 @@ import torch
 
 from kvr_partition.runtime.cache import RunaheadCache
 from kvr_partition.runtime.links import NoLinks
-from kvr_partition.runtime.prefill import PrefillResult, run_chunk
+from kvr_partition.runtime.prefill import PrefillResult, chunk_cache, run_chunk
 from kvr_partition.runtime.verify import SingleRun, compare, run_reference, run_single
 from tests.models import build
 
@@ -27,7 +27,9 @@ def behind(model: Any, alone: SingleRun, damage: int | None, dtype: torch.dtype)
             if index == damage:
                 layer.store.rows[kept // 2] += 0.1
 
-    return run_chunk(model, IDS[:, 24:], prefix=24, rank=1, ranks=2, links=NoLinks(), fill=fill)
+    cache = chunk_cache(model, IDS[:, 24:], prefix=24)
+    fill(cache)
+    return run_chunk(model, IDS[:, 24:], cache, rank=1, ranks=2, links=NoLinks())
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral-window", "falcon-alibi"])
