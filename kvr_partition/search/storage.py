@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import optuna
@@ -32,15 +33,19 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
         if not colon or not host or not port.isdigit():
             raise UnsupportedError(f"Optuna's proxy is written grpc://host:port; got {url!r}")
         try:
-            return optuna.storages.GrpcStorageProxy(host=host, port=int(port))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                return optuna.storages.GrpcStorageProxy(host=host, port=int(port))
         except ImportError as error:
-            raise UnsupportedError(f"{url} needs the package grpcio: {_line(error)}") from None
+            raise UnsupportedError(f"{url} needs the [storage] extra: {_line(error)}") from None
     import sqlalchemy.exc
 
     try:
         return optuna.storages.RDBStorage(url)
     except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:
-        raise UnsupportedError(f"{url} needs a database driver: {_line(error)}") from None
+        raise UnsupportedError(
+            f"{url} needs a database driver, as the [storage] extra has: {_line(error)}"
+        ) from None
     except (sqlalchemy.exc.ArgumentError, ValueError) as error:
         raise UnsupportedError(
             f"{url!r} is no storage; write sqlite:///FILE, postgresql://HOST/NAME, journal:FILE or "

@@ -244,32 +244,34 @@ class _Study:
         repeats = failures = 0
         while True:
             self._requeue_interrupted()
-            open_places = budget - len(self._known())
-            if open_places <= 0:
+            known, running = self._look()
+            if len(known) >= budget:
                 return "budget"
-            if open_places <= len(self._running()):
+            if len(known) + len(running) >= budget:
                 # Others are measuring the last ones; if they fail, there is a place again.
                 time.sleep(POLL_S)
                 continue
             trial, partition = self._ask(explore=repeats >= EXPLORE_AFTER)
             if partition is None:
                 self._study.tell(trial, state=TrialState.FAIL)
-                if self._running():
+                if self._look()[1]:
                     time.sleep(POLL_S)  # what others are measuring may yet show something
                     continue
                 return "converged" if self._sampler == "informed" else "exhausted"
-            known = self._known().get(partition.sizes)
-            if known is not None:
+            before = known.get(partition.sizes)
+            if before is not None:
                 # Nothing to measure: the sampler learns the known time, and the budget is not touched.
                 repeats += 1
-                self._tell(trial, known.measurement)
+                self._tell(trial, before.measurement)
                 if repeats >= MAX_REPEATS:
                     return "exhausted"
                 continue
             trial.set_user_attr("owner", owner)
             trial.set_user_attr("sizes", partition.sizes)
-            if any(sizes == partition.sizes and number < trial.number for number, sizes in self._running()):
-                # Two asked at the same moment; the earlier trial measures it.
+            known, running = self._look()
+            earlier = [sizes for number, sizes in running if number < trial.number]
+            if partition.sizes in {*known, *earlier} or len(known) + len(earlier) >= budget:
+                # Several asked at the same moment; the earlier trials measure.
                 self._study.tell(trial, state=TrialState.FAIL)
                 time.sleep(POLL_S)
                 continue
@@ -281,7 +283,7 @@ class _Study:
             if on_trial is not None:
                 on_trial(Trial(trial.user_attrs.get("source") or self._sampler, measurement))
             failures = 0 if measurement.ok else failures + 1
-            timed = any(one.measurement.ok for one in self._known().values())
+            timed = any(one.measurement.ok for one in self._look()[0].values())
             if failures >= (MAX_FAILURES if timed else MAX_FAILURES_AT_FIRST):
                 assert measurement.failure is not None
                 raise RankError(
@@ -292,7 +294,7 @@ class _Study:
 
     def trials(self) -> list[Trial]:
         """All measured partitions, in order."""
-        return list(self._known().values())
+        return list(self._look()[0].values())
 
     def ranked(self) -> list[Measurement]:
         """What was timed, the most promising first."""
@@ -315,11 +317,6 @@ class _Study:
             if kept:
                 self._study.enqueue_trial(left.params, user_attrs=kept)
             self._study.tell(left.number, state=TrialState.FAIL)
-
-    def _running(self) -> list[tuple[int, tuple[int, ...]]]:
-        """Number and sizes of each trial that is being measured."""
-        trials = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        return [(one.number, tuple(one.user_attrs["sizes"])) for one in trials if "sizes" in one.user_attrs]
 
     def _ask(self, explore: bool) -> tuple[optuna.Trial, Partition | None]:
         """The next trial, and its partition if there is one worth measuring."""
@@ -355,15 +352,19 @@ class _Study:
         else:
             self._study.tell(trial, state=TrialState.FAIL)
 
-    def _known(self) -> dict[tuple[int, ...], Trial]:
+    def _look(self) -> tuple[dict[tuple[int, ...], Trial], list[tuple[int, tuple[int, ...]]]]:
+        """What is measured, by sizes, and number and sizes of each trial that is being measured; at one moment."""
         known: dict[tuple[int, ...], Trial] = {}
+        running = []
         for trial in self._study.get_trials(deepcopy=False):
             # A measurement is there from just before the trial ends: also for one killed in between.
             if "measurement" in trial.user_attrs:
                 measurement = msgspec.json.decode(trial.user_attrs["measurement"], type=Measurement)
                 source = trial.user_attrs.get("source") or self._sampler
                 known.setdefault(measurement.sizes, Trial(source, measurement))
-        return known
+            elif trial.state == TrialState.RUNNING and "sizes" in trial.user_attrs:
+                running.append((trial.number, tuple(trial.user_attrs["sizes"])))
+        return known, running
 
 
 def _check_conditions(name: str, now: Mapping[str, object] | None, then: Mapping[str, object] | None) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
@@ -16,11 +17,13 @@ import pytest
 from kvr_partition.errors import StorageError, UnsupportedError
 from kvr_partition.search import search
 from kvr_partition.search.storage import open_storage
+from tests.unit.servers import optuna_proxy, postgresql
 from tests.unit.test_samplers import FITTED
 from tests.unit.test_search import CONTEXT, RANKS, Recorder, seeds
 
 WORKER = """
 import sys, time
+from tests.unit.servers import optuna_proxy, postgresql
 from tests.unit.test_samplers import FITTED
 from tests.unit.test_search import CONTEXT, RANKS, Recorder, search
 recorder = Recorder()
@@ -47,9 +50,23 @@ def outcome(process: subprocess.Popen[str]) -> tuple[list[str], list[str]]:
     return measured, last.split()
 
 
-@pytest.mark.parametrize("kind", ["sqlite:///", "journal:"])
-def test_two_processes_on_one_study_lose_nothing_and_repeat_nothing(kind: str, tmp_path: Path) -> None:
-    url = f"{kind}{tmp_path / 'study'}"
+@pytest.fixture
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A storage of each kind that several processes can share."""
+    match request.param:
+        case "postgresql":
+            with postgresql() as server:
+                yield server
+        case "grpc":
+            pytest.importorskip("grpc")
+            with optuna_proxy(f"sqlite:///{tmp_path / 'behind.db'}") as server:
+                yield server
+        case kind:
+            yield f"{kind}{tmp_path / 'study'}"
+
+
+@pytest.mark.parametrize("url", ["sqlite:///", "journal:", "postgresql", "grpc"], indirect=True)
+def test_two_processes_on_one_study_lose_nothing_and_repeat_nothing(url: str) -> None:
     # The tables of a database that is just being made are nobody's to use.
     open_storage(url)
     both = [worker(url, 0.1, 16, seed) for seed in (1, 2)]
