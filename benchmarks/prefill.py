@@ -21,34 +21,26 @@ from typing import Any
 from kvr_partition.cli.comparison import Comparison, together
 from kvr_partition.cli.options import model_folder, parse_bytes, parse_rate
 from kvr_partition.cli.show import print_table
-from kvr_partition.cost import ChunkCost, LinkCost
+from kvr_partition.cost import LinkCost
 from kvr_partition.errors import KVRError
 from kvr_partition.measurement import Measurement, median
 from kvr_partition.methods import BASELINES
 from kvr_partition.partition import Partition
+from kvr_partition.runtime.kernels import SHORTEST
 from kvr_partition.schedule import Setting, best_split
 from kvr_partition.search import SearchResult, search
 from kvr_partition.search.beliefs import Beliefs
 from profiler import Candidate, MeasurementLog, RankGroup, SamplingPlan
+from profiler.calibrate import guessed_setting
 
 FEW = SamplingPlan(warmup=1, least=3, most=3)
 """For guesses and searches; what is compared is sampled again."""
 
 
 def searched(group: RankGroup, context: int, quantum: int, budget: int) -> tuple[SearchResult, Setting]:
-    """The split that the informed search finds, and the setting that its measurements led to.
-
-    It begins at a guess: a rank's share of what one rank alone takes, dealt to matrix products and attention by
-    how many operations each has.
-    """
+    """The split that the informed search finds from a guess, and the setting that its measurements led to."""
     alone = group.measure_many([Candidate.single(context)], plan=FEW, purpose="guess")[0]
-    products, pairs = operations(group)
-    all_of_it = context * products + context * context / 2 * pairs
-    # Ranks that share a GPU are each so much slower than the whole of it.
-    per_operation = alone.ttft_s / all_of_it * (group.ranks if group.backend == "sm" else 1)
-    pair = pairs * per_operation
-    cost = ChunkCost(0.0, products * per_operation, pair, pair, kv_share(group))
-    guess = Setting(cost, len(group.windows), group.entry_bytes, overlap=group.resolved_depth == "attention")
+    guess = guessed_setting(group, context, alone.ttft_s)
 
     def measure(split: Partition) -> Measurement:
         found = group.measure_many([Candidate("kvr-chain", split)], plan=FEW, purpose="search")[0]
@@ -61,34 +53,13 @@ def searched(group: RankGroup, context: int, quantum: int, budget: int) -> tuple
     return found, Beliefs.after(guess, context, [one.measurement for one in found.trials]).setting
 
 
-def operations(group: RankGroup) -> tuple[float, float]:
-    """Floating-point operations per token in matrix products, and per pair of tokens in attention."""
-    shape = group.geometry
-    heads = 2 * (shape.attention_heads + shape.kv_heads) * shape.head_dim
-    return (
-        2.0 * shape.layers * shape.hidden_size * (heads + mlp_width(group)),
-        4.0 * shape.layers * shape.attention_heads * shape.head_dim,
-    )
-
-
-def mlp_width(group: RankGroup) -> int:
-    """Columns of all matrices of a layer's MLP: Llama's has three, Falcon's two of four times the width."""
-    config = json.loads((model_folder(str(group.model)) / "config.json").read_text())
-    return 3 * config["intermediate_size"] if "intermediate_size" in config else 8 * group.geometry.hidden_size
-
-
-def kv_share(group: RankGroup) -> float:
-    """Share of a layer's matrix products that come before its KV is ready: those of Q, K and V."""
-    shape = group.geometry
-    before = (shape.attention_heads + 2 * shape.kv_heads) * shape.head_dim
-    return before / (before + shape.attention_heads * shape.head_dim + mlp_width(group))
-
-
-def certified(group: RankGroup, context: int) -> dict[str, Any]:
+def certified(group: RankGroup, context: int, skipped: set[str]) -> dict[str, Any]:
     """Every method that runs here and equals one rank, with how far it is from it; and why others are left out."""
     found: dict[str, Any] = {}
     uneven = Partition.from_fractions([1.3 - 0.6 * at / group.ranks for at in range(group.ranks)], context)
     for method in (*BASELINES, "kvr-chain", "kvr-fanout"):
+        if method in skipped:
+            continue
         candidate = Candidate(method, uneven) if method.startswith("kvr") else Candidate.even(
             method, context, group.ranks
         )  # fmt: skip
@@ -170,9 +141,9 @@ def cold(group: RankGroup, context: int, plan: SamplingPlan) -> dict[str, Any]:
 
     def both(what: str, take: Callable[[bool], float]) -> dict[str, Any]:
         first = take(True)
-        again = [take(True) for _ in range(3)]
+        again = [take(True)]
         take(False)
-        warm = [take(False) for _ in range(5)]
+        warm = [take(False) for _ in range(4)]
         print(f"  {what}: cold {first * 1e3:.1f} ms, warm {median(warm) * 1e3:.1f} ms", flush=True)
         return {"cold_s": first, "cold_again_s": again, "warm_s": warm, "ratio": first / median(warm)}
 
@@ -184,12 +155,18 @@ def cold(group: RankGroup, context: int, plan: SamplingPlan) -> dict[str, Any]:
         return lambda cold: group.time_chunk(tokens, prefix, cold=cold)[0][0]
 
     # Multiples of nothing.
-    unseen = [context - 137 - 211 * step for step in range(5)]
+    unseen = [context - 137 - 211 * step for step in range(4)]
     found["contexts"] = {str(tokens): both(str(tokens), whole(tokens)) for tokens in unseen}
     cuts = [(tokens * (step + 4) // 10, tokens) for step, tokens in enumerate(unseen)]
     found["chunks"] = {
         f"{tokens - cut} behind {cut}": both(f"{tokens - cut} behind {cut}", behind(tokens - cut, cut))
         for cut, tokens in cuts
+    }
+    # As ranks have them whose boundaries are multiples of the shortest plan.
+    aligned = [(cut // SHORTEST * SHORTEST, tokens) for cut, tokens in cuts]
+    found["aligned_chunks"] = {
+        f"{tokens - cut} behind {cut}": both(f"{tokens - cut} behind {cut}", behind(tokens - cut, cut))
+        for cut, tokens in aligned
     }
     return found
 
@@ -208,6 +185,7 @@ def main() -> None:
     parser.add_argument("--noise", default="0", help="foreign traffic per layer at that rate, like 16MB")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--quantum", type=int, default=128)
+    parser.add_argument("--skip", default="", help="methods to leave out, like tp")
     parser.add_argument("--budget", type=int, default=6, help="splits that the search measures")
     parser.add_argument(
         "--verify", type=int, default=2048, help="verify each method at this context first; 0: not"
@@ -265,8 +243,9 @@ def main() -> None:
 
         def work(group: RankGroup) -> Any:
             context, quantum = options.context, options.quantum
-            equal = certified(group, options.verify) if options.verify else {}
-            left_out = {method for method, one in equal.items() if "left_out" in one}
+            skipped = set(options.skip.split(","))
+            equal = certified(group, options.verify, skipped) if options.verify else {}
+            left_out = skipped | {method for method, one in equal.items() if "left_out" in one}
             found, setting = searched(group, context, quantum, options.budget)
             even = Partition.even(context, group.ranks)
 

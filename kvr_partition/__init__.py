@@ -12,8 +12,10 @@ from kvr_partition._version import __version__
 
 if TYPE_CHECKING:
     from kvr_partition.errors import KVRError, OutOfRangeError, PartitionError
+    from kvr_partition.loading import load
     from kvr_partition.partition import Partition
-    from kvr_partition.table import Lookup, PartitionTable, load
+    from kvr_partition.predictor import PartitionPredictor
+    from kvr_partition.table import Lookup, PartitionTable
 
 __all__ = [
     "KVRError",
@@ -21,6 +23,7 @@ __all__ = [
     "OutOfRangeError",
     "Partition",
     "PartitionError",
+    "PartitionPredictor",
     "PartitionTable",
     "__version__",
     "load",
@@ -33,7 +36,8 @@ _HOME = {
     "Partition": "kvr_partition.partition",
     "Lookup": "kvr_partition.table",
     "PartitionTable": "kvr_partition.table",
-    "load": "kvr_partition.table",
+    "PartitionPredictor": "kvr_partition.predictor",
+    "load": "kvr_partition.loading",
 }
 
 

@@ -1,33 +1,152 @@
-"""A partition table in the formats other programs and people read."""
+"""Tables and predictors in the formats that other programs and people read."""
 
 from __future__ import annotations
 
 import csv
 import io
 from collections.abc import Sequence
+from itertools import pairwise
 
+import msgspec
+
+from kvr_partition import jsonfile
+from kvr_partition.errors import OutOfRangeError, UnsupportedError
+from kvr_partition.predictor import PartitionPredictor
 from kvr_partition.table import PartitionTable
 
-FORMATS = ("json", "csv", "markdown")
+FORMATS = ("json", "csv", "markdown", "vllm", "router")
+
+ROUTER_SCHEMA = "kvr-partition/router/1"
 
 
-def export(table: PartitionTable, format_: str) -> str:
-    """The table as text.
+class Route(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where to cut one context, for programs that read nothing but plain JSON.
 
-    ``json`` is the file format itself, which `kvr_partition.load` reads back. ``csv`` has one row per
-    entry, sizes separated by ``/``, times in seconds. ``markdown`` is for reading.
+    ``cuts`` are the inner boundaries as shares of the context; between two routes of the same ranks and past they
+    are interpolated linearly in the context, and outside them there is no answer.
+    """
+
+    ranks: int
+    past: int
+    context: int
+    cuts: tuple[float, ...]
+
+
+class RouterTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where to cut every context, for a router in any language.
+
+    Attributes:
+        model, hardware: what it is for, as far as known.
+        routes: by ranks, past and context, ascending.
+    """
+
+    schema: str
+    model: str | None
+    hardware: str | None
+    routes: tuple[Route, ...]
+
+
+def export(
+    source: PartitionTable | PartitionPredictor,
+    format_: str,
+    *,
+    ranks: int | None = None,
+    context: int | None = None,
+) -> str:
+    """The source as text.
+
+    ``json`` is the file format itself, which `kvr_partition.load` reads back. ``csv`` has one row per entry, sizes
+    separated by ``/``, times in seconds. ``markdown`` is for reading. ``vllm`` is for ``--additional-config``, see
+    `vllm_config`. ``router`` is a `RouterTable`.
+
+    Args:
+        ranks: of ``vllm``, where the source has several.
+        context: of ``vllm``: whose weights.
 
     Raises:
-        ValueError: an unknown format.
+        OutOfRangeError: no such ranks or context.
+        UnsupportedError: an unknown format, or one that this kind of source has not.
     """
     match format_:
         case "json":
-            return table.to_json().decode()
-        case "csv":
-            return _csv(table)
-        case "markdown":
-            return _markdown(table)
-    raise ValueError(f"unknown format {format_!r}; there are {', '.join(FORMATS)}")
+            return source.to_json().decode()
+        case "vllm":
+            return _line(vllm_config(source, ranks=ranks, context=context))
+        case "router":
+            return jsonfile.encode(router_table(source)).decode()
+        case "csv" | "markdown":
+            if not isinstance(source, PartitionTable):
+                raise UnsupportedError(f"{format_} shows what was searched; export a table, not a predictor")
+            return _csv(source) if format_ == "csv" else _markdown(source)
+    raise UnsupportedError(f"unknown format {format_!r}; there are {', '.join(FORMATS)}")
+
+
+def vllm_config(
+    source: PartitionTable | PartitionPredictor, *, ranks: int | None = None, context: int | None = None
+) -> dict[str, object]:
+    """For vLLM's ``--additional-config``.
+
+    The community's KV-Runahead branch reads ``pcp_partition_weights``, one positive share a rank. Without
+    ``context`` those are of the longest one, and ``pcp_partition_weights_by_context`` has all, for a branch
+    that chooses by the prompt's length; others ignore it.
+
+    Raises:
+        OutOfRangeError: no such ranks or context.
+    """
+    if context is not None:
+        if isinstance(source, PartitionPredictor):
+            found = source.predict(context, ranks=ranks)
+        else:
+            found = source.lookup(context, ranks=ranks)
+        return {"pcp_partition_weights": list(found.partition.fractions)}
+    routes = [one for one in router_table(source).routes if one.past == 0 and ranks in (None, one.ranks)]
+    counts = sorted({one.ranks for one in routes})
+    if len(counts) != 1:
+        raise OutOfRangeError(
+            f"there are partitions for {', '.join(map(str, counts)) or 'no'} ranks; say which with ranks="
+        )
+    weights = {one.context: _shares(one.cuts) for one in routes}
+    return {
+        "pcp_partition_weights": weights[max(weights)],
+        "pcp_partition_weights_by_context": [[one, weights[one]] for one in sorted(weights)],
+    }
+
+
+def router_table(source: PartitionTable | PartitionPredictor) -> RouterTable:
+    """Every searched context of a table, or every node of a predictor without past tokens."""
+    origin = source.provenance
+    if isinstance(source, PartitionPredictor):
+        routes = [
+            Route(grid.ranks, 0, context, cuts)
+            for grid in source.grids
+            if grid.past_shares[0] == 0
+            for context, cuts in zip(grid.contexts, grid.boundaries[0], strict=True)
+        ]
+    else:
+        routes = [
+            Route(
+                entry.ranks,
+                entry.past,
+                entry.context,
+                tuple(boundary / entry.context for boundary in entry.partition.boundaries[1:-1]),
+            )
+            for entry in source.entries
+        ]
+    return RouterTable(
+        ROUTER_SCHEMA,
+        None if origin is None else origin.model.name,
+        None if origin is None else f"{origin.device}, {origin.backend}",
+        tuple(routes),
+    )
+
+
+def _shares(cuts: Sequence[float]) -> list[float]:
+    edges = (0.0, *cuts, 1.0)
+    return [after - before for before, after in pairwise(edges)]
+
+
+def _line(document: object) -> str:
+    return msgspec.json.encode(document).decode() + "\n"
 
 
 def _csv(table: PartitionTable) -> str:

@@ -37,6 +37,14 @@ class Partition:
         object.__setattr__(self, "sizes", checked)
         object.__setattr__(self, "past", _whole(past, "past", 0))
 
+    @classmethod
+    def trusted(cls, sizes: tuple[int, ...], past: int = 0) -> Partition:
+        """A partition of numbers that are known to make one; nothing is checked."""
+        made = object.__new__(cls)
+        object.__setattr__(made, "sizes", sizes)
+        object.__setattr__(made, "past", past)
+        return made
+
     @property
     def context(self) -> int:
         """Tokens of the prompt, the sum of the sizes; past not counted."""
@@ -138,6 +146,28 @@ class Partition:
         sizes = [count * quantum for count in counts]
         sizes[-1] += context - quanta * quantum
         return cls(sizes, past=past)
+
+    @classmethod
+    def from_cuts(cls, cuts: Sequence[float], context: int, quantum: int = 1, past: int = 0) -> Partition:
+        """Round inner boundaries, given as growing shares of the prompt, to the nearest token or quantum.
+
+        Where that leaves a chunk without a token, or its quantum, sizes are rounded as in `from_fractions`.
+
+        Raises:
+            PartitionError: as `from_fractions`.
+        """
+        if quantum == 1:
+            sizes = []
+            before = 0
+            for cut in cuts:
+                end = int(cut * context + 0.5)
+                sizes.append(end - before)
+                before = end
+            sizes.append(context - before)
+            if min(sizes) > 0:
+                return cls.trusted(tuple(sizes), past)
+        shares = [after - before for before, after in pairwise((0.0, *cuts, 1.0))]
+        return cls.from_fractions(shares, context, quantum=quantum, past=past)
 
     @classmethod
     def from_boundaries(cls, boundaries: Sequence[int], past: int = 0) -> Partition:

@@ -8,29 +8,13 @@ from typing import Literal
 import msgspec
 
 from kvr_partition import jsonfile
-from kvr_partition.cost import ChunkCost, LinkCost
+from kvr_partition.cost import LinkCost
 from kvr_partition.errors import FileFormatError
 from kvr_partition.provenance import Provenance
 from kvr_partition.schedule import Setting
+from kvr_partition.terms import ChunkTerms, LinkTerms
 
 SCHEMA = "kvr-partition/profile/1"
-
-
-class ChunkTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`ChunkCost` as a file keeps it; seconds."""
-
-    fixed_s: float
-    per_token_s: float
-    per_own_pair_s: float
-    per_prefix_pair_s: float
-    kv_share: float
-
-
-class LinkTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`LinkCost` as a file keeps it."""
-
-    latency_s: float
-    seconds_per_byte: float
 
 
 class ChunkSample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -82,19 +66,16 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         links: tuple[LinkSample, ...] = (),
     ) -> Profile:
         """A measured setting with the samples behind it."""
-        cost, ranks = setting.cost, provenance.ranks
+        ranks = provenance.ranks
         return cls(
             SCHEMA,
             provenance,
             context,
             setting.layers,
             setting.entry_bytes,
-            ChunkTerms(cost.fixed_s, cost.per_token_s, cost.per_own_pair_s, cost.per_prefix_pair_s, cost.kv_share),
+            ChunkTerms.of(setting.cost),
             setting.speeds or (1.0,) * ranks,
-            tuple(
-                LinkTerms(link.latency_s, link.seconds_per_byte)
-                for link in (setting.link_between(rank, rank + 1) for rank in range(ranks - 1))
-            ),
+            tuple(LinkTerms.of(setting.link_between(rank, rank + 1)) for rank in range(ranks - 1)),
             chunks,
             links,
         )
@@ -102,9 +83,8 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def setting(self, topology: Literal["chain", "fanout"] = "chain", bandwidth: float | None = None) -> Setting:
         """For `schedule`; links held to ``bandwidth`` bytes a second as well, if it is given."""
         least = 0.0 if bandwidth is None else 1.0 / bandwidth
-        cost = self.cost
         return Setting(
-            ChunkCost(cost.fixed_s, cost.per_token_s, cost.per_own_pair_s, cost.per_prefix_pair_s, cost.kv_share),
+            self.cost.cost,
             self.layers,
             self.entry_bytes,
             tuple(LinkCost(link.latency_s, max(link.seconds_per_byte, least)) for link in self.links),
@@ -134,10 +114,8 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
         return FileFormatError(f"{os.fspath(path)} is not a valid profile: {what}; measure it anew")
 
     ranks = profile.provenance.ranks
-    cost = profile.cost
-    terms = (cost.fixed_s, cost.per_token_s, cost.per_own_pair_s, cost.per_prefix_pair_s)
-    if min(terms) < 0 or max(terms[1:]) == 0 or not 0 <= cost.kv_share < 1:
-        raise refuse("its cost must not be negative, must grow with the chunk, and kv_share lies in [0, 1)")
+    if profile.cost.wrong is not None:
+        raise refuse(profile.cost.wrong)
     if len(profile.speeds) != ranks or min(profile.speeds) <= 0:
         raise refuse(f"{ranks} ranks need {ranks} speeds above 0")
     if len(profile.links) != ranks - 1:

@@ -16,7 +16,7 @@ from kvr_partition.provenance import Provenance
 
 SCHEMA = "kvr-partition/table/1"
 
-Source = Literal["searched", "interpolated", "predicted"]
+Source = Literal["searched", "interpolated", "predicted", "cost-model", "even"]
 
 
 class Lookup(msgspec.Struct, frozen=True):
@@ -51,7 +51,9 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return len(self.sizes)
 
 
-class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class TableFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A table as a file keeps it."""
+
     schema: str
     provenance: Provenance | None
     entries: tuple[Entry, ...]
@@ -78,12 +80,14 @@ class PartitionTable:
 
     def __init__(self, entries: Iterable[Entry], provenance: Provenance | None = None) -> None:
         self._provenance = provenance
-        self._series: dict[tuple[int, int], tuple[list[int], list[Entry]]] = {}
+        self._series: dict[tuple[int, int], tuple[list[int], list[Partition]]] = {}
+        self._cuts: dict[tuple[int, int], list[list[float]]] = {}
         ordered = sorted(entries, key=lambda entry: (entry.ranks, entry.past, entry.context))
         for entry in ordered:
-            if entry.partition.context != entry.context:
+            partition = entry.partition
+            if partition.context != entry.context:
                 raise PartitionError(
-                    f"the sizes {'/'.join(map(str, entry.sizes))} sum to {entry.partition.context}, "
+                    f"the sizes {'/'.join(map(str, entry.sizes))} sum to {partition.context}, "
                     f"not to their context of {entry.context}"
                 )
             contexts, rows = self._series.setdefault((entry.ranks, entry.past), ([], []))
@@ -93,7 +97,9 @@ class PartitionTable:
                     "keep one"
                 )
             contexts.append(entry.context)
-            rows.append(entry)
+            rows.append(partition)
+            inner = [boundary / entry.context for boundary in partition.boundaries[1:-1]]
+            self._cuts.setdefault((entry.ranks, entry.past), []).append(inner)
         self._entries = tuple(ordered)
 
     @property
@@ -134,19 +140,17 @@ class PartitionTable:
         contexts, rows = series
         at = bisect_left(contexts, context)
         if at < len(contexts) and contexts[at] == context:
-            return Lookup(rows[at].partition, "searched")
+            return Lookup(rows[at], "searched")
         if at in (0, len(contexts)):
             raise OutOfRangeError(
                 f"context {context} is outside the searched range of {contexts[0]} to {contexts[-1]} tokens "
                 f"for {ranks} ranks; search it, or ask inside that range"
             )
-        below, above = rows[at - 1], rows[at]
-        weight = (context - below.context) / (above.context - below.context)
-        fractions = [
-            (1 - weight) * low / below.context + weight * high / above.context
-            for low, high in zip(below.sizes, above.sizes, strict=True)
-        ]
-        return Lookup(Partition.from_fractions(fractions, context, past=past), "interpolated")
+        start, end = contexts[at - 1], contexts[at]
+        weight = (context - start) / (end - start)
+        lows, highs = self._cuts[ranks, past][at - 1 : at + 1]
+        cuts = [low + weight * (high - low) for low, high in zip(lows, highs, strict=True)]
+        return Lookup(Partition.from_cuts(cuts, context, past=past), "interpolated")
 
     def with_entry(self, entry: Entry) -> PartitionTable:
         """A table that also has this entry, in place of one with the same ranks, past and context."""
@@ -162,7 +166,7 @@ class PartitionTable:
 
     def to_json(self) -> bytes:
         """The table as a file of schema ``kvr-partition/table/1``."""
-        return jsonfile.encode(_File(SCHEMA, self._provenance, self._entries))
+        return jsonfile.encode(TableFile(SCHEMA, self._provenance, self._entries))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as one JSON file, whole or not at all.
@@ -179,7 +183,7 @@ class PartitionTable:
         Raises:
             FileFormatError: another schema, a torn file, or values that make no table.
         """
-        file = jsonfile.decode(content, _File, SCHEMA, path)
+        file = jsonfile.decode(content, TableFile, SCHEMA, path)
         for index, entry in enumerate(file.entries):
             low, high = entry.interval_s or (0.0, 0.0)
             if (entry.ttft_s is not None and entry.ttft_s <= 0) or low < 0 or high < low:
@@ -201,19 +205,6 @@ class PartitionTable:
         if pasts:
             return f"nothing was searched for past {past} with {ranks} ranks; the table has past {_several(pasts)}"
         return f"nothing was searched for {ranks} ranks; the table has {_several(self.ranks) or 'no entries'}"
-
-
-def load(path: str | os.PathLike[str]) -> PartitionTable:
-    """Read a file of ours by the schema it names.
-
-    Raises:
-        FileFormatError: missing, torn, of an unknown schema, or with values that cannot be.
-    """
-    content = jsonfile.read_bytes(path)
-    schema = jsonfile.schema_of(content, path)
-    if schema != SCHEMA:
-        raise FileFormatError(f"{path} has schema {schema!r}; load() reads {SCHEMA!r}")
-    return PartitionTable.from_json(content, path)
 
 
 def _several(values: Iterable[int]) -> str:

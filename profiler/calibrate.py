@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from kvr_partition.cost import ChunkCost, FitError, LinkCost, TimedChunk
 from kvr_partition.measurement import median
+from kvr_partition.provenance import Provenance
 from kvr_partition.schedule import FREE_LINK, Setting
 from profiler.ranks import RankGroup
 from profiler.store import ChunkLine, LinkLine, MeasurementLog
@@ -99,9 +100,55 @@ def time_links(group: RankGroup, log: MeasurementLog) -> tuple[LinkCost, ...]:
             for warmup in (True, False):
                 seconds = tuple(group.time_links(nbytes, LINK_REPEATS))
                 log.append(LinkLine(run, nbytes, warmup, seconds))
+    return _links(log, group.ranks)
+
+
+def _links(log: MeasurementLog, ranks: int) -> tuple[LinkCost, ...]:
     lines = [line for line in log.links if not line.warmup]
     return tuple(
-        LinkCost.fit([(line.nbytes, median(line.seconds[at])) for line in lines]) for at in range(group.ranks - 1)
+        LinkCost.fit([(line.nbytes, median(line.seconds[at])) for line in lines]) for at in range(ranks - 1)
+    )
+
+
+def guessed_setting(group: RankGroup, context: int, alone_s: float) -> Setting:
+    """A guess from what one rank alone takes, dealt to matrix products and attention by their operations.
+
+    Args:
+        alone_s: TTFT in seconds of the whole context on one rank.
+    """
+    counted = group.operations
+    in_all = context * counted.per_token + context * context / 2 * counted.per_pair
+    # Ranks that share a GPU are each so much slower than the whole of it.
+    per_operation = alone_s / in_all * (group.ranks if group.backend == "sm" else 1)
+    pair = counted.per_pair * per_operation
+    cost = ChunkCost(0.0, counted.per_token * per_operation, pair, pair, counted.before_kv)
+    return Setting(
+        cost,
+        len(group.windows),
+        group.entry_bytes,
+        topology="fanout" if group.topology == "fanout" else "chain",
+        overlap=group.resolved_depth == "attention",
+    )
+
+
+def setting_of_log(log: MeasurementLog, origin: Provenance) -> Setting:
+    """What a search's log tells of its machine, without ranks; as `measured_setting` told the search.
+
+    Raises:
+        FitError: the log has no timed chunks and links, or they do not determine it.
+    """
+    shape = origin.model
+    points = list(dict.fromkeys((line.chunk, line.prefix) for line in log.chunks if not line.warmup))
+    cost = ChunkCost.fit([_timed(log, chunk, prefix, shape.layers) for chunk, prefix in points])
+    width = 4 if origin.dtype == "float32" else 2
+    return Setting(
+        cost=cost,
+        layers=shape.layers,
+        entry_bytes=2 * shape.kv_heads * shape.head_dim * width * origin.batch,
+        link=_links(log, origin.ranks) if origin.ranks > 1 else FREE_LINK,
+        speeds=rank_speeds(log, origin.ranks),
+        topology="fanout" if origin.topology == "fanout" else "chain",
+        overlap=origin.depth == "attention",
     )
 
 

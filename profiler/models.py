@@ -104,6 +104,39 @@ def build_model(folder: ModelFolder, *, dtype: str, device: str, seed: int) -> A
     return model.eval()
 
 
+@dataclass(frozen=True)
+class Operations:
+    """What a prefill computes, counted from a model's shape.
+
+    Attributes:
+        per_token: floating-point operations in matrix products for each token.
+        per_pair: in attention, for each token that a token sees.
+        before_kv: share of a layer's matrix products that come before its KV is ready: those of Q, K and V.
+    """
+
+    per_token: float
+    per_pair: float
+    before_kv: float
+
+
+def operations(folder: ModelFolder) -> Operations:
+    """Count a model's operations; an MLP whose width the configuration does not tell is four hidden sizes wide."""
+    from kvr_partition.runtime.support import text_config
+
+    shape, config = folder.geometry, text_config(folder.config)
+    before = (shape.attention_heads + 2 * shape.kv_heads) * shape.head_dim
+    output = shape.attention_heads * shape.head_dim
+    inner = getattr(config, "intermediate_size", None)
+    # A gated MLP has three matrices, as Llama's; others two.
+    mlp = 3 * inner if inner and shape.model_type != "falcon" else 8 * shape.hidden_size
+    columns = before + output + mlp
+    return Operations(
+        2.0 * shape.layers * shape.hidden_size * columns,
+        4.0 * shape.layers * shape.attention_heads * shape.head_dim,
+        before / columns,
+    )
+
+
 def build_tensor_parallel(folder: Path, *, dtype: str, rank: int, ranks: int) -> Any:
     """A checkpoint with its layers cut across all ranks of the world, the way transformers does it.
 

@@ -30,7 +30,7 @@ from kvr_partition.profile import Profile
 from kvr_partition.provenance import ModelGeometry, Provenance
 from profiler import messages
 from profiler.measure import METHODS, Candidate, SamplingPlan, measure_interleaved
-from profiler.models import DTYPES, ModelFolder, open_model, probe_shapes
+from profiler.models import DTYPES, ModelFolder, Operations, open_model, operations, probe_shapes
 from profiler.simulate import Simulated
 from profiler.store import SCHEMA, MeasurementLog, RunLine
 
@@ -255,6 +255,11 @@ class RankGroup:
 
         width: int = getattr(torch, self.dtype).itemsize
         return int(self._shapes().entry_elements(self.batch)) * width // len(self.windows)
+
+    @property
+    def operations(self) -> Operations:
+        """What a prefill of the model computes, counted."""
+        return operations(self._folder)
 
     @property
     def resolved_depth(self) -> str:

@@ -28,14 +28,15 @@ def run(options: argparse.Namespace) -> None:
     """Predict and print."""
     from kvr_partition.advice import Advice, Option, advise
     from kvr_partition.cli.show import print_json, print_table, seconds
+    from kvr_partition.loading import load_table
     from kvr_partition.profile import load_profile
-    from kvr_partition.table import PartitionTable, load
+    from kvr_partition.table import PartitionTable
 
     contexts = parse_contexts(options.contexts)
     profile = load_profile(options.profile)
     bandwidth = None if options.bandwidth is None else parse_rate(options.bandwidth)
     setting = profile.setting(bandwidth=bandwidth)
-    table = load(options.table) if options.table else PartitionTable([])
+    table = load_table(options.table) if options.table else PartitionTable([])
     ranks = profile.provenance.ranks
 
     def measured(advice: Advice, option: Option) -> float | None:

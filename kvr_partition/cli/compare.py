@@ -27,9 +27,10 @@ from kvr_partition.cli.options import (
     parse_contexts,
 )
 from kvr_partition.errors import KVRError, OutOfRangeError, PartitionError, UnsupportedError
+from kvr_partition.loading import load_table
 from kvr_partition.methods import BASELINES
 from kvr_partition.partition import Partition
-from kvr_partition.table import PartitionTable, load
+from kvr_partition.table import PartitionTable
 
 if TYPE_CHECKING:
     from kvr_partition.cli.show import Progress
@@ -73,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
     if options.samples is not None:
         need_at_least("samples", options.samples, 1)
     contexts = parse_contexts(options.context)
-    table = load(options.table) if options.table else PartitionTable([])
+    table = load_table(options.table) if options.table else PartitionTable([])
     given: Partition | None = None
     if options.partition is not None:
         if len(contexts) != 1:

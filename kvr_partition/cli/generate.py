@@ -13,12 +13,17 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvr_partition.cli.options import add_output, add_ranks, make_group, model_folder, need_at_least
-from kvr_partition.errors import PartitionError, UnsupportedError
+from kvr_partition.errors import OutOfRangeError, PartitionError, UnsupportedError
+from kvr_partition.loading import load
 from kvr_partition.partition import Partition
-from kvr_partition.table import load
+from kvr_partition.predictor import PartitionPredictor
+from kvr_partition.table import PartitionTable
+
+if TYPE_CHECKING:
+    from profiler.ranks import RankGroup
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +35,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--context", type=int, help="so many random tokens")
     group.add_argument("--max-new-tokens", type=int, default=32, help="tokens to decode (default 32)")
     how = group.add_mutually_exclusive_group()
-    how.add_argument("--table", metavar="FILE", help="take the partition from this table (default: even split)")
+    how.add_argument(
+        "--table",
+        metavar="FILE",
+        help="take the partition from this table or predictor (default: the bundled predictor that was trained on "
+        "this very model and hardware, else an even split)",
+    )
     how.add_argument("--partition", metavar="SIZES", help="use this split, like 9728/6656")
     add_ranks(parser)
     add_output(parser)
@@ -39,17 +49,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Prefill, decode, and say how long each took."""
     need_at_least("max-new-tokens", options.max_new_tokens, 1)
-    table = load(options.table) if options.table else None
+    knows = load(options.table) if options.table else None
     group = make_group(options)
     tokenizer = _tokenizer(options) if options.prompt is not None else None
     ids = _prompt_ids(options, tokenizer, group.geometry.vocab_size)
-    if table is not None:
-        found = table.lookup(len(ids), ranks=options.ranks)
-        partition, source = found.partition, str(found.source)
-    elif options.partition is not None:
+    partition, source = Partition.even(len(ids), options.ranks), "even"
+    if options.partition is not None:
         partition, source = Partition.parse(options.partition, len(ids)), "given"
-    else:
-        partition, source = Partition.even(len(ids), options.ranks), "even"
+    elif knows is not None:
+        partition, source = _asked(knows, len(ids), options.ranks)
 
     tokens: list[int] = []
     times: list[float] = []
@@ -68,6 +76,8 @@ def run(options: argparse.Namespace) -> None:
             shown = text
 
     with group:
+        if knows is None and options.partition is None and options.ranks > 1:
+            partition, source = _bundled(group, partition, options.quiet)
         group.warm_up(partition)
         group.generate(ids, partition, options.max_new_tokens, on_token)
     per_token = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
@@ -95,6 +105,32 @@ def run(options: argparse.Namespace) -> None:
             f"{len(ids)} tokens as {partition} ({source}): first token after {seconds(times[0])}{decoding}",
             file=sys.stderr,
         )
+
+
+def _asked(knows: PartitionTable | PartitionPredictor, context: int, ranks: int) -> tuple[Partition, str]:
+    found = (
+        knows.lookup(context, ranks=ranks)
+        if isinstance(knows, PartitionTable)
+        else knows.predict(context, ranks=ranks)
+    )
+    return found.partition, str(found.source)
+
+
+def _bundled(group: RankGroup, even: Partition, quiet: bool) -> tuple[Partition, str]:
+    """What the bundled predictor for this model and hardware says; the even split, and why, where none fits."""
+    from kvr_partition.bundled import matching_predictor
+
+    predictor, reason = matching_predictor(group.provenance)
+    if predictor is not None:
+        try:
+            partition, source = _asked(predictor, even.context, even.ranks)
+        except OutOfRangeError as error:
+            reason = str(error)
+        else:
+            return partition, f"{source} by {reason}"
+    if not quiet:
+        print(f"even split: {reason}", file=sys.stderr)
+    return even, "even"
 
 
 def _tokenizer(options: argparse.Namespace) -> Any:

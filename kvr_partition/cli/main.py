@@ -18,7 +18,8 @@ COMMANDS = {
     "compare": "time KV-Runahead and what people would use instead, side by side",
     "verify": "certify that a split prefill equals one rank",
     "advise": "which method and how many ranks a context is worth",
-    "predict": "the partition for a context, from a table",
+    "train": "a predictor from what searches found",
+    "predict": "the partition for a context, from a table or predictor",
     "export": "a table as JSON, CSV or Markdown",
     "generate": "run a prompt: KV-Runahead prefill, then decode",
     "doctor": "what this machine can run",
@@ -97,6 +98,7 @@ _EXTRA_OF = {
     "rich": "search",
     "scipy": "search",
     "sklearn": "search",
+    "joblib": "search",
     "sqlalchemy": "search",
 }
 

@@ -10,8 +10,9 @@ from typing import IO
 
 from kvr_partition.errors import StorageError
 from kvr_partition.jsonfile import write_error
+from kvr_partition.loading import load_table
 from kvr_partition.provenance import Provenance
-from kvr_partition.table import PartitionTable, load
+from kvr_partition.table import PartitionTable
 from profiler.ranks import RankGroup
 from profiler.store import MeasurementLog
 
@@ -48,7 +49,7 @@ class OutDir:
             raise write_error(path, error) from None
         try:
             self.log = MeasurementLog(self.log_path)
-            self.table = load(self.table_path) if self.table_path.exists() else PartitionTable([])
+            self.table = load_table(self.table_path) if self.table_path.exists() else PartitionTable([])
         except BaseException:
             self._lock.close()
             raise

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 
 from kvr_partition.errors import PartitionError
 from kvr_partition.partition import Partition
+from kvr_partition.predictor import PartitionPredictor
 from kvr_partition.runtime import attention
 from kvr_partition.runtime.cache import RunaheadCache, RunaheadLayer
 from kvr_partition.runtime.execution import AT_ONCE, Execution
@@ -27,6 +28,7 @@ from kvr_partition.runtime.support import (
     probe,
     replaced_attention,
 )
+from kvr_partition.table import PartitionTable
 from kvr_partition.timeline import LayerTimes, RankTimeline
 
 
@@ -65,7 +67,7 @@ class PrefillResult:
 def prefill(
     model: Any,
     input_ids: torch.Tensor,
-    partition: Partition,
+    partition: Partition | PartitionTable | PartitionPredictor,
     *,
     group: dist.ProcessGroup | None = None,
     depth: Depth = "auto",
@@ -81,7 +83,8 @@ def prefill(
     Args:
         model: a Hugging Face causal LM, in eval mode, on this rank's device.
         input_ids: the whole prompt, ``[batch, context]``; prompts of a batch have equal length.
-        partition: one chunk per rank of the group.
+        partition: one chunk per rank of the group; or a table or predictor, which is asked for the prompt's
+            length, the group's ranks and what ``past`` holds.
         group: the process group; the default group when None. A single-chunk partition needs none.
         depth: how far to reach into the model; ``"auto"`` takes attention depth where it is exact.
         reserve: tokens of room for decoding to allocate at once on the last rank.
@@ -93,10 +96,14 @@ def prefill(
             spare, which is gone on with in place.
 
     Raises:
+        OutOfRangeError: the table or predictor has no partition for this prompt.
         PartitionError: the partition does not fit the prompt or the group, or the model's positions.
         UnsupportedError: the model cannot be split exactly.
         RankError: the link to another rank broke.
     """
+    held = 0 if past is None else past.get_seq_length()
+    if not isinstance(partition, Partition):
+        partition = chosen_partition(partition, input_ids.shape[-1], _world_size(group), held)
     rank = 0 if partition.ranks == 1 else dist.get_rank(group)
     world = 1 if partition.ranks == 1 else dist.get_world_size(group)
     if partition.ranks != world:
@@ -105,7 +112,6 @@ def prefill(
         raise PartitionError(
             f"input_ids must be [batch, {partition.context}] for this partition; got {list(input_ids.shape)}"
         )
-    held = 0 if past is None else past.get_seq_length()
     if held != partition.past:
         raise PartitionError(f"the partition has {partition.past} past tokens, but the cache given holds {held}")
     check_context(model.config, partition.past + partition.context + reserve)
@@ -119,6 +125,25 @@ def prefill(
     except BaseException:
         links.abort()
         raise
+
+
+def chosen_partition(
+    knows: PartitionTable | PartitionPredictor, context: int, ranks: int, past: int = 0
+) -> Partition:
+    """What a table or predictor says about a prompt; the whole prompt where there is one rank.
+
+    Raises:
+        OutOfRangeError: it does not know.
+    """
+    if ranks == 1:
+        return Partition((context,), past)
+    if isinstance(knows, PartitionTable):
+        return knows.lookup(context, ranks=ranks, past=past).partition
+    return knows.predict(context, ranks=ranks, past=past).partition
+
+
+def _world_size(group: dist.ProcessGroup | None) -> int:
+    return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
 @torch.no_grad()

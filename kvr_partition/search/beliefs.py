@@ -58,7 +58,8 @@ def _with_costs(setting: Setting, timed: Sequence[Measurement]) -> Setting:
     cost = setting.cost
     prices = np.array([cost.fixed_s, cost.per_token_s, cost.per_own_pair_s, cost.per_prefix_pair_s])
     sizes = np.array([one.sizes for one in timed], dtype=float)
-    starts = setting.past + np.cumsum(sizes, axis=1) - sizes
+    pasts = np.array([[one.past] for one in timed], dtype=float)
+    starts = pasts + np.cumsum(sizes, axis=1) - sizes
     own = sizes * sizes * (1.0 if setting.dense else 0.5)
     terms = np.stack([np.ones_like(sizes), sizes, own, sizes * starts], axis=-1) * prices
     took = np.array([[_median(one, rank, "compute_s") for rank in range(len(one.sizes))] for one in timed])
@@ -117,17 +118,27 @@ def _with_kv_share(setting: Setting, timed: Sequence[Measurement]) -> Setting:
     share = setting.cost.kv_share
     if not 0 < share < 1:
         return setting
-    sizes = [one.sizes for one in timed]
     took, noise = np.log([one.ttft_s for one in timed]), np.array([noise_of(one) for one in timed])
     best = None
     for factor in np.exp(np.linspace(-2, 2, 21) * SHARE_SPREAD):
         tried = replace(setting, cost=replace(setting.cost, kv_share=min(0.95, share * float(factor))))
-        off = (np.log(ttft(sizes, tried)) - took) / noise
+        off = (np.log(_simulated(timed, tried)) - took) / noise
         unlikely = float((off**2).sum()) + (math.log(factor) / SHARE_SPREAD) ** 2
         if best is None or unlikely < best[0]:
             best = unlikely, tried
     assert best is not None
     return best[1]
+
+
+def _simulated(timed: Sequence[Measurement], setting: Setting) -> Array:
+    """TTFT in seconds of each of these partitions, each behind its own past."""
+    import numpy as np
+
+    times = np.empty(len(timed))
+    for past in {one.past for one in timed}:
+        at = [index for index, one in enumerate(timed) if one.past == past]
+        times[at] = ttft([timed[index].sizes for index in at], replace(setting, past=past))
+    return times
 
 
 def _bytes_sent(setting: Setting, sizes: Sequence[int], rank: int) -> list[tuple[float, LinkCost]]:

@@ -30,7 +30,7 @@ def test_every_method_over_nccl_equals_one_rank(name: str, dtype: str, tmp_path:
             for method in METHODS:
                 split = uneven if method.startswith("kvr") else Partition.even(400, ranks)
                 candidate = Candidate(method, split, noise=100_000 if bandwidth is not None else 0)
-                if method in ("single", "bound"):
+                if method in ("single", "bound", "tp"):
                     continue
                 try:
                     group.check(candidate)
@@ -45,3 +45,11 @@ def test_every_method_over_nccl_equals_one_rank(name: str, dtype: str, tmp_path:
         assert all(rank.compute_s > 0 for rank in sample.ranks)
         assert all(rank.transfer_s > 0 for rank in sample.ranks[:-1])
         assert all(len(times) == 3 for times in group.time_links(1 << 16, 3))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_tensor_parallelism_over_nccl_equals_one_rank(dtype: str, tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "llama", "llama-mha", hidden_size=256)
+    with RankGroup(folder, ranks=2, backend="cuda", dtype=dtype, timeout_s=200) as group:
+        certificate = group.verify(Candidate.even("tp", 400, 2))
+        assert certificate.holds, certificate.divergence

@@ -1,0 +1,159 @@
+"""KVR-P against KVR-S on real ranks: searches, a predictor trained on them, and contexts that it has not seen.
+
+    python benchmarks/predict_real.py --model llama-7b --backend sm --dtype float16 --ranks 4 \\
+        --contexts 4096,8192,16384 --held-out 6144,12288 --out data/h100-sxm/llama-7b/predict-sm-4.json
+
+Each context of --contexts is searched and the predictor trained on those alone. Each of --held-out is searched
+then, and what the search found, what the predictor says, what linear interpolation says and the even split are
+timed side by side. In the end the predictor is trained anew on everything and written beside, with all rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import optuna
+
+from kvr_partition.cli.options import model_folder, parse_contexts
+from kvr_partition.cli.show import print_table
+from kvr_partition.measurement import Measurement
+from kvr_partition.partition import Partition
+from kvr_partition.schedule import Setting
+from kvr_partition.search import search
+from kvr_partition.search.beliefs import noise_of
+from kvr_partition.table import Entry, PartitionTable
+from kvr_partition.training import Dataset, Row, measured_row, train
+from kvr_partition.training.features import Query
+from kvr_partition.training.regressors import Interpolation
+from profiler import Candidate, MeasurementLog, RankGroup, SamplingPlan
+from profiler.calibrate import guessed_setting, measured_setting
+
+
+def main() -> None:
+    """Search, train, predict, compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama-7b")
+    parser.add_argument("--backend", default="sm")
+    parser.add_argument("--dtype", default="float16")
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--contexts", default="4096,8192,16384")
+    parser.add_argument("--held-out", default="")
+    parser.add_argument("--past", type=int, default=0)
+    parser.add_argument("--budget", type=int, default=4)
+    parser.add_argument("--samples", type=int, default=3, help="of each partition in a search")
+    parser.add_argument("--final", type=int, default=7, help="of each partition side by side")
+    parser.add_argument("--quantum", type=int, default=64)
+    parser.add_argument(
+        "--profile", action="store_true", help="time chunks and links first; else guess from one rank"
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    contexts = parse_contexts(options.contexts)
+    held_out = parse_contexts(options.held_out) if options.held_out else []
+    few = SamplingPlan(warmup=1, least=options.samples, most=options.samples)
+    more = SamplingPlan(warmup=1, least=options.final, most=options.final)
+    rows: list[Row] = []
+    entries: list[Entry] = []
+    compared: list[dict[str, Any]] = []
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        MeasurementLog(options.out.with_suffix(".jsonl")) as log,
+        RankGroup(
+            model_folder(options.model),
+            options.ranks,
+            backend=options.backend,
+            dtype=options.dtype,
+            log=log,
+            timeout_s=300,
+        ) as group,
+    ):
+        told = _told(group, max(contexts) + options.past, log, few, options.profile)
+
+        def searched(context: int) -> Row:
+            def measure(partition: Partition) -> Measurement:
+                found = group.measure(partition, plan=few, purpose=f"search/{context}")
+                print(f"  {context}: {partition} {found.ttft_s * 1e3:.1f} ms", flush=True)
+                return found
+
+            found = search(
+                measure, context, options.ranks, options.budget, setting=told, quantum=options.quantum,
+                past=options.past,
+            )  # fmt: skip
+            trials = [one.measurement for one in found.trials if one.measurement.ok]
+            best = found.measurement
+            entries.append(
+                Entry(context, found.best.sizes, options.past, best.ttft_s, best.interval_s, len(found.trials))
+            )
+            return measured_row(group.provenance, told, trials, found.best.sizes)
+
+        rows += [searched(context) for context in contexts]
+        predictor = train(rows, group.provenance)
+        interpolation = Interpolation().fit(rows)
+        for context in held_out:
+            row = searched(context)
+            rows.append(row)
+            found = predictor.predict(context, past=options.past).partition
+            between = Partition.from_cuts(interpolation.cuts(Query.of(row)), context, past=options.past)
+            splits = {
+                "KVR-S": row.partition,
+                "KVR-P": found,
+                "interpolated": between,
+                "KVR-E": Partition.even(context, options.ranks, past=options.past),
+            }
+            candidates = {name: Candidate("kvr", split) for name, split in splits.items()}
+            measured = group.measure_many(list(candidates.values()), plan=more, purpose=f"compare/{context}")
+            by_name = dict(zip(candidates, measured, strict=True))
+            best_s = min(one.ttft_s for one in measured)
+            compared.append(
+                {
+                    "context": context,
+                    "best_s": best_s,
+                    "methods": {
+                        name: {
+                            "sizes": one.sizes,
+                            "ttft_s": one.ttft_s,
+                            "regret": one.ttft_s / best_s - 1,
+                            "noise": noise_of(one),
+                            "samples_s": [sample.ttft_s for sample in one.samples],
+                        }
+                        for name, one in by_name.items()
+                    },
+                }
+            )
+            print_table(
+                [str(context), "TTFT", "regret", "noise"],
+                [[f"{name} {one.partition}", f"{one.ttft_s * 1e3:.1f} ms", f"{one.ttft_s / best_s - 1:+.2%}",
+                  f"{noise_of(one):.2%}"] for name, one in by_name.items()],
+            )  # fmt: skip
+        origin = group.provenance
+    final = train(rows, origin)
+    final.save(options.out.with_suffix(".predictor.json"))
+    PartitionTable(entries, origin).save(options.out.with_suffix(".table.json"))
+    Dataset(tuple(rows)).save(options.out.with_suffix(".rows.json"))
+    document = {
+        "command": " ".join(["python benchmarks/predict_real.py", *sys.argv[1:]]),
+        "provenance": msgspec.to_builtins(origin),
+        "method": predictor.training.method,
+        "held_out": compared,
+        "scores": msgspec.to_builtins(final.training.scores),
+    }
+    options.out.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _told(group: RankGroup, longest: int, log: MeasurementLog, plan: SamplingPlan, profile: bool) -> Setting:
+    if profile:
+        return measured_setting(group, longest, log)
+    alone = group.measure_many([Candidate.single(longest)], plan=plan, purpose="guess")[0]
+    return guessed_setting(group, longest, alone.ttft_s)
+
+
+if __name__ == "__main__":
+    main()

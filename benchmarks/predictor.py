@@ -1,0 +1,87 @@
+"""What each way to predict loses on contexts, pasts, models, bandwidths and hardware it has not seen; simulated.
+
+    python benchmarks/predictor.py --out data/simulated/predictor.json
+
+Every landscape is searched at every context and past share, with 2% noise a measurement, on a truth that differs
+from what is told (see kvr_partition/training/simulated.py). Parameters are tuned with Optuna on a third of the
+landscapes, then every group is left out in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import msgspec
+import optuna
+
+from kvr_partition.cli.show import print_table
+from kvr_partition.training import REGRESSORS, Dataset, evaluate, load_dataset, scores
+from kvr_partition.training.dataset import digest
+from kvr_partition.training.evaluation import GROUPS, tune
+from kvr_partition.training.regressors import SPACES
+from kvr_partition.training.simulated import landscapes, simulated_rows
+
+
+def main() -> None:
+    """Search, tune, evaluate, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--each", type=int, default=1, help="rank counts of each model, hardware and bandwidth")
+    parser.add_argument("--shares", default="0,0.25,0.5", help="past shares")
+    parser.add_argument("--held-out", default=",".join(GROUPS))
+    parser.add_argument("--trials", type=int, default=12, help="of tuning")
+    parser.add_argument("--jobs", type=int, default=-1)
+    parser.add_argument("--dataset", type=Path, help="keep the rows here, or use those that are there")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    began = time.monotonic()
+    if options.dataset is not None and options.dataset.exists():
+        rows = list(load_dataset(options.dataset).rows)
+    else:
+        shares = [float(word) for word in options.shares.split(",")]
+        rows = simulated_rows(landscapes(each=options.each), past_shares=shares, jobs=options.jobs)
+        if options.dataset is not None:
+            Dataset(tuple(rows)).save(options.dataset)
+    machines = list(dict.fromkeys(row.machine for row in rows))
+    print(f"{len(rows)} searches on {len(machines)} machines [{time.monotonic() - began:.0f} s]", flush=True)
+    some = [row for row in rows if row.machine in machines[::3] and row.past == 0]
+    tuned = {name: tune(some, name, trials=options.trials, jobs=options.jobs) for name in SPACES}
+    print(f"tuned: {tuned} [{time.monotonic() - began:.0f} s]", flush=True)
+    outcomes = []
+    for name in options.held_out.split(","):
+        outcomes += evaluate(rows, tuple(REGRESSORS), [name], tuned, options.jobs)
+        print(f"{name} [{time.monotonic() - began:.0f} s]", flush=True)
+    found = scores(outcomes)
+    print_table(
+        ["held out", "method", "cases", "mean", "p95", "max"],
+        [
+            [one.held_out, one.method, str(one.regret.cases), *(f"{value:.2%}" for value in
+             (one.regret.mean, one.regret.p95, one.regret.max))]
+            for one in found if one.ranks is None
+        ],
+        left=2,
+    )  # fmt: skip
+    if options.out:
+        document = {
+            "command": " ".join(["python benchmarks/predictor.py", *sys.argv[1:]]),
+            "rows": len(rows),
+            "machines": len(machines),
+            "digest": digest(rows),
+            "tuned": tuned,
+            "scores": msgspec.to_builtins(found),
+            "cases": [
+                [one.held_out, one.method, *one.row.machine, one.row.context, one.row.past, round(one.regret, 6)]
+                for one in outcomes
+            ],
+        }
+        options.out.write_text(json.dumps(document, separators=(",", ":")) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""Train a predictor on what searches found, and say what it loses on contexts it has not seen.
+
+Each OUT is the --out of a search; all of one model on one machine, on one or several rank counts. Every way to
+predict is tried with each context left out in turn; the one that loses least is trained on everything and
+exported as one JSON file that serving code loads without scikit-learn.
+
+Examples:
+  kvr-partition train kvr-runs/quickstart-llama-2xcpu-float32 --out my.predictor.json
+  kvr-partition train runs/2-ranks runs/4-ranks --tune 20 --dataset rows.json --out my.predictor.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvr_partition.cli.options import add_output, need_at_least
+from kvr_partition.errors import FileFormatError, KVRError
+
+if TYPE_CHECKING:
+    from kvr_partition.provenance import Provenance
+    from kvr_partition.training import Row
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of ``train``."""
+    parser.add_argument("runs", nargs="*", metavar="OUT", help="--out of a search")
+    parser.add_argument("--rows", metavar="FILE", help="train on this dataset as well, written with --dataset")
+    parser.add_argument("--dataset", metavar="FILE", help="write the rows it was trained on")
+    parser.add_argument("--method", help="keep this way to predict, whatever loses least")
+    parser.add_argument("--tune", type=int, default=0, metavar="N", help="tune each method with N Optuna trials")
+    parser.add_argument("--jobs", type=int, default=1, help="processes to evaluate with; -1: one a core")
+    parser.add_argument("--out", metavar="FILE", default="predictor.json", help="(default predictor.json)")
+    add_output(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Read, evaluate, train, write and print."""
+    need_at_least("tune", options.tune, 0)
+    import warnings
+
+    from kvr_partition.cli.show import Progress, print_json, print_table
+    from kvr_partition.training import REGRESSORS, Dataset, load_dataset, train
+    from kvr_partition.training.evaluation import tune
+    from kvr_partition.training.regressors import SPACES
+
+    rows: list[Row] = []
+    origin: Provenance | None = None
+    if options.rows:
+        rows += load_dataset(options.rows).rows
+    for name in options.runs:
+        found, origin = rows_of(Path(name))
+        rows += found
+    if not rows:
+        raise KVRError("there is nothing to train on; name the --out of a search, or a dataset with --rows")
+    if options.dataset:
+        Dataset(tuple(rows)).save(options.dataset)
+    with Progress(1.0 + len(SPACES) * options.tune, options.quiet) as progress:
+        tuned = {}
+        if options.tune:
+            import optuna
+
+            optuna.logging.set_verbosity(optuna.logging.WARNING)
+            for method in SPACES:
+                progress.doing(f"tuning {method}")
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    tuned[method] = tune(rows, method, trials=options.tune, jobs=options.jobs)
+                progress.advance(options.tune)
+        progress.doing(f"trying {len(REGRESSORS)} ways to predict {len(rows)} searched partitions")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that few rows make poor regressions is what the regrets tell
+            predictor = train(rows, origin, method=options.method, tuned=tuned, jobs=options.jobs)
+        predictor.save(options.out)
+    training = predictor.training
+    if options.format == "json":
+        print_json({"out": options.out, "training": training, "ranks": predictor.ranks, "tuned": tuned})
+        return
+    overall = [one for one in training.scores if one.ranks is None]
+    if overall:
+        print("Lost on contexts that were left out, against the best known split:\n")
+        print_table(
+            ["method", "cases", "mean", "p95", "max", ""],
+            [
+                [
+                    one.method,
+                    str(one.regret.cases),
+                    f"{one.regret.mean:.2%}",
+                    f"{one.regret.p95:.2%}",
+                    f"{one.regret.max:.2%}",
+                    "<-" if one.method == training.method else "",
+                ]
+                for one in sorted(overall, key=lambda one: one.regret.mean)
+            ],
+        )
+    else:
+        print("Nothing could be left out: that needs three contexts on the same ranks.")
+    for grid in predictor.grids:
+        span = f"{grid.contexts[0]} to {grid.contexts[-1]}" if len(grid.contexts) > 1 else str(grid.contexts[0])
+        print(f"\n{grid.ranks} ranks: contexts {span}, past up to {grid.past_shares[-1]:.0%} of all tokens")
+    print(f"\nWritten to {options.out} ({training.method}). Next:")
+    print(f"  kvr-partition predict --predictor {options.out} --context {predictor.grids[0].contexts[-1]} "
+          f"--ranks {predictor.ranks[0]} --explain")  # fmt: skip
+
+
+def rows_of(folder: Path) -> tuple[list[Row], Provenance]:
+    """The rows of one search's out directory.
+
+    Raises:
+        FileFormatError: no such search, or one whose log does not tell what chunks cost.
+    """
+    from kvr_partition.cost import FitError
+    from kvr_partition.loading import load_table
+    from kvr_partition.training import measured_row
+    from profiler.calibrate import setting_of_log
+    from profiler.store import MeasurementLog
+
+    table = load_table(folder / "table.json")
+    log_path = folder / "measurements.jsonl"
+    if table.provenance is None or not log_path.is_file():
+        raise FileFormatError(f"{folder} is not the --out of a search; it has no measurements.jsonl")
+    origin = table.provenance
+    with MeasurementLog(log_path) as log:
+        try:
+            told = setting_of_log(log, origin)
+        except FitError as error:
+            raise FileFormatError(f"{log_path} does not tell what a chunk costs: {error}") from None
+        rows = []
+        for entry in table.entries:
+            label = f"{entry.context}+{entry.past}" if entry.past else str(entry.context)
+            trials = [one for one in log.measurements(f"search/{label}") if one.ok]
+            if trials:
+                rows.append(measured_row(origin, told, trials, entry.sizes, _held(origin.link)))
+    return rows, origin
+
+
+def _held(link: str) -> float | None:
+    """The bandwidth that links were held to, from what their provenance says."""
+    _, held, rate = link.partition("held to ")
+    return float(rate.split()[0]) * 1e9 if held else None

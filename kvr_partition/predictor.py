@@ -1,0 +1,354 @@
+"""PartitionPredictor: the trained KVR-P that serving code imports; needs nothing but the standard library."""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import Literal
+
+import msgspec
+
+from kvr_partition import jsonfile
+from kvr_partition.errors import FileFormatError, OutOfRangeError, PartitionError
+from kvr_partition.partition import Partition
+from kvr_partition.provenance import Provenance
+from kvr_partition.table import Lookup
+from kvr_partition.terms import ChunkTerms
+
+SCHEMA = "kvr-partition/predictor/1"
+
+Fallback = Literal["cost-model", "even"]
+
+MOST_RANKS, MOST_NODES = 1024, 1_000_000
+"""Beyond these a file is nobody's predictor."""
+
+
+class Regret(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """TTFT of predicted partitions over that of the best known ones, minus 1: mean, 95th percentile, largest."""
+
+    mean: float
+    p95: float
+    max: float
+    cases: int
+
+
+class Score(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one way to predict lost on data that it had not seen.
+
+    Attributes:
+        method: how it predicts.
+        held_out: what was left out at a time: ``"context"``, ``"past"``, ``"model"``, ``"bandwidth"`` or
+            ``"hardware"``.
+        ranks: on so many ranks; None for all together.
+    """
+
+    method: str
+    held_out: str
+    ranks: int | None
+    regret: Regret
+
+
+class Training(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a predictor was made from.
+
+    Attributes:
+        method: the way to predict that lost least, which this predictor keeps.
+        rows: searched partitions it learnt from; ``measured`` of them on hardware, the rest simulated.
+        digest: SHA-256 of those rows.
+        scores: of every way that was tried.
+    """
+
+    method: str
+    rows: int
+    measured: int
+    digest: str
+    scores: tuple[Score, ...]
+
+
+class Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Boundaries of one rank count at some contexts and past shares, between which they are interpolated.
+
+    Attributes:
+        ranks: chunks of a partition.
+        contexts: ascending, in tokens; nothing is predicted outside them.
+        past_shares: ``past ÷ (past + context)``, ascending; nothing is predicted outside them.
+        boundaries: ``[past shares][contexts][ranks - 1]`` inner boundaries as shares of the context.
+        trained: contexts that partitions were searched at.
+    """
+
+    ranks: int
+    contexts: tuple[int, ...]
+    past_shares: tuple[float, ...]
+    boundaries: tuple[tuple[tuple[float, ...], ...], ...]
+    trained: tuple[int, ...]
+
+    @property
+    def wrong(self) -> str | None:
+        """Why nothing can be predicted from it, or None."""
+        if not 2 <= self.ranks <= MOST_RANKS:
+            return f"ranks must be 2 to {MOST_RANKS}"
+        if not self.contexts or self.contexts[0] < self.ranks or not _grows(self.contexts):
+            return "contexts must grow, from at least as many tokens as ranks"
+        if not self.past_shares or not _grows(self.past_shares):
+            return "past_shares must grow"
+        if self.past_shares[0] < 0 or self.past_shares[-1] >= 1:
+            return "past_shares lie in [0, 1)"
+        if len(self.past_shares) * len(self.contexts) * self.ranks > MOST_NODES:
+            return f"more than {MOST_NODES} nodes"
+        if len(self.boundaries) != len(self.past_shares) or any(
+            len(rows) != len(self.contexts) for rows in self.boundaries
+        ):
+            return "boundaries must have a row for each past share and context"
+        for rows in self.boundaries:
+            for cuts in rows:
+                if len(cuts) != self.ranks - 1 or not _grows((0.0, *cuts, 1.0)):
+                    return f"boundaries must be {self.ranks - 1} growing shares between 0 and 1"
+        return None
+
+
+class Explanation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What there is to expect of a prediction.
+
+    Attributes:
+        inside: whether it lies in the range that was trained.
+        reason: why not, or what surrounds it.
+        method: how it is predicted.
+        nearest: the searched contexts around it.
+        regret: what that lost on contexts that it had not seen; None where that was not measured.
+    """
+
+    inside: bool
+    reason: str
+    method: str
+    nearest: tuple[int, ...]
+    regret: Regret | None
+
+
+class PredictorFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A predictor as a file keeps it."""
+
+    schema: str
+    provenance: Provenance | None
+    training: Training
+    cost: ChunkTerms
+    grids: tuple[Grid, ...]
+
+
+class PartitionPredictor:
+    """Predicts the partition of any context inside the range it was trained for; immutable, for any thread.
+
+    Additions, multiplications and divisions are all it does, in one order, so every platform gets the same tokens.
+
+    Args:
+        grids: one for each rank count.
+        training: what it was made from.
+        cost: of a chunk, for ``fallback="cost-model"``.
+        provenance: of the machine it is for; None for a simulated one.
+
+    Raises:
+        PartitionError: no grid, two for a rank count, or one that makes no sense.
+
+    Example:
+        >>> grid = Grid(2, (8, 16), (0.0,), (((0.5,), (0.75,)),), (8, 16))
+        >>> cost = ChunkTerms(0.0, 1.0, 0.0, 0.0, 0.0)
+        >>> predictor = PartitionPredictor([grid], Training("interpolation", 2, 2, "", ()), cost)
+        >>> predictor.predict(12)
+        Lookup(partition=Partition(sizes=(8, 4), past=0), source='predicted')
+    """
+
+    def __init__(
+        self,
+        grids: Iterable[Grid],
+        training: Training,
+        cost: ChunkTerms,
+        provenance: Provenance | None = None,
+    ) -> None:
+        self._grids: dict[int, Grid] = {}
+        for grid in sorted(grids, key=lambda one: one.ranks):
+            if grid.wrong is not None:
+                raise PartitionError(f"grid of {grid.ranks} ranks: {grid.wrong}")
+            if grid.ranks in self._grids:
+                raise PartitionError(f"two grids for {grid.ranks} ranks; keep one")
+            self._grids[grid.ranks] = grid
+        if not self._grids:
+            raise PartitionError("a predictor needs a grid for one rank count at least")
+        if cost.wrong is not None:
+            raise PartitionError(cost.wrong)
+        self._only = next(iter(self._grids)) if len(self._grids) == 1 else None
+        self._training = training
+        self._cost = cost
+        self._provenance = provenance
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """What it interpolates in, by ranks."""
+        return tuple(self._grids.values())
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The rank counts it was trained for."""
+        return tuple(self._grids)
+
+    @property
+    def training(self) -> Training:
+        """What it was made from."""
+        return self._training
+
+    @property
+    def cost(self) -> ChunkTerms:
+        """Of a chunk on the machine it is for."""
+        return self._cost
+
+    @property
+    def provenance(self) -> Provenance | None:
+        """The machine it is for."""
+        return self._provenance
+
+    def predict(
+        self,
+        context: int,
+        ranks: int | None = None,
+        past: int = 0,
+        *,
+        quantum: int = 1,
+        fallback: Fallback | None = None,
+    ) -> Lookup:
+        """The partition for a context.
+
+        Args:
+            context: tokens of the prompt.
+            ranks: how many; may be left out when it was trained for one rank count only.
+            past: tokens in the cache before the prompt.
+            quantum: boundaries are multiples of so many tokens.
+            fallback: what to do outside the trained range instead of raising: ``"cost-model"`` (equal work by the
+                cost of a chunk) or ``"even"``. The result's ``source`` then says so.
+
+        Raises:
+            OutOfRangeError: outside the trained range, without a fallback.
+            PartitionError: fewer tokens than ranks or their quanta, or numbers that are none.
+        """
+        if ranks is None:
+            ranks = self._only
+        grid = None if ranks is None else self._grids.get(ranks)
+        if grid is not None and past >= 0 and type(context) is int and type(past) is int:
+            contexts, shares = grid.contexts, grid.past_shares
+            share = past / (past + context) if past else 0.0
+            if contexts[0] <= context <= contexts[-1] and shares[0] <= share <= shares[-1]:
+                cuts = _between(grid, context, share)
+                return Lookup(Partition.from_cuts(cuts, context, quantum, past), "predicted")
+        return self._outside(context, ranks, past, quantum, fallback)
+
+    def explain(self, context: int, ranks: int | None = None, past: int = 0) -> Explanation:
+        """What there is to expect of `predict` with the same arguments."""
+        ranks = self._only if ranks is None else ranks
+        method = self._training.method
+        reason = self._why_not(context, ranks, past)
+        if reason is not None or ranks is None or ranks == 1:
+            return Explanation(ranks == 1, reason or "one rank takes all", method, (), None)
+        trained = self._grids[ranks].trained
+        below = [one for one in trained if one <= context][-1:]
+        above = [one for one in trained if one >= context][:1]
+        nearest = tuple(dict.fromkeys((*below, *above)))
+        known = [
+            score.regret
+            for score in self._training.scores
+            if score.method == method and score.held_out == "context" and score.ranks in (ranks, None)
+        ]
+        # That of this rank count, if it was told apart.
+        regret = next(iter(known[::-1]), None)
+        text = " and ".join(str(one) for one in nearest)
+        return Explanation(True, f"searched at {text} tokens" if text else "searched", method, nearest, regret)
+
+    def to_json(self) -> bytes:
+        """The predictor as a file of schema ``kvr-partition/predictor/1``."""
+        return jsonfile.encode(PredictorFile(SCHEMA, self._provenance, self._training, self._cost, self.grids))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the predictor as one JSON file, whole or not at all.
+
+        Raises:
+            StorageError: the disk is full or the folder cannot be written.
+        """
+        jsonfile.write_atomic(path, self.to_json())
+
+    @classmethod
+    def from_json(cls, content: bytes, path: str | os.PathLike[str] = "predictor") -> PartitionPredictor:
+        """The predictor that a JSON document describes; ``path`` only names it in errors.
+
+        Raises:
+            FileFormatError: another schema, a torn file, or values that predict nothing.
+        """
+        file = jsonfile.decode(content, PredictorFile, SCHEMA, path)
+        try:
+            return cls(file.grids, file.training, file.cost, file.provenance)
+        except PartitionError as error:
+            raise FileFormatError(f"{os.fspath(path)}: {error}; train it anew") from None
+
+    def _outside(
+        self, context: int, ranks: int | None, past: int, quantum: int, fallback: Fallback | None
+    ) -> Lookup:
+        if ranks is None:
+            raise OutOfRangeError(f"trained for {_several(self._grids)} ranks; say which with ranks=")
+        even = Partition.even(context, ranks, quantum=quantum, past=past)
+        if ranks == 1 or fallback == "even":
+            return Lookup(even, "even")
+        if fallback == "cost-model":
+            from kvr_partition.schedule import balanced
+
+            return Lookup(balanced(self._cost.cost, context, ranks, quantum=quantum, past=past), "cost-model")
+        if fallback is not None:
+            raise OutOfRangeError(f"there is no fallback {fallback!r}; use 'cost-model' or 'even'")
+        reason = self._why_not(context, ranks, past)
+        raise OutOfRangeError(f"{reason}; train it on such partitions, or ask with fallback=")
+
+    def _why_not(self, context: int, ranks: int | None, past: int) -> str | None:
+        if ranks is None:
+            return f"trained for {_several(self._grids)} ranks, none was named"
+        if ranks == 1:
+            return None
+        grid = self._grids.get(ranks)
+        if grid is None:
+            return f"not trained for {ranks} ranks, but for {_several(self._grids)}"
+        low, high = grid.contexts[0], grid.contexts[-1]
+        if not low <= context <= high:
+            return f"context {context} is outside the trained range of {low} to {high} tokens for {ranks} ranks"
+        share = past / (past + context)
+        if not grid.past_shares[0] <= share <= grid.past_shares[-1]:
+            least, most = grid.past_shares[0], grid.past_shares[-1]
+            return (
+                f"past {past} is {share:.0%} of all tokens, outside the trained "
+                f"range of {least:.0%} to {most:.0%} for {ranks} ranks"
+            )
+        return None
+
+
+def _between(grid: Grid, context: int, share: float) -> Sequence[float]:
+    """Boundaries interpolated between the nearest nodes."""
+    contexts, shares = grid.contexts, grid.past_shares
+    at = bisect_right(contexts, context) - 1
+    rows = grid.boundaries
+    row = 0 if len(shares) == 1 else min(bisect_right(shares, share) - 1, len(shares) - 2)
+    low = _along(rows[row], contexts, at, context)
+    if len(shares) == 1 or share == shares[row]:
+        return low
+    high = _along(rows[row + 1], contexts, at, context)
+    weight = (share - shares[row]) / (shares[row + 1] - shares[row])
+    return [below + weight * (above - below) for below, above in zip(low, high, strict=True)]
+
+
+def _along(rows: Sequence[Sequence[float]], contexts: Sequence[int], at: int, context: int) -> Sequence[float]:
+    start = contexts[at]
+    if context == start:
+        return rows[at]
+    weight = (context - start) / (contexts[at + 1] - start)
+    return [below + weight * (above - below) for below, above in zip(rows[at], rows[at + 1], strict=True)]
+
+
+def _grows(values: Sequence[float]) -> bool:
+    return all(after > before for before, after in pairwise(values))
+
+
+def _several(values: Iterable[int]) -> str:
+    return ", ".join(str(value) for value in values)

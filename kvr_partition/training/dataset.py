@@ -1,0 +1,167 @@
+"""Dataset: searched partitions, what was known beforehand, and what tells how good any other partition is."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from kvr_partition import jsonfile
+from kvr_partition.errors import FileFormatError, PartitionError
+from kvr_partition.measurement import Measurement
+from kvr_partition.partition import Partition
+from kvr_partition.provenance import Provenance
+from kvr_partition.schedule import Setting, best_split, simulate
+from kvr_partition.terms import SettingTerms
+
+if TYPE_CHECKING:
+    from kvr_partition.search.beliefs import Beliefs
+
+SCHEMA = "kvr-partition/dataset/1"
+
+Machine = tuple[str, str, float | None, str, int]
+"""Hardware, model, bandwidth, topology, ranks."""
+
+
+class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One searched partition.
+
+    Attributes:
+        origin: ``"measured"`` on hardware, or ``"simulated"``.
+        hardware, model, bandwidth, topology, ranks: where; ``bandwidth`` in bytes per second is what links were
+            held to, or None.
+        context, past: of what.
+        told: what was known of costs before anything was searched.
+        sizes: the best partition found.
+        trials: every measurement that led to it.
+        truth: of a simulated row, what it was measured on.
+        best_s: TTFT in seconds of the best partition of that truth.
+    """
+
+    origin: Literal["measured", "simulated"]
+    hardware: str
+    model: str
+    bandwidth: float | None
+    topology: Literal["chain", "fanout"]
+    ranks: int
+    context: int
+    past: int
+    told: SettingTerms
+    sizes: tuple[int, ...]
+    trials: tuple[Measurement, ...]
+    truth: SettingTerms | None = None
+    best_s: float | None = None
+
+    @property
+    def machine(self) -> Machine:
+        """What rows must share to be told apart by context and past alone."""
+        return self.hardware, self.model, self.bandwidth, self.topology, self.ranks
+
+    @property
+    def partition(self) -> Partition:
+        """The best one found."""
+        return Partition(self.sizes, self.past)
+
+    @property
+    def cuts(self) -> tuple[float, ...]:
+        """Inner boundaries of the best partition as shares of the context."""
+        return tuple(boundary / self.context for boundary in self.partition.boundaries[1:-1])
+
+    @property
+    def past_share(self) -> float:
+        """``past ÷ (past + context)``."""
+        return self.past / (self.past + self.context)
+
+    def regret(self, partition: Partition) -> float:
+        """How much longer another partition takes than the best known one, as a share.
+
+        Simulated rows know the truth. Measured ones are asked what their measurements lead to expect, which for a
+        partition near the measured ones is good to their noise.
+        """
+        if self.truth is not None and self.best_s is not None:
+            return simulate(partition, self.truth.setting(self.past)).ttft_s / self.best_s - 1
+        beliefs, best_s = _believed(self)
+        return float(beliefs.ttft_s([partition.sizes])[0][0]) / best_s - 1
+
+
+@functools.lru_cache(maxsize=1024)
+def _believed(row: Row) -> tuple[Beliefs, float]:
+    """What a measured row's trials lead to expect, and of the best partition."""
+    from kvr_partition.search.beliefs import Beliefs
+
+    beliefs = Beliefs.after(row.told.setting(row.past), row.context, row.trials)
+    solved = best_split(row.context, row.ranks, beliefs.setting)
+    known = [row.sizes, solved.sizes, *(one.sizes for one in row.trials if one.ok)]
+    return beliefs, float(beliefs.ttft_s(known)[0].min())
+
+
+def measured_row(
+    provenance: Provenance,
+    told: Setting,
+    trials: Sequence[Measurement],
+    sizes: tuple[int, ...],
+    bandwidth: float | None = None,
+) -> Row:
+    """The row of one search on hardware.
+
+    Raises:
+        PartitionError: trials of several contexts or pasts, or none.
+    """
+    kinds = {(one.partition.context, one.past) for one in trials}
+    if len(kinds) != 1:
+        raise PartitionError(f"a row is one search of one context and past; these trials are of {len(kinds)}")
+    context, past = kinds.pop()
+    return Row(
+        origin="simulated" if provenance.backend == "simulate" else "measured",
+        hardware=f"{provenance.device}, {provenance.backend}",
+        model=provenance.model.name,
+        bandwidth=bandwidth,
+        topology="fanout" if provenance.topology == "fanout" else "chain",
+        ranks=provenance.ranks,
+        context=context,
+        past=past,
+        told=SettingTerms.of(told, provenance.ranks),
+        sizes=sizes,
+        trials=tuple(trials),
+    )
+
+
+class Dataset(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Rows as one file."""
+
+    rows: tuple[Row, ...]
+    schema: str = SCHEMA
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the rows as one JSON file, whole or not at all.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        jsonfile.write_atomic(path, msgspec.json.encode(self) + b"\n")
+
+
+def digest(rows: Sequence[Row]) -> str:
+    """SHA-256 of rows."""
+    return hashlib.sha256(msgspec.json.encode(list(rows))).hexdigest()
+
+
+def load_dataset(path: str | os.PathLike[str]) -> Dataset:
+    """Read a dataset.
+
+    Raises:
+        FileFormatError: none, or rows whose numbers do not fit together.
+    """
+    found = jsonfile.decode(jsonfile.read_bytes(path), Dataset, SCHEMA, path)
+    for index, row in enumerate(found.rows):
+        if sum(row.sizes) != row.context or len(row.sizes) != row.ranks or min(row.sizes) < 1 or row.past < 0:
+            raise FileFormatError(
+                f"{os.fspath(path)}: rows[{index}] has sizes that are no partition of its context"
+            )
+        if len(row.told.links) != row.ranks - 1 or len(row.told.speeds) != row.ranks:
+            raise FileFormatError(f"{os.fspath(path)}: rows[{index}] tells of another number of ranks")
+    return found

@@ -1,0 +1,162 @@
+"""Regret of ways to predict on data they have not seen, left out a group at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kvr_partition.errors import OutOfRangeError, PartitionError
+from kvr_partition.measurement import median
+from kvr_partition.partition import Partition
+from kvr_partition.predictor import Regret, Score
+from kvr_partition.training.dataset import Row
+from kvr_partition.training.features import Query
+from kvr_partition.training.regressors import REGRESSORS, SPACES
+
+GROUPS: dict[str, Callable[[Row], Any]] = {
+    "context": lambda row: row.context,
+    "past": lambda row: round(row.past_share, 6),
+    "model": lambda row: row.model,
+    "bandwidth": lambda row: row.bandwidth,
+    "hardware": lambda row: row.hardware,
+}
+"""What a row belongs to, by the name of what is held out."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one way to predict lost on one row that it had not seen."""
+
+    method: str
+    held_out: str
+    row: Row
+    regret: float
+
+
+def evaluate(
+    rows: Sequence[Row],
+    methods: Iterable[str] = tuple(REGRESSORS),
+    held_out: Iterable[str] = ("context",),
+    tuned: Mapping[str, Mapping[str, Any]] | None = None,
+    jobs: int = 1,
+) -> list[Outcome]:
+    """Leave each group out in turn, learn from the others, and predict it.
+
+    A context or past share at the end of a machine's range is not asked for: nobody predicts beyond what was
+    searched.
+
+    Args:
+        tuned: parameters of each method, see `tune`.
+        jobs: processes; -1 for one a core.
+
+    Raises:
+        PartitionError: an unknown method or group.
+    """
+    from joblib import Parallel, delayed
+
+    for name in held_out:
+        if name not in GROUPS:
+            raise PartitionError(f"unknown group {name!r}; there are {', '.join(GROUPS)}")
+    for method in methods:
+        if method not in REGRESSORS:
+            raise PartitionError(f"unknown method {method!r}; there are {', '.join(REGRESSORS)}")
+    work = []
+    for name in held_out:
+        group = GROUPS[name]
+        values = {group(row) for row in rows}
+        if len(values) < 2:
+            continue
+        for value in sorted(values, key=repr):
+            test = [row for row in rows if group(row) == value]
+            train = [row for row in rows if group(row) != value]
+            if name in ("context", "past"):
+                test = [row for row in test if _inside(row, train, name)]
+            work += [(method, name, train, test) for method in methods if test]
+    found = Parallel(n_jobs=jobs)(
+        delayed(_losses)(method, train, test, (tuned or {}).get(method, {})) for method, _, train, test in work
+    )
+    return [
+        Outcome(method, name, row, loss)
+        for (method, name, _, test), losses in zip(work, found, strict=True)
+        for row, loss in zip(test, losses, strict=True)
+        if loss is not None
+    ]
+
+
+def _inside(row: Row, train: Sequence[Row], name: str) -> bool:
+    value = GROUPS[name]
+    others = [value(one) for one in train if one.machine == row.machine]
+    return any(one < value(row) for one in others) and any(one > value(row) for one in others)
+
+
+def _losses(
+    method: str, train: Sequence[Row], test: Sequence[Row], given: Mapping[str, Any]
+) -> list[float | None]:
+    regressor = REGRESSORS[method](**given).fit(train)
+    losses: list[float | None] = []
+    for row in test:
+        try:
+            cuts = regressor.cuts(Query.of(row))
+        except OutOfRangeError:
+            losses.append(None)
+            continue
+        losses.append(max(0.0, row.regret(Partition.from_cuts(cuts, row.context, past=row.past))))
+    return losses
+
+
+def scores(outcomes: Sequence[Outcome]) -> list[Score]:
+    """Regret by method, by what was held out, and by ranks."""
+    found = []
+    for method in dict.fromkeys(one.method for one in outcomes):
+        for held_out in dict.fromkeys(one.held_out for one in outcomes):
+            of_it = [one for one in outcomes if (one.method, one.held_out) == (method, held_out)]
+            if not of_it:
+                continue
+            found.append(Score(method, held_out, None, regret([one.regret for one in of_it])))
+            counts = sorted({one.row.ranks for one in of_it})
+            for ranks in counts if len(counts) > 1 else ():
+                losses = [one.regret for one in of_it if one.row.ranks == ranks]
+                found.append(Score(method, held_out, ranks, regret(losses)))
+    return found
+
+
+def regret(losses: Sequence[float]) -> Regret:
+    """Mean, 95th percentile and largest of some losses."""
+    ordered = sorted(losses)
+    p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
+    return Regret(sum(ordered) / len(ordered), p95, ordered[-1], len(ordered))
+
+
+def tune(
+    rows: Sequence[Row], method: str, held_out: str = "context", trials: int = 20, seed: int = 0, jobs: int = 1
+) -> dict[str, Any]:
+    """Parameters of a method that lose least when a group is left out, found with Optuna; {} for default ones."""
+    import optuna
+
+    space = SPACES.get(method)
+    if not space:
+        return {}
+
+    def loss(given: Mapping[str, Any]) -> float:
+        losses = [one.regret for one in evaluate(rows, [method], [held_out], {method: given}, jobs)]
+        # The mean decides, the worst cases have a say.
+        return sum(losses) / len(losses) + 0.1 * max(losses) if losses else float("inf")
+
+    def objective(trial: optuna.Trial) -> float:
+        given: dict[str, Any] = {}
+        for name, (low, high, by_log) in space.items():
+            if isinstance(low, int) and isinstance(high, int):
+                given[name] = trial.suggest_int(name, low, high)
+            else:
+                given[name] = trial.suggest_float(name, low, high, log=by_log)
+        return loss(given)
+
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=8))
+    study.optimize(objective, n_trials=trials)
+    return {} if loss({}) <= study.best_value else dict(study.best_params)
+
+
+def middle(outcomes: Sequence[Outcome], method: str) -> float:
+    """Median regret of a method."""
+    return median([one.regret for one in outcomes if one.method == method])

@@ -1,0 +1,110 @@
+"""Dimensionless features of a partition's boundaries: what the best place of each depends on."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvr_partition.schedule import Setting, best_split
+from kvr_partition.terms import SettingTerms
+from kvr_partition.training.dataset import Machine, Row
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
+
+NAMES = (
+    "place",  # of the boundary if the split were even
+    "room",  # place · (1 − place)
+    "inverse ranks",
+    "attention",  # share of all work on one rank
+    "fixed",  # share of a rank's work that does not depend on its chunk
+    "communication",  # time of the busiest link ÷ that and a rank's work
+    "before KV",  # share of the work per token
+    "past",  # share of all tokens
+    "speed so far",  # share of all speed up to the boundary, beyond its place
+    "speed before",  # of the rank before the boundary, relative to the mean
+    "speed after",
+    "link",  # slowness of the boundary's link, relative to the mean
+    "overlap",
+    "fan-out",
+)
+
+
+@dataclass(frozen=True)
+class Query:
+    """What is to be predicted: a context and past on a machine, and what is known of its costs."""
+
+    machine: Machine
+    told: SettingTerms
+    context: int
+    past: int
+
+    @classmethod
+    def of(cls, row: Row) -> Query:
+        """What a row is the answer to."""
+        return cls(row.machine, row.told, row.context, row.past)
+
+    @property
+    def ranks(self) -> int:
+        """Chunks of the partition."""
+        return self.machine[4]
+
+    @property
+    def past_share(self) -> float:
+        """``past ÷ (past + context)``."""
+        return self.past / (self.past + self.context)
+
+
+def features(query: Query) -> Array:
+    """``[boundaries, features]`` in the order of `NAMES`."""
+    import numpy as np
+
+    told, ranks, context, past = query.told, query.ranks, query.context, query.past
+    cost = told.cost
+    linear = cost.per_token_s * context
+    attention = cost.per_own_pair_s * context * context / 2 + cost.per_prefix_pair_s * context * past
+    work = linear + attention + cost.fixed_s * ranks
+    slowest = max(link.seconds_per_byte for link in told.links)
+    carried = context * told.entry_bytes * told.layers * slowest
+    mean_speed = sum(told.speeds) / ranks
+    mean_link = sum(link.seconds_per_byte for link in told.links) / len(told.links)
+    so_far = list(itertools.accumulate(speed / mean_speed / ranks for speed in told.speeds))
+    rows = []
+    for at in range(ranks - 1):
+        place = (at + 1) / ranks
+        rows.append(
+            [
+                place,
+                place * (1 - place),
+                1 / ranks,
+                attention / work,
+                cost.fixed_s * ranks / work,
+                carried / (carried + work / ranks),
+                cost.kv_share,
+                query.past_share,
+                so_far[at] - place,
+                told.speeds[at] / mean_speed - 1,
+                told.speeds[at + 1] / mean_speed - 1,
+                told.links[at].seconds_per_byte / mean_link - 1 if mean_link else 0.0,
+                float(told.overlap),
+                float(told.topology == "fanout"),
+            ]
+        )
+    return np.array(rows)
+
+
+def places(ranks: int) -> list[float]:
+    """Boundaries of the even split as shares of the context."""
+    return [(at + 1) / ranks for at in range(ranks - 1)]
+
+
+@functools.lru_cache(maxsize=100_000)
+def solved(setting: Setting, context: int, ranks: int) -> tuple[float, ...]:
+    """Boundaries of a setting's best split as shares of the context."""
+    found = best_split(context, ranks, setting)
+    return tuple(boundary / context for boundary in found.boundaries[1:-1])

@@ -1,0 +1,106 @@
+"""From rows of one machine to the predictor that serving code loads."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kvr_partition.errors import PartitionError
+from kvr_partition.predictor import Grid, PartitionPredictor, Score, Training
+from kvr_partition.provenance import Provenance
+from kvr_partition.training.dataset import Row, digest
+from kvr_partition.training.evaluation import evaluate, scores
+from kvr_partition.training.features import Query
+from kvr_partition.training.regressors import REGRESSORS, Corrected
+
+NODES_PER_OCTAVE = 8
+"""Contexts of a grid; what a curve bends between two of them is far less than a token is worth."""
+
+PAST_NODES = 9
+
+
+def best_method(found: Sequence[Score], held_out: str = "context") -> str | None:
+    """The method with the least mean regret on what was held out; None if nothing was."""
+    known = [one for one in found if one.held_out == held_out and one.ranks is None]
+    # On equally many cases, or as many as anyone answered: who passes on the hard ones has not won.
+    most = max((one.regret.cases for one in known), default=0)
+    answered = [one for one in known if one.regret.cases == most]
+    return min(answered, key=lambda one: one.regret.mean).method if answered else None
+
+
+def train(
+    rows: Sequence[Row],
+    provenance: Provenance | None = None,
+    *,
+    method: str | None = None,
+    tuned: Mapping[str, Mapping[str, Any]] | None = None,
+    jobs: int = 1,
+) -> PartitionPredictor:
+    """The predictor of one machine: every way to predict is tried on contexts it has not seen, and the best kept.
+
+    Args:
+        rows: searched partitions of one model on one machine, on one or several rank counts.
+        provenance: of the machine.
+        method: keep this one, whatever was measured; the best when None.
+        tuned: parameters of each method.
+        jobs: processes to evaluate with.
+
+    Raises:
+        PartitionError: no rows, rows of several machines, or an unknown method.
+    """
+    if not rows:
+        raise PartitionError("there is nothing to train on: no searched partitions")
+    places = {row.machine[:4] for row in rows}
+    if len(places) > 1:
+        shown = "; ".join(" ".join(str(one) for one in place) for place in sorted(places, key=repr))
+        raise PartitionError(f"a predictor is for one model on one machine; these rows are of {shown}")
+    if method is not None and method not in REGRESSORS:
+        raise PartitionError(f"unknown method {method!r}; there are {', '.join(REGRESSORS)}")
+    found = scores(evaluate(rows, tuned=tuned, jobs=jobs))
+    chosen = method or best_method(found) or "corrected"
+    regressor = REGRESSORS[chosen](**(tuned or {}).get(chosen, {})).fit(rows)
+    grids = [
+        _grid(regressor, [row for row in rows if row.ranks == ranks])
+        for ranks in sorted({row.ranks for row in rows})
+    ]
+    training = Training(
+        chosen, len(rows), sum(row.origin == "measured" for row in rows), digest(rows), tuple(found)
+    )
+    largest = max(rows, key=lambda row: (row.context, row.ranks))
+    cost = Corrected().fit(rows).setting(Query.of(largest)).cost
+    from kvr_partition.terms import ChunkTerms
+
+    return PartitionPredictor(grids, training, ChunkTerms.of(cost), provenance)
+
+
+def _grid(regressor: Any, rows: Sequence[Row]) -> Grid:
+    """A regressor evaluated on nodes close enough to interpolate between, inside the searched range."""
+    first = rows[0]
+    contexts = sorted({row.context for row in rows})
+    shares = sorted({row.past_share for row in rows})
+    nodes = _context_nodes(contexts)
+    share_nodes = _share_nodes(shares)
+    boundaries = []
+    for share in share_nodes:
+        line = []
+        for context in nodes:
+            past = round(share / (1 - share) * context)
+            query = Query(first.machine, first.told, context, past)
+            line.append(tuple(float(cut) for cut in regressor.cuts(query)))
+        boundaries.append(tuple(line))
+    return Grid(first.ranks, tuple(nodes), tuple(share_nodes), tuple(boundaries), tuple(contexts))
+
+
+def _context_nodes(contexts: Sequence[int]) -> list[int]:
+    low, high = contexts[0], contexts[-1]
+    steps = max(1, math.ceil(NODES_PER_OCTAVE * math.log2(high / low))) if high > low else 0
+    spread = {round(low * (high / low) ** (step / steps)) for step in range(steps + 1)} if steps else {low}
+    return sorted(spread | set(contexts))
+
+
+def _share_nodes(shares: Sequence[float]) -> list[float]:
+    low, high = shares[0], shares[-1]
+    if low == high:
+        return [low]
+    return sorted({low + (high - low) * step / (PAST_NODES - 1) for step in range(PAST_NODES)} | set(shares))

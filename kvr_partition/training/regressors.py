@@ -1,0 +1,283 @@
+"""Ways to predict a partition: the published one, the cost model, and regressions on either."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from kvr_partition.cost import ChunkCost
+from kvr_partition.errors import OutOfRangeError
+from kvr_partition.schedule import Setting
+from kvr_partition.search.beliefs import corrected
+from kvr_partition.training.dataset import Machine, Row
+from kvr_partition.training.features import Query, features, places, solved
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
+
+
+class Regressor(Protocol):
+    """Learns from rows, then tells boundaries."""
+
+    def fit(self, rows: Sequence[Row]) -> Regressor:
+        """Learn; returns itself."""
+
+    def cuts(self, query: Query) -> Sequence[float]:
+        """Inner boundaries as shares of the context, growing.
+
+        Raises:
+            OutOfRangeError: nothing that was learnt answers this.
+        """
+
+
+def growing(cuts: Sequence[float]) -> list[float]:
+    """The same boundaries with every chunk at least a fiftieth of the average one."""
+    ranks = len(cuts) + 1
+    least = 0.02 / ranks
+    found: list[float] = []
+    for at, cut in enumerate(cuts):
+        low = (found[-1] if found else 0.0) + least
+        found.append(min(max(cut, low), 1 - least * (ranks - 1 - at)))
+    return found
+
+
+class Interpolation:
+    """KVR-P as published: linear between the nearest searched contexts of the same machine and past share."""
+
+    def fit(self, rows: Sequence[Row]) -> Interpolation:
+        self._series: dict[tuple[Machine, float], list[Row]] = {}
+        for row in sorted(rows, key=lambda row: row.context):
+            self._series.setdefault((row.machine, round(row.past_share, 6)), []).append(row)
+        return self
+
+    def cuts(self, query: Query) -> Sequence[float]:
+        rows = self._series.get((query.machine, round(query.past_share, 6)), [])
+        below = [row for row in rows if row.context <= query.context][-1:]
+        above = [row for row in rows if row.context >= query.context][:1]
+        if not below or not above:
+            raise OutOfRangeError(f"no searched contexts on both sides of {query.context}")
+        low, high = below[0], above[0]
+        span = high.context - low.context
+        weight = (query.context - low.context) / span if span else 0.0
+        return [one + weight * (other - one) for one, other in zip(low.cuts, high.cuts, strict=True)]
+
+
+class CostModel:
+    """The fitted cost model, solved anew for each context; learns nothing."""
+
+    def fit(self, rows: Sequence[Row]) -> CostModel:
+        return self
+
+    def cuts(self, query: Query) -> Sequence[float]:
+        return solved(query.told.setting(query.past), query.context, query.ranks)
+
+
+@dataclass(frozen=True)
+class _Learnt:
+    """What measurements of a machine said: its setting, and by how much that differs from what was told."""
+
+    machine: Machine
+    setting: Setting
+    terms: tuple[float, ...]
+    """Logarithms, of the four cost terms and of ``kv_share``."""
+    link: float
+
+    @classmethod
+    def of(cls, machine: Machine, rows: Sequence[Row]) -> _Learnt:
+        told = rows[0].told.setting()
+        found = corrected(told, [trial for row in rows for trial in row.trials])
+        ranks = machine[4]
+        links = [
+            _log_ratio(
+                found.link_between(at, at + 1).seconds_per_byte, told.link_between(at, at + 1).seconds_per_byte
+            )
+            for at in range(ranks - 1)
+        ]
+        pairs = zip(astuple(found.cost), astuple(told.cost), strict=True)
+        return cls(machine, found, tuple(_log_ratio(*pair) for pair in pairs), sum(links) / len(links))
+
+
+def _log_ratio(value: float, base: float) -> float:
+    return math.log(value / base) if value > 0 and base > 0 else 0.0
+
+
+class Corrected:
+    """The cost model as corrected by what was measured, solved anew for each context.
+
+    A machine on which nothing was measured is taken to be off as others are: its cost terms as those of the
+    same model on the same hardware, or else of other models on it; its links as those of the same bandwidth there.
+    """
+
+    def fit(self, rows: Sequence[Row]) -> Corrected:
+        by_machine: dict[Machine, list[Row]] = {}
+        for row in rows:
+            by_machine.setdefault(row.machine, []).append(row)
+        self._learnt = {machine: _Learnt.of(machine, of_it) for machine, of_it in by_machine.items()}
+        self._transferred: dict[Machine, Setting] = {}
+        return self
+
+    def setting(self, query: Query) -> Setting:
+        """As measured; as others suggest where nothing was."""
+        known = self._learnt.get(query.machine)
+        if known is not None:
+            return replace(known.setting, past=query.past)
+        if query.machine not in self._transferred:
+            self._transferred[query.machine] = self._suggested(query)
+        return replace(self._transferred[query.machine], past=query.past)
+
+    def cuts(self, query: Query) -> Sequence[float]:
+        return solved(self.setting(query), query.context, query.ranks)
+
+    def _suggested(self, query: Query) -> Setting:
+        hardware, model, bandwidth, _, _ = query.machine
+        there = [one for one in self._learnt.values() if one.machine[0] == hardware]
+        same = [one for one in there if one.machine[1] == model] or there
+        links = [one.link for one in there if one.machine[2] == bandwidth]
+        told = query.told.setting()
+        cost, link = told.cost, told.link
+        if same:
+            factors = [math.exp(sum(logs) / len(same)) for logs in zip(*(one.terms for one in same), strict=True)]
+            terms = [term * factor for term, factor in zip(astuple(cost), factors, strict=True)]
+            cost = ChunkCost(terms[0], terms[1], terms[2], terms[3], min(0.95, terms[4]))
+        if links and isinstance(link, tuple):
+            factor = math.exp(sum(links) / len(links))
+            link = tuple(replace(one, seconds_per_byte=one.seconds_per_byte * factor) for one in link)
+        return replace(told, cost=cost, link=link)
+
+
+class Residual:
+    """What the corrected cost model leaves, as a smooth function of context and past share on each machine.
+
+    Args:
+        length: octaves of context, and quarters of past share, over which it changes.
+        noise: how far a searched boundary scatters, as a share of what remains to be explained.
+    """
+
+    def __init__(self, length: float = 2.0, noise: float = 1.0) -> None:
+        self._length = length
+        self._noise = noise
+
+    def fit(self, rows: Sequence[Row]) -> Residual:
+        import numpy as np
+        from sklearn.gaussian_process import GaussianProcessRegressor
+        from sklearn.gaussian_process.kernels import RBF
+
+        self._base = Corrected().fit(rows)
+        self._processes: dict[Machine, Any] = {}
+        for machine in dict.fromkeys(row.machine for row in rows):
+            of_it = [row for row in rows if row.machine == machine]
+            if len(of_it) < 2:
+                continue
+            left = np.array([np.subtract(row.cuts, self._base.cuts(Query.of(row))) for row in of_it])
+            scale = float(np.sqrt((left**2).mean())) or 1.0
+            process = GaussianProcessRegressor(RBF(self._length, "fixed"), alpha=self._noise, optimizer=None)
+            process.fit([_place_of(Query.of(row)) for row in of_it], left / scale)
+            self._processes[machine] = process, scale
+        return self
+
+    def cuts(self, query: Query) -> Sequence[float]:
+        base = self._base.cuts(query)
+        known = self._processes.get(query.machine)
+        if known is None:
+            return base
+        process, scale = known
+        left = process.predict([_place_of(query)]).reshape(-1) * scale
+        return growing([cut + float(more) for cut, more in zip(base, left, strict=True)])
+
+
+def _place_of(query: Query) -> list[float]:
+    return [math.log2(query.context), 4 * query.past_share]
+
+
+class Regression:
+    """A scikit-learn regressor of features on how far a boundary is from the even split's, in average chunks.
+
+    Args:
+        make: the regressor, not yet fitted.
+        on_cost_model: predict the distance from the cost model's boundary instead.
+    """
+
+    def __init__(self, make: Callable[[], Any], *, on_cost_model: bool = False) -> None:
+        self._make = make
+        self._on_cost_model = on_cost_model
+
+    def fit(self, rows: Sequence[Row]) -> Regression:
+        import numpy as np
+
+        known = [features(Query.of(row)) for row in rows]
+        wanted = [np.subtract(row.cuts, self._base(Query.of(row))) * row.ranks for row in rows]
+        self._model = self._make()
+        self._model.fit(np.concatenate(known), np.concatenate(wanted))
+        return self
+
+    def cuts(self, query: Query) -> Sequence[float]:
+        offsets = self._model.predict(features(query)) / query.ranks
+        return growing([float(base + more) for base, more in zip(self._base(query), offsets, strict=True)])
+
+    def _base(self, query: Query) -> Sequence[float]:
+        if self._on_cost_model:
+            return solved(query.told.setting(query.past), query.context, query.ranks)
+        return places(query.ranks)
+
+
+def _gaussian_process(length: float = 2.0, noise: float = 1e-3) -> Any:
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import RBF
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    process = GaussianProcessRegressor(RBF(length, "fixed"), alpha=noise, optimizer=None, normalize_y=True)
+    return make_pipeline(StandardScaler(), process)
+
+
+def _boosting(rate: float = 0.1, depth: int = 4, rounds: int = 200) -> Any:
+    from sklearn.ensemble import GradientBoostingRegressor
+
+    return GradientBoostingRegressor(learning_rate=rate, max_depth=depth, n_estimators=rounds, random_state=0)
+
+
+def _splines(knots: int = 4, alpha: float = 1.0) -> Any:
+    from sklearn.linear_model import Ridge
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import FunctionTransformer, SplineTransformer, StandardScaler
+
+    return make_pipeline(
+        FunctionTransformer(_with_products),
+        StandardScaler(),
+        SplineTransformer(knots, degree=3, extrapolation="constant"),
+        Ridge(alpha),
+    )
+
+
+def _with_products(known: Array) -> Array:
+    """What moves a boundary moves the middle ones most: every feature also times the room of its place."""
+    import numpy as np
+
+    return np.concatenate([known, known[:, 2:] * known[:, 1:2]], axis=1)
+
+
+REGRESSORS: dict[str, Callable[..., Regressor]] = {
+    "interpolation": Interpolation,
+    "cost-model": CostModel,
+    "corrected": Corrected,
+    "residual": Residual,
+    "gaussian-process": lambda **given: Regression(lambda: _gaussian_process(**given)),
+    "boosting": lambda **given: Regression(lambda: _boosting(**given)),
+    "splines": lambda **given: Regression(lambda: _splines(**given)),
+    "boosting-on-cost-model": lambda **given: Regression(lambda: _boosting(**given), on_cost_model=True),
+}
+"""By name; what each may be given is what `SPACES` tunes."""
+
+SPACES: dict[str, dict[str, tuple[float, float, bool]]] = {
+    "residual": {"length": (0.5, 8.0, True), "noise": (0.05, 20.0, True)},
+    "gaussian-process": {"length": (0.5, 8.0, True), "noise": (1e-5, 0.3, True)},
+    "boosting": {"rate": (0.02, 0.3, True), "depth": (2, 6, False), "rounds": (50, 400, False)},
+    "splines": {"knots": (3, 8, False), "alpha": (1e-3, 100.0, True)},
+    "boosting-on-cost-model": {"rate": (0.02, 0.3, True), "depth": (2, 5, False), "rounds": (20, 300, False)},
+}
+"""Lowest and highest value of each parameter, and whether it is drawn by its logarithm; whole where both are."""
