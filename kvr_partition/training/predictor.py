@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvr_partition.errors import PartitionError
+from kvr_partition.errors import OutOfRangeError, PartitionError
 from kvr_partition.predictor import Grid, PartitionPredictor, Score, Training
 from kvr_partition.provenance import Provenance
 from kvr_partition.training.dataset import Row, digest
@@ -22,11 +22,16 @@ PAST_NODES = 9
 
 def best_method(found: Sequence[Score], held_out: str = "context") -> str | None:
     """The method with the least mean regret on what was held out; None if nothing was."""
+    return next(iter(ranked(found, held_out)), None)
+
+
+def ranked(found: Sequence[Score], held_out: str = "context") -> list[str]:
+    """Methods by mean regret on what was held out, the best first; only those that answered everything asked."""
     known = [one for one in found if one.held_out == held_out and one.ranks is None]
-    # On equally many cases, or as many as anyone answered: who passes on the hard ones has not won.
+    # Who passes on the hard cases has not won.
     most = max((one.regret.cases for one in known), default=0)
     answered = [one for one in known if one.regret.cases == most]
-    return min(answered, key=lambda one: one.regret.mean).method if answered else None
+    return [one.method for one in sorted(answered, key=lambda one: one.regret.mean)]
 
 
 def train(
@@ -58,12 +63,17 @@ def train(
     if method is not None and method not in REGRESSORS:
         raise PartitionError(f"unknown method {method!r}; there are {', '.join(REGRESSORS)}")
     found = scores(evaluate(rows, tuned=tuned, jobs=jobs))
-    chosen = method or best_method(found) or "corrected"
-    regressor = REGRESSORS[chosen](**(tuned or {}).get(chosen, {})).fit(rows)
-    grids = [
-        _grid(regressor, [row for row in rows if row.ranks == ranks])
-        for ranks in sorted({row.ranks for row in rows})
-    ]
+    counts = sorted({row.ranks for row in rows})
+    # A method may have no answer at some corner of the range although it had one for every held-out case.
+    for chosen in [method] if method else [*ranked(found), "corrected"]:
+        regressor = REGRESSORS[chosen](**(tuned or {}).get(chosen, {})).fit(rows)
+        try:
+            grids = [_grid(regressor, [row for row in rows if row.ranks == count]) for count in counts]
+            break
+        except OutOfRangeError as error:
+            reason = f"{chosen} cannot answer everything inside the searched range: {error}; use another method"
+    else:
+        raise PartitionError(reason)
     training = Training(
         chosen, len(rows), sum(row.origin == "measured" for row in rows), digest(rows), tuple(found)
     )

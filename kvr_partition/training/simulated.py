@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
@@ -20,6 +21,9 @@ from kvr_partition.training.dataset import Row
 
 NOISE = 0.02
 """Standard deviation of a simulated measurement."""
+
+PROFILED = 30
+"""Times that a profile has measured each rank: ten points, three samples each. Its speeds are as good as that."""
 
 HARDWARE_OFF, MODEL_OFF, LINK_OFF = 0.12, 0.03, 0.15
 """How far the truth may be from what is told, as a share: each cost term by the hardware, which all its models
@@ -108,7 +112,7 @@ def _landscape(shape: Shape, hardware: str, bandwidth: float, ranks: int, seed: 
         truth,
         cost=cost,
         link=tuple(LinkCost.of(one, 2e-5) for one in rates),
-        speeds=tuple(speed * draw.gauss(1.0, NOISE) for speed in speeds),
+        speeds=tuple(speed * draw.gauss(1.0, NOISE / math.sqrt(PROFILED)) for speed in speeds),
     )
     return Landscape(hardware, shape.name, bandwidth, ranks, told, truth)
 

@@ -1,0 +1,240 @@
+"""From searched partitions to a predictor: rows, ways to predict, regret, export."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from kvr_partition import Partition, PartitionError, PartitionTable
+from kvr_partition.errors import FileFormatError, OutOfRangeError
+from kvr_partition.schedule import best_split, simulate
+from kvr_partition.table import Entry
+from kvr_partition.training import (
+    REGRESSORS,
+    Dataset,
+    Row,
+    best_method,
+    evaluate,
+    load_dataset,
+    measured_row,
+    scores,
+    train,
+)
+from kvr_partition.training.evaluation import regret, tune
+from kvr_partition.training.features import NAMES, Query, features
+from kvr_partition.training.regressors import Corrected, Interpolation, growing
+from kvr_partition.training.simulated import landscapes, searched_row
+from tests.models import provenance
+
+CONTEXTS = (2048, 4096, 8192, 16384)
+LANDS = landscapes(ranks=(3,))
+
+
+@functools.cache
+def rows(land: int = 4, pasts: bool = False) -> tuple[Row, ...]:
+    """Searches of a few contexts on one landscape."""
+    return tuple(
+        searched_row(LANDS[land], context, past, budget=5)
+        for context in CONTEXTS
+        for past in ((0, context // 3, context) if pasts else (0,))
+    )
+
+
+def test_a_row_knows_how_good_any_partition_is() -> None:
+    row = rows()[2]
+    truth = LANDS[4].truth
+    solved = best_split(row.context, row.ranks, truth)
+    assert 0 <= row.regret(solved) < 0.002
+    even = Partition.even(row.context, row.ranks)
+    assert row.regret(even) == pytest.approx(
+        simulate(even, truth).ttft_s / simulate(solved, truth).ttft_s - 1, abs=0.002
+    )
+    assert row.regret(row.partition) < 0.03
+    # Without the truth, as of hardware, its own measurements must do.
+    measured = msgspec.structs.replace(row, truth=None, best_s=None, origin="measured")
+    assert measured.regret(even) == pytest.approx(row.regret(even), abs=0.03)
+    assert measured.regret(row.partition) < 0.02
+
+
+def test_measured_searches_become_rows() -> None:
+    row = rows()[0]
+    made = measured_row(provenance(ranks=3), LANDS[4].told, row.trials, row.sizes, 1e9)
+    assert (made.origin, made.model, made.context, made.past) == ("measured", "llama", 2048, 0)
+    assert made.told == row.told
+    assert made.bandwidth == 1e9
+    with pytest.raises(PartitionError, match="these trials are of 2"):
+        measured_row(provenance(ranks=3), LANDS[4].told, [*row.trials, *rows()[1].trials], row.sizes)
+
+
+def test_linear_interpolation_is_the_tables() -> None:
+    table = PartitionTable(Entry(row.context, row.sizes) for row in rows())
+    fitted = Interpolation().fit(rows())
+    for context in (2048, 3000, 8191, 16384):
+        query = replace(Query.of(rows()[0]), context=context)
+        assert Partition.from_cuts(fitted.cuts(query), context) == table.lookup(context).partition
+    with pytest.raises(OutOfRangeError, match="no searched contexts on both sides"):
+        fitted.cuts(replace(Query.of(rows()[0]), context=20_000))
+
+
+def test_measurements_correct_the_cost_model_for_contexts_they_are_not_of() -> None:
+    held_out = rows()[2]
+    others = [row for row in rows() if row is not held_out]
+
+    def lost(name: str) -> float:
+        cuts = REGRESSORS[name]().fit(others).cuts(Query.of(held_out))
+        return held_out.regret(Partition.from_cuts(cuts, held_out.context))
+
+    assert lost("corrected") < 0.01
+    assert lost("corrected") <= lost("cost-model") + 1e-3
+
+
+def test_an_unknown_machine_is_taken_to_be_off_as_others_are() -> None:
+    """Cost terms are off by hardware, for all of its models."""
+    same = [
+        at for at, land in enumerate(LANDS) if land.hardware == LANDS[4].hardware and land.model != LANDS[4].model
+    ]
+    others = [row for at in same[:4] for row in rows(at)[1:3]]
+    query = Query.of(rows()[2])
+    fitted = Corrected().fit(others)
+    truth, told = LANDS[4].truth.cost, LANDS[4].told.cost
+    found = fitted.setting(query).cost
+    assert abs(found.per_token_s / truth.per_token_s - 1) < max(
+        0.05, abs(told.per_token_s / truth.per_token_s - 1)
+    )
+    nowhere = replace(query, machine=("elsewhere", *query.machine[1:]))
+    assert fitted.setting(nowhere).cost == told
+
+
+@pytest.mark.parametrize("name", REGRESSORS)
+def test_every_way_to_predict_gives_growing_boundaries(name: str) -> None:
+    fitted = REGRESSORS[name]().fit([row for at in (4, 5, 6) for row in rows(at)])
+    for context in (2048, 5000, 16384):
+        cuts = fitted.cuts(replace(Query.of(rows()[0]), context=context))
+        assert len(cuts) == 2
+        assert 0 < cuts[0] < cuts[1] < 1
+
+
+def test_boundaries_that_cross_are_set_right() -> None:
+    assert growing([0.7, 0.2, 1.4]) == pytest.approx([0.7, 0.705, 0.995])
+    assert growing([-1.0, 0.5]) == pytest.approx([0.02 / 3, 0.5])
+
+
+def test_features_have_no_units() -> None:
+    query = Query.of(rows()[1])
+    known = features(query)
+    assert known.shape == (2, len(NAMES))
+    # The same machine a thousand times as slow, with all costs in proportion, is the same question.
+    cost = query.told.cost
+    slower = msgspec.structs.replace(
+        query.told,
+        cost=msgspec.structs.replace(
+            cost,
+            fixed_s=cost.fixed_s * 1e3,
+            per_token_s=cost.per_token_s * 1e3,
+            per_own_pair_s=cost.per_own_pair_s * 1e3,
+            per_prefix_pair_s=cost.per_prefix_pair_s * 1e3,
+        ),
+        links=tuple(
+            msgspec.structs.replace(link, seconds_per_byte=link.seconds_per_byte * 1e3)
+            for link in query.told.links
+        ),
+    )
+    assert features(replace(query, told=slower)) == pytest.approx(known)
+
+
+def test_what_is_left_out_has_not_been_seen() -> None:
+    found = evaluate(rows(), ["interpolation", "cost-model"], ["context"])
+    # Nobody predicts beyond what was searched, so the outermost contexts are not asked for.
+    assert {one.row.context for one in found} == {4096, 8192}
+    assert all(one.regret >= 0 for one in found)
+    lines = scores(found)
+    assert {(one.method, one.held_out, one.ranks) for one in lines} == {
+        ("interpolation", "context", None),
+        ("cost-model", "context", None),
+    }
+    with pytest.raises(PartitionError, match="unknown group 'moon'"):
+        evaluate(rows(), held_out=["moon"])
+    with pytest.raises(PartitionError, match="unknown method 'magic'"):
+        evaluate(rows(), ["magic"])
+    several = evaluate([*rows(4), *rows(5)], ["cost-model"], ["model", "hardware"])
+    assert {one.held_out for one in several} <= {"model", "hardware"}
+
+
+def test_the_method_that_answers_most_and_loses_least_wins() -> None:
+    found = evaluate(rows(), ["interpolation", "cost-model", "corrected"], ["context"])
+    chosen = best_method(scores(found))
+    by_method = {
+        name: regret([one.regret for one in found if one.method == name]).mean
+        for name in ("interpolation", "cost-model", "corrected")
+    }
+    assert by_method[chosen or ""] == min(by_method.values())
+    assert best_method([]) is None
+
+
+def test_tuning_gives_what_a_method_takes_or_nothing() -> None:
+    given = tune([*rows(4), *rows(5)], "residual", trials=3)
+    assert set(given) <= {"length", "noise"}
+    REGRESSORS["residual"](**given)
+    assert tune(rows(), "interpolation") == {}
+
+
+def test_a_trained_predictor_is_the_regressor_it_was_made_from() -> None:
+    searched = rows(4, pasts=True)
+    predictor = train(searched, provenance(ranks=3))
+    training = predictor.training
+    assert training.method == best_method(training.scores)
+    assert (training.rows, training.measured) == (12, 0)
+    assert len(training.digest) == 64
+    assert {one.method for one in training.scores} == set(REGRESSORS)
+    assert predictor.ranks == (3,)
+    (grid,) = predictor.grids
+    assert grid.trained == CONTEXTS
+    assert (grid.contexts[0], grid.contexts[-1]) == (2048, 16384)
+    assert grid.past_shares[0] == 0.0
+    assert grid.past_shares[-1] == 0.5
+    regressor = REGRESSORS[training.method]().fit(searched)
+    for context, past in ((2048, 0), (3333, 0), (9000, 4500), (16384, 16384), (12_345, 777)):
+        query = replace(Query.of(searched[0]), context=context, past=past)
+        right = Partition.from_cuts(regressor.cuts(query), context, past=past)
+        found = predictor.predict(context, past=past).partition
+        assert found.past == past
+        # Between nodes it is interpolated: a thousandth of a chunk's length is nothing that a search could tell.
+        assert found.sizes == pytest.approx(right.sizes, abs=2 + context / 300)
+    again = train(searched, provenance(ranks=3))
+    assert again.to_json() == predictor.to_json()
+
+
+def test_one_machine_at_a_time() -> None:
+    with pytest.raises(PartitionError, match="for one model on one machine; these rows are of"):
+        train([*rows(4), *rows(10)])
+    with pytest.raises(PartitionError, match="nothing to train on"):
+        train([])
+    with pytest.raises(PartitionError, match="unknown method 'magic'"):
+        train(rows(), method="magic")
+    one = train(rows()[:1])
+    assert one.training.scores == ()
+    assert one.predict(2048).partition.context == 2048
+    assert one.explain(2048).regret is None
+    with pytest.raises(OutOfRangeError):
+        one.predict(2049)
+
+
+def test_a_dataset_is_a_strict_file(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    Dataset(rows()).save(file)
+    assert load_dataset(file).rows == rows()
+    whole = json.loads(file.read_text())
+    whole["rows"][1]["sizes"][0] += 1
+    file.write_text(json.dumps(whole))
+    with pytest.raises(FileFormatError, match=r"rows\[1\] has sizes that are no partition"):
+        load_dataset(file)
+    whole["rows"][1]["sizes"][0] -= 1
+    whole["rows"][0]["told"]["speeds"] = [1.0]
+    file.write_text(json.dumps(whole))
+    with pytest.raises(FileFormatError, match=r"rows\[0\] tells of another number of ranks"):
+        load_dataset(file)
