@@ -45,13 +45,13 @@ def bars(axes: Any, methods: list[dict[str, Any]], title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def compared(folder: str, part: str, title: str, *, held: str = "") -> None:
+def compared(folder: str, part: str, title: str) -> None:
     """All methods of one part; those of links held to a bandwidth beside them."""
     file = ROOT / "data" / folder / f"{part}.json"
     figures = json.loads(file.read_text())["figures"]
     shown = [(figures["full_bandwidth"]["methods"], f"{title}, links as they are")]
     if "held" in figures:
-        shown.append((figures["held"]["methods"], f"{title}, links held to {figures['held']['bandwidth']}{held}"))
+        shown.append((figures["held"]["methods"], f"{title}, links held to {figures['held']['bandwidth']}"))
     figure, axes = plt.subplots(1, len(shown), figsize=(5.2 * len(shown), 2.9), squeeze=False)
     for one, (methods, name) in zip(axes[0], shown, strict=True):
         bars(one, methods, name)
@@ -84,9 +84,8 @@ def main() -> None:
     """Draw all of them."""
     mpl.use("agg")
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "kvr-partition", "font.family": "sans-serif"})
-    old_hold = " (and the copy's own time)"
-    for ranks in (2, 4):
-        compared("h100-sxm/llama-7b", f"sm-{ranks}-ranks", f"H100, {ranks} ranks", held=old_hold)
+    for ranks in (2, 4, 8):
+        compared("h100-sxm/llama-7b", f"sm-{ranks}-ranks", f"H100, {ranks} ranks")
     compared("h200/llama-7b", "sm-8-ranks", "H200, 8 ranks")
     compared("epyc-2-cores/quickstart-llama", "cpu-2-ranks", "2 CPU ranks")
     cold_starts()
