@@ -35,3 +35,15 @@ def load_table(path: str | os.PathLike[str]) -> table.PartitionTable:
     if isinstance(found, table.PartitionTable):
         return found
     raise FileFormatError(f"{os.fspath(path)} is a predictor; name a table.json that search wrote")
+
+
+def load_predictor(path: str | os.PathLike[str]) -> predictor.PartitionPredictor:
+    """Read a predictor.
+
+    Raises:
+        FileFormatError: anything else.
+    """
+    found = load(path)
+    if isinstance(found, predictor.PartitionPredictor):
+        return found
+    raise FileFormatError(f"{os.fspath(path)} is a table; name a predictor that train wrote")

@@ -2,9 +2,9 @@
 
 Methods: single (one rank, stock attention); TSP, the baseline of the paper; TSP with causal kernels; zigzag
 context parallelism; transformers' tensor parallelism; KVR-E (even split); KVR-S, what the table found for
-this very context; KVR-P, what it would say had that context never been searched; the best of these over a
-fan-out; and TTFT(p), that split with all waits and transfers removed. Each is first verified to equal one
-rank. What cannot run here is left out, with a word why.
+this very context; KVR-P, what a predictor says, or the table would say had that context never been
+searched; the best of these over a fan-out; and TTFT(p), that split with all waits and transfers removed. Each
+is first verified to equal one rank. What cannot run here is left out, with a word why.
 
 Example:
   kvr-partition compare --context 1024 --table kvr-runs/quickstart-llama-2xcpu-float32/table.json
@@ -13,6 +13,7 @@ Example:
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,10 +28,11 @@ from kvr_partition.cli.options import (
     parse_contexts,
 )
 from kvr_partition.errors import KVRError, OutOfRangeError, PartitionError, UnsupportedError
-from kvr_partition.loading import load_table
+from kvr_partition.loading import load_predictor, load_table
 from kvr_partition.methods import BASELINES
 from kvr_partition.partition import Partition
-from kvr_partition.table import PartitionTable
+from kvr_partition.predictor import PartitionPredictor
+from kvr_partition.table import Lookup, PartitionTable
 
 if TYPE_CHECKING:
     from kvr_partition.cli.show import Progress
@@ -57,6 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("compare")
     group.add_argument("--context", required=True, help="prompt lengths: 4096,8192 or start:stop:step")
     group.add_argument("--table", metavar="FILE", help="a table.json written by search, for KVR-S and KVR-P")
+    group.add_argument("--predictor", metavar="FILE", help="a predictor written by train, for KVR-P")
     group.add_argument("--partition", metavar="SIZES", help="also time this split, like 9728/6656")
     add_past(group)
     group.add_argument("--methods", help=f"only these, comma-separated: {', '.join(NAMES)}")
@@ -75,6 +78,7 @@ def run(options: argparse.Namespace) -> None:
         need_at_least("samples", options.samples, 1)
     contexts = parse_contexts(options.context)
     table = load_table(options.table) if options.table else PartitionTable([])
+    predictor = load_predictor(options.predictor) if options.predictor else None
     given: Partition | None = None
     if options.partition is not None:
         if len(contexts) != 1:
@@ -107,7 +111,7 @@ def run(options: argparse.Namespace) -> None:
         progress.doing(f"starting {group.ranks} {group.backend} ranks of {group.geometry.name}")
         group.start()
         for context in contexts:
-            named = _candidates(context, options.past, group, table, given, wanted, progress)
+            named = _candidates(context, options.past, group, table, predictor, given, wanted, progress)
             # Simulated ranks have nothing to verify.
             if not options.no_verify and group.backend != "simulate":
                 named = _verified(named, group, progress)
@@ -162,6 +166,7 @@ def _candidates(
     past: int,
     group: RankGroup,
     table: PartitionTable,
+    predictor: PartitionPredictor | None,
     given: Partition | None,
     wanted: list[str],
     progress: Progress,
@@ -170,9 +175,14 @@ def _candidates(
     from profiler.measure import Candidate
 
     splits: list[tuple[str, Partition]] = [("kvr-e", Partition.even(context, group.ranks, past=past))]
-    for name, source in (("kvr-s", table), ("kvr-p", table.without(context, group.ranks, past))):
+    without = table.without(context, group.ranks, past)
+    asked: list[tuple[str, Callable[..., Lookup]]] = [
+        ("kvr-s", table.lookup),
+        ("kvr-p", without.lookup if predictor is None else predictor.predict),
+    ]
+    for name, ask in asked:
         try:
-            found = source.lookup(context, ranks=group.ranks, past=past)
+            found = ask(context, ranks=group.ranks, past=past)
         except OutOfRangeError as error:
             if name in wanted:
                 progress.say(f"no {NAMES[name]} for {context}: {error}")

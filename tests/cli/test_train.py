@@ -92,6 +92,18 @@ def test_predict_asks_either_and_explains(home: Path) -> None:
     assert "is a predictor; name a table.json" in one_error(run("predict --table my.json --context 300", home), 1)
 
 
+def test_compare_times_what_a_predictor_says(home: Path) -> None:
+    line = "compare --model llama --ranks 3 --backend simulate --profile profile.json --context 300 --samples 1"
+    found = json.loads(run(f"{line} --predictor my.json --methods kvr-e,kvr-p --format json --quiet", home).stdout)
+    predictor = load(home / "my.json")
+    assert isinstance(predictor, PartitionPredictor)
+    by_name = {one["method"]: one for one in found[0]["methods"]}
+    assert by_name["KVR-P"]["sizes"] == list(predictor.predict(300).partition.sizes)
+    assert by_name["KVR-P"]["ttft_s"] <= by_name["KVR-E"]["ttft_s"]
+    message = one_error(run(f"{line} --predictor out/table.json --quiet", home), 1)
+    assert "is a table; name a predictor" in message
+
+
 def test_generate_takes_a_predictor_or_says_why_the_bundled_one_does_not_fit(home: Path) -> None:
     line = "generate --model llama --ranks 3 --context 128 --max-new-tokens 2"
     found = json.loads(run(f"{line} --table my.json --format json", home).stdout)
