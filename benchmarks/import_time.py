@@ -1,47 +1,116 @@
-"""How much longer Python takes with ``import kvr_partition``, and to look up a partition from a table.
+"""What serving code pays: a fresh process that loads a table or predictor, and every answer after that.
 
-Run:  python benchmarks/import_time.py
-Interleaved whole processes; prints medians in milliseconds and the difference to bare Python.
+    python benchmarks/import_time.py --out data/epyc-2-cores/serving.json
+
+Whole processes take turns; printed are medians in milliseconds and the difference to bare Python. Warm answers are
+timed in one process, the median of 11 rounds of 20,000, in microseconds.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import json
+import platform
 import subprocess
 import sys
 import tempfile
 import time
+import timeit
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from kvr_partition import PartitionTable
+from kvr_partition import Partition, PartitionPredictor, PartitionTable
+from kvr_partition.measurement import median
+from kvr_partition.predictor import Grid, Training
 from kvr_partition.table import Entry
+from kvr_partition.terms import ChunkTerms
+
+CONTEXTS = tuple(round(2048 * 2 ** (step / 8)) for step in range(41))
+SHARES = tuple(step / 10 for step in range(9))
+
+
+def predictor() -> PartitionPredictor:
+    """As large as one that knows contexts of 2k to 64k, past tokens and 2 to 8 ranks."""
+    grids = []
+    for ranks in range(2, 9):
+        cuts = tuple((at + 1) / ranks for at in range(ranks - 1))
+        grids.append(Grid(ranks, CONTEXTS, SHARES, ((cuts,) * len(CONTEXTS),) * len(SHARES), CONTEXTS[::8]))
+    return PartitionPredictor(
+        grids, Training("corrected", 100, 100, "", ()), ChunkTerms(0.0, 1e-5, 1e-9, 1e-9, 0.2)
+    )
+
+
+def table() -> PartitionTable:
+    """Six contexts on 2 to 8 ranks."""
+    return PartitionTable(
+        Entry(context, Partition.even(context, ranks).sizes) for context in CONTEXTS[::8] for ranks in range(2, 9)
+    )
+
+
+def fresh(folder: Path, runs: int) -> dict[str, float]:
+    """Milliseconds of whole processes."""
+    cases = {
+        "bare Python": "pass",
+        "import kvr_partition": "import kvr_partition",
+        "load a table, lookup": "from kvr_partition import load; "
+        f"load({str(folder / 'table.json')!r}).lookup(9999, 8)",
+        "load a predictor, predict": "from kvr_partition import load; "
+        f"load({str(folder / 'predictor.json')!r}).predict(9999, 8, 1000)",
+    }
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for turn in range(runs + 1):
+        for name, code in cases.items():
+            began = time.perf_counter()
+            subprocess.run([sys.executable, "-c", code], check=True)
+            if turn:
+                times[name].append((time.perf_counter() - began) * 1e3)
+    return {name: median(each) for name, each in times.items()}
+
+
+def warm() -> dict[str, float]:
+    """Microseconds of an answer on eight ranks."""
+    known, trained = table(), predictor()
+    cases: dict[str, Callable[[], Any]] = {
+        "lookup, searched": lambda: known.lookup(8192, 8),
+        "lookup, interpolated": lambda: known.lookup(9999, 8),
+        "predict": lambda: trained.predict(9999, 8),
+        "predict behind cached tokens": lambda: trained.predict(9999, 8, 1000),
+        "predict, multiples of 256": lambda: trained.predict(9999, 8, quantum=256),
+    }
+    return {
+        name: median([seconds / 20_000 * 1e6 for seconds in timeit.repeat(case, number=20_000, repeat=11)])
+        for name, case in cases.items()
+    }
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=41)
-    runs = parser.parse_args().runs
-    with tempfile.TemporaryDirectory() as folder:
-        table = Path(folder) / "table.json"
-        PartitionTable([Entry(512, (300, 212)), Entry(2048, (1200, 848))]).save(table)
-        cases = {
-            "bare Python": "pass",
-            "import kvr_partition": "import kvr_partition",
-            "import, load, lookup": f"import kvr_partition; kvr_partition.load({str(table)!r}).lookup(1536)",
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        table().save(folder / "table.json")
+        predictor().save(folder / "predictor.json")
+        size = (folder / "predictor.json").stat().st_size
+        processes = fresh(folder, options.runs)
+    answers = warm()
+    bare = processes["bare Python"]
+    for what, milliseconds in processes.items():
+        print(f"{what:<30} {milliseconds:7.1f} ms   {milliseconds - bare:+7.1f} ms")
+    for what, microseconds in answers.items():
+        print(f"{what:<30} {microseconds:7.2f} µs")
+    if options.out:
+        document = {
+            "command": " ".join(["python benchmarks/import_time.py", *sys.argv[1:]]),
+            "python": platform.python_version(),
+            "predictor_bytes": size,
+            "fresh_process_ms": processes,
+            "warm_us": answers,
         }
-        times: dict[str, list[float]] = {name: [] for name in cases}
-        for turn in range(runs + 1):
-            for name, code in cases.items():
-                began = time.perf_counter()
-                subprocess.run([sys.executable, "-c", code], check=True)
-                if turn:
-                    times[name].append(time.perf_counter() - began)
-    bare = statistics.median(times["bare Python"])
-    for name, seconds in times.items():
-        median = statistics.median(seconds)
-        print(f"{name:<24} {median * 1e3:7.1f} ms   {(median - bare) * 1e3:+7.1f} ms")
+        options.out.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

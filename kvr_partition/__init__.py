@@ -6,11 +6,13 @@ and none of them needs more than the standard library and msgspec.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from kvr_partition._version import __version__
 
+TYPE_CHECKING = False  # `typing` itself takes longer to import than all of this
+
 if TYPE_CHECKING:
+    from typing import Any
+
     from kvr_partition.errors import KVRError, OutOfRangeError, PartitionError
     from kvr_partition.loading import load
     from kvr_partition.partition import Partition

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,6 +71,8 @@ def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
     Raises:
         StorageError: the disk is full or the folder cannot be written; the old file is untouched.
     """
+    import tempfile  # whoever only reads does without
+
     target = Path(path)
     temporary: str | None = None
     try:

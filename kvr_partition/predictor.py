@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from operator import lt
 from typing import Literal
 
 import msgspec
@@ -347,7 +347,7 @@ def _along(rows: Sequence[Sequence[float]], contexts: Sequence[int], at: int, co
 
 
 def _grows(values: Sequence[float]) -> bool:
-    return all(after > before for before, after in pairwise(values))
+    return all(map(lt, values, values[1:]))
 
 
 def _several(values: Iterable[int]) -> str:

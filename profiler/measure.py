@@ -120,7 +120,8 @@ def measure_interleaved(
         running = [series for series in all_series if series.failure is None]
         if not running or (not warmup and all(plan.precise(series.seconds) for series in running)):
             break
-        for series in running:
+        # Back and forth, so that drift within a turn hits the first and the last alike.
+        for series in running if turn % 2 == 0 else reversed(running):
             candidate = series.candidate
             try:
                 sample = take(candidate)

@@ -39,19 +39,37 @@ def noise_of(measurement: Measurement) -> float:
     return max(LEAST_NOISE, 1.25 * math.sqrt(variance / count))
 
 
-def corrected(setting: Setting, measurements: Sequence[Measurement]) -> Setting:
+@dataclass(frozen=True)
+class Corrected:
+    """What measurements say.
+
+    Attributes:
+        setting: the one that best explains how long ranks computed and links carried.
+        drift: of each measurement the logarithm of how much slower the whole machine was than on average.
+    """
+
+    setting: Setting
+    drift: tuple[float, ...]
+
+
+def corrected(setting: Setting, measurements: Sequence[Measurement]) -> Corrected:
     """The setting that best explains how long ranks computed and links carried, given where it came from.
 
     Each cost term, each rank's speed and each link may be off; what is measured decides how much, as far as
-    it tells them apart (a maximum a posteriori estimate with log-normal spreads).
+    it tells them apart (a maximum a posteriori estimate with log-normal spreads). Where all ranks were slower in
+    one measurement than in another by more than noise, it was the machine, and no cost.
     """
-    timed = [one for one in measurements if one.ok and len(one.samples[0].ranks) == len(one.sizes) > 0]
+    timed = [one for one in measurements if one.ok and len(one.samples[0].ranks) == len(one.sizes)]
     if not timed:
-        return setting
-    return _with_kv_share(_with_links(_with_costs(setting, timed), timed), timed)
+        return Corrected(setting, (0.0,) * len(measurements))
+    found = _with_costs(setting, timed)
+    told = _with_links(found.setting, timed)
+    known = dict(zip(map(id, timed), found.drift, strict=True))
+    drift = tuple(known.get(id(one), 0.0) for one in measurements)
+    return Corrected(_with_kv_share(told, timed, found.drift), drift)
 
 
-def _with_costs(setting: Setting, timed: Sequence[Measurement]) -> Setting:
+def _with_costs(setting: Setting, timed: Sequence[Measurement]) -> Corrected:
     import numpy as np
     from scipy.optimize import least_squares
 
@@ -64,20 +82,49 @@ def _with_costs(setting: Setting, timed: Sequence[Measurement]) -> Setting:
     terms = np.stack([np.ones_like(sizes), sizes, own, sizes * starts], axis=-1) * prices
     took = np.array([[_median(one, rank, "compute_s") for rank in range(len(one.sizes))] for one in timed])
     if not (took > 0).all() or not (terms.sum(axis=-1) > 0).all():
-        return setting
+        return Corrected(setting, (0.0,) * len(timed))
     noise = np.array([noise_of(one) for one in timed])[:, None]
     ranks = sizes.shape[1]
     slowness = np.log([setting.slowness(rank) for rank in range(ranks)])
     known = np.log(took) - slowness
+    drifts = _drift_spread(known - np.log(terms.sum(axis=-1)), float((noise**2).mean()))
+    drifting = len(timed) if drifts else 0
 
     def off(at: Array) -> Array:
-        expected = np.log(terms @ np.exp(at[:4])) + at[4:]
-        return np.concatenate([((expected - known) / noise).ravel(), at[:4] / TERM_SPREAD, at[4:] / SPEED_SPREAD])
+        drift = at[4 + ranks :][:, None] if drifting else 0.0
+        expected = np.log(terms @ np.exp(at[:4])) + at[4 : 4 + ranks] + drift
+        spread = [at[:4] / TERM_SPREAD, at[4 : 4 + ranks] / SPEED_SPREAD]
+        if drifting:
+            spread.append(at[4 + ranks :] / drifts)
+        return np.concatenate([((expected - known) / noise).ravel(), *spread])
 
-    found = least_squares(off, np.zeros(4 + ranks)).x
+    found = least_squares(off, np.zeros(4 + ranks + drifting)).x
     fixed, token, own_pair, prefix_pair = (float(one) for one in prices * np.exp(found[:4]))
-    speeds = tuple(float(one) for one in np.exp(-(slowness + found[4:])))
-    return replace(setting, cost=ChunkCost(fixed, token, own_pair, prefix_pair, cost.kv_share), speeds=speeds)
+    speeds = tuple(float(one) for one in np.exp(-(slowness + found[4 : 4 + ranks])))
+    told = replace(setting, cost=ChunkCost(fixed, token, own_pair, prefix_pair, cost.kv_share), speeds=speeds)
+    drift = tuple(float(one) for one in found[4 + ranks :]) if drifting else (0.0,) * len(timed)
+    return Corrected(told, drift)
+
+
+def _drift_spread(off: Array, noise: float) -> float:
+    """By how much the whole machine's speed varied between measurements, as a share; 0 if not beyond noise.
+
+    A cost that is wrong makes one rank late when its chunk grows, and another early whose chunk then shrinks. Only
+    drift makes all ranks late together, so what their lateness has in common is its variance.
+
+    Args:
+        off: ``[measurements, ranks]``, logarithm of what each rank took over what was expected.
+        noise: variance of each.
+    """
+    import numpy as np
+
+    count, ranks = off.shape
+    if count < 3 or ranks < 2:
+        return 0.0
+    apart = off - off.mean(axis=0)
+    together = apart.T @ apart / (count - 1)
+    common = float((together.sum() - np.trace(together)) / (ranks * (ranks - 1)))
+    return math.sqrt(common) if common > noise else 0.0
 
 
 def _with_links(setting: Setting, timed: Sequence[Measurement]) -> Setting:
@@ -111,14 +158,14 @@ def _with_links(setting: Setting, timed: Sequence[Measurement]) -> Setting:
     return replace(setting, link=tuple(scaled(link, *together) for link in setting.link))
 
 
-def _with_kv_share(setting: Setting, timed: Sequence[Measurement]) -> Setting:
+def _with_kv_share(setting: Setting, timed: Sequence[Measurement], drift: Sequence[float]) -> Setting:
     """How early a layer's KV is ready shows in nothing but TTFT itself."""
     import numpy as np
 
     share = setting.cost.kv_share
     if not 0 < share < 1:
         return setting
-    took, noise = np.log([one.ttft_s for one in timed]), np.array([noise_of(one) for one in timed])
+    took, noise = np.log([one.ttft_s for one in timed]) - drift, np.array([noise_of(one) for one in timed])
     best = None
     for factor in np.exp(np.linspace(-2, 2, 21) * SHARE_SPREAD):
         tried = replace(setting, cost=replace(setting.cost, kv_share=min(0.95, share * float(factor))))
@@ -175,20 +222,28 @@ class Beliefs:
         from sklearn.gaussian_process.kernels import RBF, ConstantKernel
 
         timed = tuple(one for one in measurements if one.ok)
-        setting = corrected(setting, timed)
+        found = corrected(setting, timed)
         if not timed:
-            return cls(setting, context, timed, None, 0.0)
+            return cls(found.setting, context, timed, None, 0.0)
         sizes = np.array([one.sizes for one in timed], dtype=float)
-        residual = np.log([one.ttft_s for one in timed]) - np.log(ttft(sizes, setting))
+        took = np.log([one.ttft_s for one in timed]) - found.drift
+        residual = took - np.log(ttft(sizes, found.setting))
         noise = np.array([noise_of(one) for one in timed])
         # Only what scatters by more than noise would in all likelihood is worth a surface of its own.
         by_chance = float((noise**2).mean()) * (1 + 2 * math.sqrt(2 / max(1, len(timed) - 1)))
-        spread = max(LEAST_SURFACE, math.sqrt(max(0.0, float(residual.var()) - by_chance)))
-        kernel = ConstantKernel(spread**2, "fixed") * RBF(0.3, "fixed")
-        process = GaussianProcessRegressor(kernel, alpha=noise**2, optimizer=None)
-        offset = float(np.average(residual, weights=noise**-2))
-        process.fit(_places(sizes), residual - offset)
-        return cls(setting, context, timed, process, offset)
+        beyond = max(0.0, float(residual.var()) - by_chance)
+        best: Any = None
+        for smooth in (1.0, 0.75, 0.5, 0.25, 0.0):
+            # Neighbours that differ speak of scatter from one measurement to the next, not of a surface.
+            alpha = noise**2 + (1 - smooth) * beyond
+            spread = max(LEAST_SURFACE, math.sqrt(smooth * beyond))
+            kernel = ConstantKernel(spread**2, "fixed") * RBF(0.3, "fixed")
+            process = GaussianProcessRegressor(kernel, alpha=alpha, optimizer=None)
+            offset = float(np.average(residual, weights=1 / alpha))
+            process.fit(_places(sizes), residual - offset)
+            if best is None or process.log_marginal_likelihood_value_ > best[0].log_marginal_likelihood_value_:
+                best = process, offset
+        return cls(found.setting, context, timed, *best)
 
     def ttft_s(self, sizes: Any) -> tuple[Array, Array]:
         """Expected TTFT in seconds of partitions ``[n, ranks]``, and its relative uncertainty."""

@@ -90,7 +90,7 @@ class _Learnt:
     @classmethod
     def of(cls, machine: Machine, rows: Sequence[Row]) -> _Learnt:
         told = rows[0].told.setting()
-        found = corrected(told, [trial for row in rows for trial in row.trials])
+        found = corrected(told, [trial for row in rows for trial in row.trials if trial.ok]).setting
         ranks = machine[4]
         links = [
             _log_ratio(

@@ -76,6 +76,35 @@ def test_a_search_runs_again_from_its_log_alone() -> None:
     assert other.best in {one.partition for one in asked}
 
 
+def test_a_machine_that_drifts_teaches_no_wrong_costs() -> None:
+    """Measurements taken while everything was slower say the same about the split as the others."""
+    splits = [
+        (2400, 2300, 1900, 1592),
+        (2500, 2200, 1900, 1592),
+        (2600, 2000, 2000, 1592),
+        (2300, 2100, 2000, 1792),
+    ]
+    factors = (1.0, 1.4, 0.8, 1.2)
+    drifting = []
+    for sizes, factor in zip(splits, factors, strict=True):
+        one = measured(Partition(sizes))
+        times = tuple(RankTimes(r.compute_s * factor, r.wait_s, r.transfer_s) for r in one.samples[0].ranks)
+        sample = Sample(one.ttft_s * factor, times, 0)
+        drifting.append(msgspec.structs.replace(one, samples=(sample,) * 3))
+    found = corrected(FITTED, drifting)
+    assert [drift - found.drift[0] for drift in found.drift] == pytest.approx(
+        [math.log(factor) for factor in factors], abs=0.03
+    )
+    still = corrected(FITTED, [measured(Partition(sizes)) for sizes in splits])
+    assert still.drift == (0.0,) * 4
+    speeds = [ours / theirs for ours, theirs in zip(found.setting.speeds, still.setting.speeds, strict=True)]
+    assert max(speeds) / min(speeds) < 1.03
+    # The fastest split is told apart from the one that was measured at a good moment.
+    ranked = Beliefs.after(FITTED, CONTEXT, drifting).ranked()
+    right = min(splits, key=lambda sizes: simulate(Partition(sizes), TRUTH).ttft_s)
+    assert ranked[0].sizes == right
+
+
 def test_noisy_measurements_do_not_send_it_far_away() -> None:
     """Where all that is left is sure to be slower, the least slow of it is next, not the first of the list."""
     few = Space.around([Seed("even", Partition.even(512, 2))], 16, math.log(10))
@@ -130,7 +159,9 @@ def test_the_informed_search_finds_a_truth_it_was_not_told_in_a_few_measurements
     assert len(asked) <= 8
     assert [one.source for one in found.trials] == ["even", *["informed"] * (len(asked) - 1)]
     # What it started from was clearly worse.
-    assert asked[1].sizes == best_split(CONTEXT, RANKS, corrected(FITTED, asked[:1]), quantum=QUANTUM).sizes
+    assert (
+        asked[1].sizes == best_split(CONTEXT, RANKS, corrected(FITTED, asked[:1]).setting, quantum=QUANTUM).sizes
+    )
 
 
 def test_measurements_correct_costs_speeds_and_links() -> None:
@@ -139,7 +170,7 @@ def test_measurements_correct_costs_speeds_and_links() -> None:
         Partition((3200, 1600, 1792, 1600)),
         Partition((1600, 2400, 2192, 2000)),
     ]
-    setting = corrected(FITTED, [measured(one) for one in splits])
+    setting = corrected(FITTED, [measured(one) for one in splits]).setting
     assert isinstance(setting.link, tuple)
     assert isinstance(TRUTH.link, tuple)
     for found, right in zip(setting.link, TRUTH.link, strict=True):
@@ -155,13 +186,13 @@ def test_links_that_nothing_was_known_of_are_learnt_in_both_topologies() -> None
     for topology in ("chain", "fanout"):
         told = replace(FITTED, link=LinkCost(), topology=topology)
         true = replace(FITTED, link=LinkCost.of(5e9), topology=topology)
-        setting = corrected(told, [measured(Partition.even(CONTEXT, RANKS), true)])
+        setting = corrected(told, [measured(Partition.even(CONTEXT, RANKS), true)]).setting
         assert setting.link_between(0, 1).seconds_per_byte == pytest.approx(2e-10, rel=0.01)
 
 
 def test_nothing_measured_corrects_nothing_and_failures_say_nothing() -> None:
     failed = Measurement("kvr", (4096, 4096), (), "failed", failure=Failure("lost", "gone"))
-    assert corrected(FITTED, [failed]) == FITTED
+    assert corrected(FITTED, [failed]).setting == FITTED
     beliefs = Beliefs.after(FITTED, CONTEXT, [failed])
     assert beliefs.ranked() == []
     sampler = InformedSampler(space(2), FITTED, seed=0)
