@@ -156,16 +156,17 @@ class Partition:
         Raises:
             PartitionError: as `from_fractions`.
         """
-        if quantum == 1:
-            sizes = []
-            before = 0
-            for cut in cuts:
-                end = int(cut * context + 0.5)
-                sizes.append(end - before)
-                before = end
-            sizes.append(context - before)
-            if min(sizes) > 0:
-                return cls.trusted(tuple(sizes), past)
+        if quantum < 1:
+            raise PartitionError(f"quantum must be at least 1; got {quantum}")
+        sizes = []
+        before = 0
+        for cut in cuts:
+            end = int(cut * context / quantum + 0.5) * quantum
+            sizes.append(end - before)
+            before = end
+        sizes.append(context - before)
+        if min(sizes) > 0:
+            return cls.trusted(tuple(sizes), past)
         shares = [after - before for before, after in pairwise((0.0, *cuts, 1.0))]
         return cls.from_fractions(shares, context, quantum=quantum, past=past)
 

@@ -76,6 +76,8 @@ class Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         past_shares: ``past ÷ (past + context)``, ascending; nothing is predicted outside them.
         boundaries: ``[past shares][contexts][ranks - 1]`` inner boundaries as shares of the context.
         trained: contexts that partitions were searched at.
+        quantum: boundaries are multiples of so many tokens, as the searched ones are: an odd number of rows can
+            take some percent longer than an even one.
     """
 
     ranks: int
@@ -83,6 +85,7 @@ class Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     past_shares: tuple[float, ...]
     boundaries: tuple[tuple[tuple[float, ...], ...], ...]
     trained: tuple[int, ...]
+    quantum: int = 1
 
     @property
     def wrong(self) -> str | None:
@@ -91,6 +94,8 @@ class Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return f"ranks must be 2 to {MOST_RANKS}"
         if not self.contexts or self.contexts[0] < self.ranks or not _grows(self.contexts):
             return "contexts must grow, from at least as many tokens as ranks"
+        if self.quantum < 1 or self.quantum * self.ranks > self.contexts[0]:
+            return "quantum must be at least 1 and leave every rank one"
         if not self.past_shares or not _grows(self.past_shares):
             return "past_shares must grow"
         if self.past_shares[0] < 0 or self.past_shares[-1] >= 1:
@@ -212,7 +217,7 @@ class PartitionPredictor:
         ranks: int | None = None,
         past: int = 0,
         *,
-        quantum: int = 1,
+        quantum: int | None = None,
         fallback: Fallback | None = None,
     ) -> Lookup:
         """The partition for a context.
@@ -221,7 +226,7 @@ class PartitionPredictor:
             context: tokens of the prompt.
             ranks: how many; may be left out when it was trained for one rank count only.
             past: tokens in the cache before the prompt.
-            quantum: boundaries are multiples of so many tokens.
+            quantum: boundaries are multiples of so many tokens; as those it was trained on when None.
             fallback: what to do outside the trained range instead of raising: ``"cost-model"`` (equal work by the
                 cost of a chunk) or ``"even"``. The result's ``source`` then says so.
 
@@ -237,8 +242,9 @@ class PartitionPredictor:
             share = past / (past + context) if past else 0.0
             if contexts[0] <= context <= contexts[-1] and shares[0] <= share <= shares[-1]:
                 cuts = _between(grid, context, share)
-                return Lookup(Partition.from_cuts(cuts, context, quantum, past), "predicted")
-        return self._outside(context, ranks, past, quantum, fallback)
+                unit = grid.quantum if quantum is None else quantum
+                return Lookup(Partition.from_cuts(cuts, context, unit, past), "predicted")
+        return self._outside(context, ranks, past, quantum or 1, fallback)
 
     def explain(self, context: int, ranks: int | None = None, past: int = 0) -> Explanation:
         """What there is to expect of `predict` with the same arguments."""

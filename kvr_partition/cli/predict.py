@@ -30,7 +30,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, help="number of ranks, if there are several")
     add_past(parser)
     parser.add_argument(
-        "--quantum", type=int, default=1, help="cut only at multiples of so many tokens (default 1)"
+        "--quantum", type=int, help="cut only at multiples of so many tokens (default: as trained)"
     )
     parser.add_argument(
         "--fallback",
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
         )
         if options.explain:
             explanation = knows.explain(options.context, ranks=options.ranks, past=options.past)
-    elif options.fallback or options.explain or options.quantum != 1:
+    elif options.fallback or options.explain or options.quantum is not None:
         raise UnsupportedError("--fallback, --explain and --quantum need a predictor; a table has none of them")
     else:
         found = knows.lookup(options.context, ranks=options.ranks, past=options.past)

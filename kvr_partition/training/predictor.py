@@ -99,7 +99,16 @@ def _grid(regressor: Any, rows: Sequence[Row]) -> Grid:
             query = Query(first.machine, first.told, context, past)
             line.append(tuple(float(cut) for cut in regressor.cuts(query)))
         boundaries.append(tuple(line))
-    return Grid(first.ranks, tuple(nodes), tuple(share_nodes), tuple(boundaries), tuple(contexts))
+    return Grid(first.ranks, tuple(nodes), tuple(share_nodes), tuple(boundaries), tuple(contexts), _quantum(rows))
+
+
+def _quantum(rows: Sequence[Row]) -> int:
+    """What all searched boundaries are multiples of, or less where a short context has no room for it."""
+    common = math.gcd(*(boundary for row in rows for boundary in row.partition.boundaries[1:-1]))
+    shortest = min(rows, key=lambda row: row.context)
+    while common > 1 and (common * shortest.ranks > shortest.context or common > 256):
+        common //= 2
+    return common
 
 
 def _context_nodes(contexts: Sequence[int]) -> list[int]:

@@ -94,6 +94,10 @@ def test_every_prompt_gets_a_partition(ranks: int, context: int, past: int, fall
 def test_boundaries_keep_to_a_quantum(context: int, quantum: int) -> None:
     partition = predictor(8).predict(context, quantum=quantum).partition
     assert all(boundary % quantum == 0 for boundary in partition.boundaries[:-1])
+    if quantum == 1:
+        trained = PartitionPredictor([msgspec.structs.replace(grid(8), quantum=50)], predictor().training, COST)
+        assert all(boundary % 50 == 0 for boundary in trained.predict(context).partition.boundaries[:-1])
+        assert trained.predict(context, quantum=1).partition == partition
     assert partition.context == context
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvr_partition import KVRError, OutOfRangeError, Partition, PartitionError, PartitionTable, load
-from kvr_partition.errors import FileFormatError, StorageError
+from kvr_partition.errors import FileFormatError, StorageError, UnsupportedError
 from kvr_partition.export import export
 from kvr_partition.table import Entry
 
@@ -163,5 +163,5 @@ def test_exports_agree_with_the_table() -> None:
     markdown = export(TABLE, "markdown")
     assert markdown.count("\n") == 2 + len(TABLE.entries)
     assert "| 4 | 8192 | 0 | 2900 / 2100 / 1700 / 1492 | 0.354 / 0.256 / 0.208 / 0.182 | 410.0 |" in markdown
-    with pytest.raises(ValueError, match="unknown format"):
+    with pytest.raises(UnsupportedError, match="unknown format"):
         export(TABLE, "xml")
