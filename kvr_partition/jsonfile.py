@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import Any, TypeVar
+import stat
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
 from kvr_partition.errors import FileFormatError, StorageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# What only reads is what serving code pays for: pathlib and tempfile are imported where something is written.
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -26,16 +31,21 @@ def read_bytes(path: str | os.PathLike[str]) -> bytes:
     Raises:
         FileFormatError: missing, unreadable, not a regular file or larger than `MAX_FILE_BYTES`.
     """
-    file = Path(path)
+    file = os.fspath(path)
     try:
-        if not file.is_file():
-            what = "is a folder" if file.is_dir() else "does not exist"
+        found = os.stat(file)  # noqa: PTH116
+        if not stat.S_ISREG(found.st_mode):
+            what = "is a folder" if stat.S_ISDIR(found.st_mode) else "is no regular file"
             raise FileFormatError(f"{file} {what}; name the JSON file itself")
-        if file.stat().st_size > MAX_FILE_BYTES:
+        if found.st_size > MAX_FILE_BYTES:
             raise FileFormatError(f"{file} is larger than {MAX_FILE_BYTES >> 20} MiB; this is no file of ours")
-        return file.read_bytes()
-    except OSError as error:
-        raise FileFormatError(f"{file} cannot be read: {error.strerror or error}") from None
+        with open(file, "rb") as stream:  # noqa: PTH123
+            return stream.read()
+    except FileNotFoundError:
+        raise FileFormatError(f"{file} does not exist; name the JSON file itself") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise FileFormatError(f"{file} cannot be read: {reason}") from None
 
 
 def schema_of(content: bytes, path: str | os.PathLike[str]) -> str:
@@ -47,7 +57,7 @@ def schema_of(content: bytes, path: str | os.PathLike[str]) -> str:
     try:
         return msgspec.json.decode(content, type=_Head).schema
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise FileFormatError(f"{Path(path)} is not one of our JSON files: {_one_line(error)}") from None
+        raise FileFormatError(f"{os.fspath(path)} is not one of our JSON files: {_one_line(error)}") from None
 
 
 def decode(content: bytes, type_: type[T], schema: str, path: str | os.PathLike[str]) -> T:
@@ -58,11 +68,11 @@ def decode(content: bytes, type_: type[T], schema: str, path: str | os.PathLike[
     """
     found = schema_of(content, path)
     if found != schema:
-        raise FileFormatError(f"{Path(path)} has schema {found!r}; this version reads {schema!r}")
+        raise FileFormatError(f"{os.fspath(path)} has schema {found!r}; this version reads {schema!r}")
     try:
         return msgspec.json.decode(content, type=type_)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise FileFormatError(f"{Path(path)} is not a valid {schema} file: {_one_line(error)}") from None
+        raise FileFormatError(f"{os.fspath(path)} is not a valid {schema} file: {_one_line(error)}") from None
 
 
 def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
@@ -71,7 +81,8 @@ def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
     Raises:
         StorageError: the disk is full or the folder cannot be written; the old file is untouched.
     """
-    import tempfile  # whoever only reads does without
+    import tempfile
+    from pathlib import Path
 
     target = Path(path)
     temporary: str | None = None
