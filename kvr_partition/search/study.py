@@ -268,6 +268,8 @@ class _Study:
                 continue
             trial.set_user_attr("owner", owner)
             trial.set_user_attr("sizes", partition.sizes)
+            while self._undecided_before(trial.number):
+                time.sleep(POLL_S / 10)
             known, running = self._look()
             earlier = [sizes for number, sizes in running if number < trial.number]
             if partition.sizes in {*known, *earlier} or len(known) + len(earlier) >= budget:
@@ -352,6 +354,13 @@ class _Study:
         else:
             self._study.tell(trial, state=TrialState.FAIL)
 
+    def _undecided_before(self, number: int) -> bool:
+        """Whether an earlier trial is asked for that has not said yet what it measures: it may be the same."""
+        return self._shared and any(
+            trial.number < number and "sizes" not in trial.user_attrs and _age_s(trial) < ASKING_S
+            for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        )
+
     def _look(self) -> tuple[dict[tuple[int, ...], Trial], list[tuple[int, tuple[int, ...]]]]:
         """What is measured, by sizes, and number and sizes of each trial that is being measured; at one moment."""
         known: dict[tuple[int, ...], Trial] = {}
@@ -429,15 +438,18 @@ def _began(process: int) -> str:
 def _is_alive(trial: FrozenTrial) -> bool:
     """Whether somebody is measuring a running trial."""
     owner = trial.user_attrs.get("owner")
-    began = trial.datetime_start
-    age = 0.0 if began is None else (datetime.datetime.now() - began).total_seconds()
     if owner is None:
         # Between being asked for and being owned a trial is young.
-        return age < ASKING_S
+        return _age_s(trial) < ASKING_S
     host, process, since = owner.split("/")
     if host == platform.node():
         return bool(_began(int(process)) == since)
-    return age < LEASE_S
+    return _age_s(trial) < LEASE_S
+
+
+def _age_s(trial: FrozenTrial) -> float:
+    began = trial.datetime_start
+    return 0.0 if began is None else (datetime.datetime.now() - began).total_seconds()
 
 
 @contextlib.contextmanager

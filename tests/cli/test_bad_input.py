@@ -62,7 +62,7 @@ CASES = [
     ("predict --table table.json --context 64 --ranks 3", 1, "nothing was searched for 3 ranks; the table has 2"),
     ("predict --table torn.json --context 64", 1, "torn.json is not"),
     ("predict --table missing.json --context 64", 1, "missing.json does not exist"),
-    ("predict --context 64", 2, "required: --table"),
+    ("predict --context 64", 2, "one of the arguments --table --predictor is required"),
     ("export table.json --format xml", 2, "invalid choice: 'xml'"),
     (
         "export table.json --output nowhere/out.csv",

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import optuna
 import pytest
+from optuna.trial import FrozenTrial
 
 from kvr_partition.errors import StorageError, UnsupportedError
+from kvr_partition.measurement import Measurement
+from kvr_partition.partition import Partition
 from kvr_partition.search import search
 from kvr_partition.search.storage import open_storage
 from tests.unit.servers import optuna_proxy, postgresql
@@ -76,6 +82,50 @@ def test_two_processes_on_one_study_lose_nothing_and_repeat_nothing(url: str) ->
     assert second
     # Whoever ends last has seen everything.
     assert "16" in (end[1], other_end[1])
+
+
+class _Slow(optuna.storages.InMemoryStorage):
+    """Two searches begin at the very same moment, and the first trial is slow to say what it measures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = threading.Barrier(2)
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        if template_trial is not None:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                self.both.wait(10)
+                self.both.abort()
+        return super().create_new_trial(study_id, template_trial)
+
+    def set_trial_user_attr(self, trial_id: int, key: str, value: object) -> None:
+        if key == "sizes" and self.get_trial(trial_id).number == 0:
+            time.sleep(0.3)
+        super().set_trial_user_attr(trial_id, key, value)
+
+
+def test_what_an_earlier_trial_has_not_yet_said_is_waited_for() -> None:
+    storage = _Slow()
+    optuna.create_study(storage=storage, study_name="s")
+    measured: list[tuple[int, ...]] = []
+
+    def measure(partition: Partition) -> Measurement:
+        measured.append(partition.sizes)
+        time.sleep(0.6)
+        return Recorder()(partition)
+
+    with ThreadPoolExecutor(2) as pool:
+        both = [
+            pool.submit(
+                search, measure, CONTEXT, RANKS, 3, sampler="tpe", setting=FITTED, storage=storage, shared=True,
+                study_name="s", seed=seed,
+            )
+            for seed in (1, 2)
+        ]  # fmt: skip
+        for one in both:
+            one.result(60)
+    assert sum(trial.user_attrs.get("source") == "even" for trial in storage.get_all_trials(0)) == 2
+    assert len(measured) == len(set(measured)) == 3
 
 
 def test_what_a_killed_process_was_measuring_is_measured_by_another(tmp_path: Path) -> None:
