@@ -43,6 +43,7 @@ def run(options: argparse.Namespace) -> None:
     from kvr_partition.cli.show import Progress, print_json, print_table
     from kvr_partition.training import REGRESSORS, Dataset, load_dataset, train
     from kvr_partition.training.evaluation import tune
+    from kvr_partition.training.predictor import TRUSTED
     from kvr_partition.training.regressors import SPACES
 
     rows: list[Row] = []
@@ -94,6 +95,9 @@ def run(options: argparse.Namespace) -> None:
                 for one in sorted(overall, key=lambda one: one.regret.mean)
             ],
         )
+        least = min(overall, key=lambda one: one.regret.mean).method
+        if options.method is None and training.method == TRUSTED != least:
+            print(f"\n{TRUSTED} is kept: none that answered every case beats it by more than chance.")
     else:
         print("Nothing could be left out: that needs three contexts on the same ranks.")
     for grid in predictor.grids:

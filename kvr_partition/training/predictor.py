@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import mean, stdev
 from typing import Any
 
 from kvr_partition.errors import OutOfRangeError, PartitionError
-from kvr_partition.predictor import Grid, PartitionPredictor, Score, Training
+from kvr_partition.predictor import Grid, PartitionPredictor, Training
 from kvr_partition.provenance import Provenance
 from kvr_partition.training.dataset import Row, digest
-from kvr_partition.training.evaluation import evaluate, scores
+from kvr_partition.training.evaluation import Outcome, evaluate, scores
 from kvr_partition.training.features import Query
 from kvr_partition.training.regressors import REGRESSORS, Corrected
 
@@ -19,19 +20,41 @@ NODES_PER_OCTAVE = 8
 
 PAST_NODES = 9
 
+TRUSTED = "corrected"
+"""The way to predict that others have to beat."""
 
-def best_method(found: Sequence[Score], held_out: str = "context") -> str | None:
-    """The method with the least mean regret on what was held out; None if nothing was."""
+MIN_CASES = 3
+"""Held-out cases that say nothing about which of two methods is better."""
+
+
+def best_method(found: Sequence[Outcome], held_out: str = "context") -> str | None:
+    """The method to keep for what was held out; None if nothing was."""
     return next(iter(ranked(found, held_out)), None)
 
 
-def ranked(found: Sequence[Score], held_out: str = "context") -> list[str]:
-    """Methods by mean regret on what was held out, the best first; only those that answered everything asked."""
-    known = [one for one in found if one.held_out == held_out and one.ranks is None]
+def ranked(found: Sequence[Outcome], held_out: str = "context") -> list[str]:
+    """Methods by mean regret on what was held out, the best first; only those that answered everything asked.
+
+    A few noisy cases pick a winner among many methods by chance. The corrected cost model, which knows how a
+    prefill works, is therefore first unless another one beats it by more than a standard error of the difference.
+    """
+    losses: dict[str, list[float]] = {}
+    for one in found:
+        if one.held_out == held_out:
+            losses.setdefault(one.method, []).append(one.regret)
     # Who passes on the hard cases has not won.
-    most = max((one.regret.cases for one in known), default=0)
-    answered = [one for one in known if one.regret.cases == most]
-    return [one.method for one in sorted(answered, key=lambda one: one.regret.mean)]
+    most = max((len(each) for each in losses.values()), default=0)
+    order = sorted((name for name, each in losses.items() if len(each) == most), key=lambda one: mean(losses[one]))
+    if TRUSTED in order and not _beats(losses[order[0]], losses[TRUSTED]):
+        order.remove(TRUSTED)
+        order.insert(0, TRUSTED)
+    return order
+
+
+def _beats(losses: Sequence[float], others: Sequence[float]) -> bool:
+    """Whether less is lost, case by case, than chance explains."""
+    won = [other - loss for loss, other in zip(losses, others, strict=True)]
+    return len(won) > MIN_CASES and mean(won) > stdev(won) / math.sqrt(len(won))
 
 
 def train(
@@ -62,10 +85,10 @@ def train(
         raise PartitionError(f"a predictor is for one model on one machine; these rows are of {shown}")
     if method is not None and method not in REGRESSORS:
         raise PartitionError(f"unknown method {method!r}; there are {', '.join(REGRESSORS)}")
-    found = scores(evaluate(rows, tuned=tuned, jobs=jobs))
+    found = evaluate(rows, tuned=tuned, jobs=jobs)
     counts = sorted({row.ranks for row in rows})
     # A method may have no answer at some corner of the range although it had one for every held-out case.
-    for chosen in [method] if method else [*ranked(found), "corrected"]:
+    for chosen in [method] if method else [*ranked(found), TRUSTED]:
         regressor = REGRESSORS[chosen](**(tuned or {}).get(chosen, {})).fit(rows)
         try:
             grids = [_grid(regressor, [row for row in rows if row.ranks == count]) for count in counts]
@@ -75,7 +98,7 @@ def train(
     else:
         raise PartitionError(reason)
     training = Training(
-        chosen, len(rows), sum(row.origin == "measured" for row in rows), digest(rows), tuple(found)
+        chosen, len(rows), sum(row.origin == "measured" for row in rows), digest(rows), tuple(scores(found))
     )
     largest = max(rows, key=lambda row: (row.context, row.ranks))
     cost = Corrected().fit(rows).setting(Query.of(largest)).cost

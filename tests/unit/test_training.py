@@ -17,6 +17,7 @@ from kvr_partition.table import Entry
 from kvr_partition.training import (
     REGRESSORS,
     Dataset,
+    Outcome,
     Row,
     best_method,
     evaluate,
@@ -25,7 +26,7 @@ from kvr_partition.training import (
     scores,
     train,
 )
-from kvr_partition.training.evaluation import regret, tune
+from kvr_partition.training.evaluation import tune
 from kvr_partition.training.features import NAMES, Query, features
 from kvr_partition.training.regressors import Corrected, Interpolation, growing
 from kvr_partition.training.simulated import landscapes, searched_row
@@ -165,15 +166,24 @@ def test_what_is_left_out_has_not_been_seen() -> None:
     assert {one.held_out for one in several} <= {"model", "hardware"}
 
 
+def outcomes(**losses: list[float]) -> list[Outcome]:
+    row = rows()[0]
+    return [Outcome(name.replace("_", "-"), "context", row, one) for name, each in losses.items() for one in each]
+
+
 def test_the_method_that_answers_most_and_loses_least_wins() -> None:
-    found = evaluate(rows(), ["interpolation", "cost-model", "corrected"], ["context"])
-    chosen = best_method(scores(found))
-    by_method = {
-        name: regret([one.regret for one in found if one.method == name]).mean
-        for name in ("interpolation", "cost-model", "corrected")
-    }
-    assert by_method[chosen or ""] == min(by_method.values())
+    few, many = [0.0, 0.0], [0.01, 0.02, 0.01, 0.03, 0.01]
+    assert best_method(outcomes(boosting=few, splines=many, interpolation=[2 * one for one in many])) == "splines"
     assert best_method([]) is None
+
+
+def test_the_corrected_cost_model_is_kept_unless_another_beats_it_by_more_than_chance() -> None:
+    corrected = [0.010, 0.012, 0.009, 0.011, 0.013]
+    luck = [0.000, 0.030, 0.001, 0.002, 0.020]
+    assert best_method(outcomes(corrected=corrected, splines=luck)) == "corrected"
+    assert best_method(outcomes(corrected=corrected, splines=[one - 0.004 for one in corrected])) == "splines"
+    # Two cases say nothing, however clear they look.
+    assert best_method(outcomes(splines=[0.0, 0.001], corrected=corrected[:2])) == "corrected"
 
 
 def test_tuning_gives_what_a_method_takes_or_nothing() -> None:
@@ -187,7 +197,7 @@ def test_a_trained_predictor_is_the_regressor_it_was_made_from() -> None:
     searched = rows(4, pasts=True)
     predictor = train(searched, provenance(ranks=3))
     training = predictor.training
-    assert training.method == best_method(training.scores)
+    assert training.method == best_method(evaluate(searched))
     assert (training.rows, training.measured) == (12, 0)
     assert len(training.digest) == 64
     assert {one.method for one in training.scores} == set(REGRESSORS)
