@@ -2,8 +2,10 @@
 
     python benchmarks/import_time.py --out data/epyc-2-cores/serving.json
 
-Whole processes take turns; printed are medians in milliseconds and the difference to bare Python. Warm answers are
-timed in one process, the median of 11 rounds of 20,000, in microseconds.
+Fresh processes run in an environment made for it with nothing but this package, as a router has, and in the one
+that runs this file: msgspec imports typing_extensions where it is there, as it is beside torch. Whole processes take
+turns; printed are medians in milliseconds and the difference to bare Python. Warm answers are timed in one process,
+the median of 11 rounds of 20,000, in microseconds.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import sys
 import tempfile
 import time
 import timeit
+import venv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,8 +51,20 @@ def table() -> PartitionTable:
     )
 
 
-def fresh(folder: Path, runs: int) -> dict[str, float]:
-    """Milliseconds of whole processes."""
+def alone(folder: Path) -> Path:
+    """The interpreter of an environment with this package and what that needs."""
+    root = Path(__file__).resolve().parents[1]
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    subprocess.run(
+        [python, "-m", "pip", "install", "-q", "-c", root / "constraints.txt", root],
+        check=True, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    return python
+
+
+def fresh(folder: Path, pythons: dict[str, Path], runs: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of whole processes, by environment."""
     cases = {
         "bare Python": "pass",
         "import kvr_partition": "import kvr_partition",
@@ -58,14 +73,15 @@ def fresh(folder: Path, runs: int) -> dict[str, float]:
         "load a predictor, predict": "from kvr_partition import load; "
         f"load({str(folder / 'predictor.json')!r}).predict(9999, 8, 1000)",
     }
-    times: dict[str, list[float]] = {name: [] for name in cases}
+    times: dict[str, dict[str, list[float]]] = {place: {name: [] for name in cases} for place in pythons}
     for turn in range(runs + 1):
-        for name, code in cases.items():
-            began = time.perf_counter()
-            subprocess.run([sys.executable, "-c", code], check=True)
-            if turn:
-                times[name].append((time.perf_counter() - began) * 1e3)
-    return {name: median(each) for name, each in times.items()}
+        for place, python in pythons.items():
+            for name, code in cases.items():
+                began = time.perf_counter()
+                subprocess.run([python, "-c", code], check=True, cwd=folder)
+                if turn:
+                    times[place][name].append((time.perf_counter() - began) * 1e3)
+    return {place: {name: median(each) for name, each in by_name.items()} for place, by_name in times.items()}
 
 
 def warm() -> dict[str, float]:
@@ -95,11 +111,13 @@ def main() -> None:
         table().save(folder / "table.json")
         predictor().save(folder / "predictor.json")
         size = (folder / "predictor.json").stat().st_size
-        processes = fresh(folder, options.runs)
+        pythons = {"alone": alone(folder / "venv"), "beside torch": Path(sys.executable)}
+        processes = fresh(folder, pythons, options.runs)
     answers = warm()
-    bare = processes["bare Python"]
-    for what, milliseconds in processes.items():
-        print(f"{what:<30} {milliseconds:7.1f} ms   {milliseconds - bare:+7.1f} ms")
+    for place, by_name in processes.items():
+        print(place)
+        for what, milliseconds in by_name.items():
+            print(f"  {what:<30} {milliseconds:7.1f} ms   {milliseconds - by_name['bare Python']:+7.1f} ms")
     for what, microseconds in answers.items():
         print(f"{what:<30} {microseconds:7.2f} µs")
     if options.out:

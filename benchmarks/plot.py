@@ -1,4 +1,4 @@
-"""Draw the figures of docs/performance.md from the files in data/.
+"""Draw the figures of docs/performance.md and docs/predictor.md from the files in data/.
 
 python benchmarks/plot.py
 """
@@ -71,6 +71,84 @@ def cold_starts() -> None:
     save(figure, "h100-sxm-llama-7b-cold")
 
 
+def regrets() -> None:
+    """What each way to predict loses on what was left out: a panel for each kind of group."""
+    scores = json.loads((ROOT / "data/simulated/predictor.json").read_text())["scores"]
+    overall = [one for one in scores if one["ranks"] is None]
+    groups = list(dict.fromkeys(one["held_out"] for one in overall))
+    methods = list(dict.fromkeys(one["method"] for one in overall))[::-1]
+    figure, axes = plt.subplots(1, len(groups), figsize=(11, 2.9), sharey=True, sharex=True)
+    for axis, group in zip(axes, groups, strict=True):
+        found = {one["method"]: one["regret"] for one in overall if one["held_out"] == group}
+        for at, method in enumerate(methods):
+            if method not in found:
+                axis.text(
+                    0.03, at, "no answer", va="center", fontsize=7, color="#8c8c8c",
+                    transform=axis.get_yaxis_transform(),
+                )  # fmt: skip
+                continue
+            losses = {name: found[method][name] * 100 for name in ("mean", "p95", "max")}
+            shade = COLOURS["KVR"] if method == "corrected" else "#8c8c8c"
+            axis.plot([losses["mean"], losses["max"]], [at, at], color=shade, linewidth=1)
+            for name, marker in (("mean", "o"), ("p95", "|"), ("max", ">")):
+                axis.plot(losses[name], at, marker, color=shade, markersize=5)
+        axis.set_title(f"left out: a {group}", fontsize=9)
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.grid(axis="x", linewidth=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    axes[0].set_yticks(range(len(methods)), methods, fontsize=8)
+    axes[len(groups) // 2].set_xlabel(
+        "regret in %: mean (dot), 95th percentile (bar), largest (arrow)", fontsize=8
+    )
+    save(figure, "simulated-predictor")
+
+
+def regrets_by_ranks() -> None:
+    """Mean and largest regret on contexts left out, by rank count."""
+    scores = json.loads((ROOT / "data/simulated/predictor.json").read_text())["scores"]
+    figure, axes = plt.subplots(figsize=(5.2, 2.9))
+    for method, shade in (("interpolation", "#c0504d"), ("cost-model", "#d99a3c"), ("corrected", COLOURS["KVR"])):
+        found = [
+            one for one in scores
+            if one["method"] == method and one["held_out"] == "context" and one["ranks"] is not None
+        ]  # fmt: skip
+        ranks = [one["ranks"] for one in found]
+        axes.plot(
+            ranks, [one["regret"]["mean"] * 100 for one in found], "o-", color=shade, label=f"{method}, mean"
+        )
+        axes.plot(ranks, [one["regret"]["max"] * 100 for one in found], ":", color=shade, label="largest")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("ranks", fontsize=8)
+    axes.set_ylabel("regret in %, contexts left out", fontsize=8)
+    axes.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.22), frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, "simulated-predictor-by-ranks")
+
+
+def against_search(file: str, name: str) -> None:
+    """TTFT over that of the searched split, compared turn by turn, with intervals."""
+    held_out = json.loads((ROOT / "data" / file).read_text())["held_out"]
+    figure, axes = plt.subplots(figsize=(5.2, 2.9))
+    shown = {"KVR-P": COLOURS["KVR"], "interpolated": "#d99a3c", "KVR-E": "#8c8c8c"}
+    for shift, (method, shade) in enumerate(shown.items()):
+        for at, one in enumerate(held_out):
+            over = {key: value * 100 for key, value in one["methods"][method]["over_searched"].items()}
+            axes.errorbar(
+                at + 0.18 * (shift - 1), over["median"],
+                yerr=[[over["median"] - over["low"]], [over["high"] - over["median"]]],
+                fmt="o", color=shade, capsize=2, markersize=4, label=method if at == 0 else None,
+            )  # fmt: skip
+    axes.axhline(0, color="#8c8c8c", linewidth=0.6)
+    axes.set_xticks(range(len(held_out)), [f"{one['context']:,} tokens" for one in held_out], fontsize=8)
+    axes.set_ylabel("TTFT over KVR-S, %", fontsize=8)
+    axes.legend(fontsize=8, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, name)
+
+
 def save(figure: Any, name: str) -> None:
     """As SVG, text as text, the same bytes for the same data."""
     folder = ROOT / "docs" / "plots"
@@ -89,6 +167,9 @@ def main() -> None:
     compared("h200/llama-7b", "sm-8-ranks", "H200, 8 ranks")
     compared("epyc-2-cores/quickstart-llama", "cpu-2-ranks", "2 CPU ranks")
     cold_starts()
+    regrets()
+    regrets_by_ranks()
+    against_search("epyc-2-cores/quickstart-llama/predict-cpu-2.json", "epyc-2-cores-quickstart-llama-predict")
 
 
 if __name__ == "__main__":

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import NoReturn
 
 from kvr_partition.errors import PartitionError
 
 
-@dataclass(frozen=True, slots=True)
 class Partition:
-    """Chunk sizes of a prompt, one per rank, in rank order.
+    """Chunk sizes of a prompt, one per rank, in rank order; immutable.
 
     Args:
         sizes: tokens computed by rank 0, 1, …; each at least 1.
@@ -27,8 +26,12 @@ class Partition:
         (16384, 2, (0, 9728, 16384))
     """
 
+    # Written out, since a dataclass would take serving code as long to import as all the rest of this file.
+    __slots__ = ("past", "sizes")
+    __match_args__ = ("sizes", "past")
+
     sizes: tuple[int, ...]
-    past: int = 0
+    past: int
 
     def __init__(self, sizes: Iterable[int], past: int = 0) -> None:
         checked = tuple(_whole(size, f"size of rank {rank}", 1) for rank, size in enumerate(sizes))
@@ -44,6 +47,26 @@ class Partition:
         object.__setattr__(made, "sizes", sizes)
         object.__setattr__(made, "past", past)
         return made
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"a partition is immutable; cannot set {name!r}")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"a partition is immutable; cannot delete {name!r}")
+
+    def __eq__(self, other: object) -> bool:
+        if other.__class__ is not Partition:
+            return NotImplemented
+        return self.sizes == other.sizes and self.past == other.past
+
+    def __hash__(self) -> int:
+        return hash((self.sizes, self.past))
+
+    def __repr__(self) -> str:
+        return f"Partition(sizes={self.sizes!r}, past={self.past!r})"
+
+    def __reduce__(self) -> tuple[type[Partition], tuple[tuple[int, ...], int]]:
+        return Partition, (self.sizes, self.past)
 
     @property
     def context(self) -> int:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import pytest
 from hypothesis import given
@@ -100,3 +102,19 @@ def test_it_is_a_value() -> None:
     assert len({Partition((3, 2)), Partition([3, 2]), Partition((3, 2), past=1)}) == 2
     with pytest.raises(AttributeError):
         Partition((3, 2)).past = 4  # type: ignore[misc]
+
+
+def test_a_partition_is_a_value() -> None:
+    one, same, other = Partition((3, 2), past=4), Partition([3, 2], past=4), Partition((3, 2))
+    assert one == same != other
+    assert len({one, same, other}) == 2
+    assert one != (3, 2)
+    for copied in (pickle.loads(pickle.dumps(one)), copy.deepcopy(one), copy.copy(one)):
+        assert copied == one
+    assert eval(repr(one)) == one
+    with pytest.raises(AttributeError, match="immutable"):
+        one.past = 0
+    with pytest.raises(AttributeError, match="immutable"):
+        del one.sizes
+    with pytest.raises(AttributeError):
+        one.more = 1  # type: ignore[attr-defined]
