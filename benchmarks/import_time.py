@@ -3,9 +3,9 @@
     python benchmarks/import_time.py --out data/epyc-2-cores/serving.json
 
 Fresh processes run in an environment made for it with nothing but this package, as a router has, and in the one
-that runs this file: msgspec imports typing_extensions where it is there, as it is beside torch. Whole processes take
-turns; printed are medians in milliseconds and the difference to bare Python. Warm answers are timed in one process,
-the median of 11 rounds of 20,000, in microseconds.
+that runs this file: msgspec imports typing_extensions where it is there, as it is beside torch. Whole processes
+take turns; printed are medians in milliseconds and the difference to bare Python. Warm answers are timed in one
+process, the median of 11 rounds of 20,000, in microseconds.
 """
 
 from __future__ import annotations
