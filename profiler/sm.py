@@ -9,487 +9,37 @@ enqueues. One graph over all ranks would not do: it runs on the SMs of one rank.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
 import time
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
 
 import torch
 
-from kvr_partition.errors import KVRError
 from kvr_partition.measurement import RankTimes
 from kvr_partition.methods import GATHERING
 from kvr_partition.partition import Partition
 from kvr_partition.runtime import probe, single
 from kvr_partition.runtime.baselines import gathered
 from kvr_partition.runtime.execution import Execution
-from kvr_partition.runtime.gather import Runs
 from kvr_partition.runtime.kernels import planning
-from kvr_partition.runtime.links import Hop, LinkLimits, NoLinks, Slot, Topology, receives, sends
+from kvr_partition.runtime.links import LinkLimits, NoLinks, Topology
 from kvr_partition.runtime.prefill import PrefillResult, chunk_cache, run_chunk
 from kvr_partition.runtime.verify import run_reference, run_single
 from profiler import messages
-from profiler.green import SMGroup, split_sms
+from profiler.green import split_sms
+from profiler.recording import (
+    GATHERED_LAYERS,
+    Arena,
+    RecordedClock,
+    RecordedGather,
+    RecordedLinks,
+    RecordedRank,
+    Recorder,
+    Recording,
+    aligned,
+)
+from profiler.replay import Replayer
 from profiler.worker import Worker, verified
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One thing a rank does in a replay."""
-
-    kind: Literal["graph", "stamp", "own", "wait", "gather"]
-    layer: int = 0
-    graph: Any = None
-
-
-class Recorder:
-    """Records what one rank enqueues on its stream: graphs, and the steps between them."""
-
-    def __init__(self, stream: torch.cuda.Stream, pool: Any) -> None:
-        self.steps: list[Step] = []
-        self._stream = stream
-        self._pool = pool
-        self._graph: Any = None
-
-    def begin(self) -> None:
-        """Start a graph."""
-        graph = torch.cuda.CUDAGraph(keep_graph=True)
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-        self._graph = graph
-
-    def end(self) -> None:
-        """End the graph, and keep it if there is anything in it."""
-        graph, self._graph = self._graph, None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a graph is empty is no news here
-            graph.capture_end()
-        if _nodes(graph):
-            graph.instantiate()
-            self.steps.append(Step("graph", graph=graph))
-
-    def abandon(self) -> None:
-        """Leave capture mode after an error."""
-        graph, self._graph = self._graph, None
-        if graph is not None:
-            with contextlib.suppress(RuntimeError):  # the error that led here is the one to tell
-                graph.capture_end()
-
-    def cut(self, step: Step) -> None:
-        """Put a step between two graphs."""
-        self.end()
-        self.steps.append(step)
-        self.begin()
-
-
-def _nodes(graph: Any) -> int:
-    from cuda.bindings import driver
-
-    error, _, count = driver.cuGraphGetNodes(driver.CUgraph(graph.raw_cuda_graph()), 0)
-    if int(error) != 0:
-        raise KVRError(f"a recorded graph cannot be read: {error.name}")
-    return int(count)
-
-
-class _RecordedClock:
-    """Stamps become steps; their times are those of the latest replay."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder
-        self._taken = 0
-        self.events: list[torch.cuda.Event] = []
-
-    def stamp(self) -> int:
-        self._recorder.cut(Step("stamp"))
-        self._taken += 1
-        return self._taken - 1
-
-    def seconds(self) -> list[float]:
-        return [self.events[0].elapsed_time(event) / 1e3 for event in self.events]
-
-
-class _RecordedLinks:
-    """Meetings with links become steps."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        self.sent_bytes = 0
-        self.slots: Sequence[Slot] = ()
-        self.transfer_s: list[float] = []
-        self._recorder = recorder
-
-    def start(self, slots: Sequence[Slot]) -> None:
-        self.slots = slots
-        self.transfer_s = [0.0] * len(slots)
-
-    def own_ready(self, layer: int) -> None:
-        self._recorder.cut(Step("own", layer))
-
-    def wait_prefix(self, layer: int) -> None:
-        self._recorder.cut(Step("wait", layer))
-
-    def finish(self) -> list[float]:
-        return self.transfer_s
-
-    def abort(self) -> None:
-        pass
-
-
-class _RecordedGather:
-    """Meetings for an all-gather become steps."""
-
-    def __init__(self, recorder: Recorder | None, rank: int, ranks: int) -> None:
-        self.rank = rank
-        self.ranks = ranks
-        self.sent_bytes = 0
-        self.rows: list[torch.Tensor] = []
-        self.owned: list[Sequence[Runs]] = []
-        self._recorder = recorder
-
-    def gather(self, layer: int, rows: torch.Tensor, owned: Sequence[Runs]) -> None:
-        own = sum(end - start for start, end in owned[self.rank])
-        self.sent_bytes += own * rows[0].nbytes * (self.ranks - 1)
-        self.rows.append(rows)
-        self.owned.append(owned)
-        if self._recorder is not None:
-            self._recorder.cut(Step("gather", layer))
-
-
-@dataclass
-class RecordedRank:
-    """One rank of a recorded prefill."""
-
-    steps: list[Step]
-    result: PrefillResult
-    clock: _RecordedClock
-    links: _RecordedLinks | None
-    gather: _RecordedGather | None
-
-
-@dataclass
-class Recording:
-    """A recorded prefill: all ranks of one method on one split."""
-
-    method: str
-    partition: Partition
-    ranks: list[RecordedRank]
-    topology: Topology
-    input_ids: torch.Tensor
-    """Read by the graphs; they do not keep what they read."""
-    host_token: torch.Tensor
-    _hops: dict[tuple[int, int | None], tuple[list[Hop], dict[int, list[Hop]]]] = field(default_factory=dict)
-
-    def receives(self, rank: int, window: int | None) -> list[Hop]:
-        """`links.receives` of this prefill."""
-        return self._plan(rank, window)[0]
-
-    def sends(self, rank: int, window: int | None) -> dict[int, list[Hop]]:
-        """`links.sends` of this prefill."""
-        return self._plan(rank, window)[1]
-
-    def _plan(self, rank: int, window: int | None) -> tuple[list[Hop], dict[int, list[Hop]]]:
-        # Layers share their plans, and working one out takes as long as enqueueing it.
-        if (rank, window) not in self._hops:
-            self._hops[rank, window] = (
-                receives(self.partition, rank, window, self.topology),
-                sends(self.partition, rank, window, self.topology),
-            )
-        return self._hops[rank, window]
-
-
-GATHERED_LAYERS = 2
-"""Layers whose rows a rank of a gathering method keeps.
-
-Each has the whole context, and eight ranks with all their layers do not fit into one GPU. When a rank has
-gathered a layer, everyone has read what it had of the layer before, so the next one may take that place.
-"""
-
-
-@dataclass
-class _Arena:
-    """KV rows of the recordings. They share the memory: no two of them are ever under way at once."""
-
-    buffer: torch.Tensor
-    _used: int = 0
-    _ring: tuple[int, int] | None = None
-    """Where the places of `GATHERED_LAYERS` begin, and how large one is."""
-    _layer: int = 0
-
-    def begin(self) -> None:
-        """A recording begins: every row is free."""
-        self._used, self._ring = 0, None
-
-    def begin_gathering(self, place: int) -> None:
-        """Rows from here on are of another rank that keeps `GATHERED_LAYERS` of at most so many bytes."""
-        self._ring, self._layer = (self._used, place), 0
-        self._used += GATHERED_LAYERS * place
-
-    def empty(self, shape: tuple[int, int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        size = shape[0] * shape[1] * dtype.itemsize
-        if self._ring is not None:
-            first, place = self._ring
-            start = first + self._layer % GATHERED_LAYERS * place
-            self._layer += 1
-        else:
-            start = self._used
-            self._used = start + _aligned(size)
-        if max(self._used, start + size) > self.buffer.numel():
-            raise torch.OutOfMemoryError("the rows of this method do not fit in the memory set aside for them")
-        return self.buffer[start : start + size].view(dtype).view(shape)
-
-
-def _aligned(size: int) -> int:
-    return (size + 511) // 512 * 512
-
-
-@dataclass(frozen=True, slots=True)
-class ReplayTimes:
-    """Moments of a replay, in seconds of ``time.perf_counter``.
-
-    Attributes:
-        began: all ranks were idle.
-        enqueued: the host had nothing more to do.
-        ended: the first token was on the host.
-        done_at: when each rank was done, as the host saw it in order of rank.
-    """
-
-    began: float
-    enqueued: float
-    ended: float
-    done_at: list[float]
-
-
-@dataclass(frozen=True, slots=True)
-class _Link:
-    """One directed link: the stream of its copies, and when the message on it began."""
-
-    stream: torch.cuda.Stream
-    mark: torch.Tensor
-
-
-@contextlib.contextmanager
-def message(link: _Link, nbytes: int, limits: LinkLimits) -> Iterator[None]:
-    """What is enqueued within is so many bytes on a link: it takes at least as long as the limit says."""
-    with torch.cuda.stream(link.stream):
-        if limits.bandwidth is None:
-            yield
-            return
-        from kvr_partition.runtime.triton_kernels import hold_since, note_time
-
-        note_time(link.mark)
-        yield
-        hold_since(link.mark, limits.held_s(nbytes))
-
-
-class Replayer:
-    """Replays recordings: graphs on each rank's stream, links and events in between."""
-
-    def __init__(self, streams: Sequence[torch.cuda.Stream], spare: SMGroup | None) -> None:
-        self.streams = streams
-        self._spare = spare
-        self._links: dict[tuple[int, int, bool], _Link] = {}
-        self._foreign: torch.Tensor | None = None
-
-    def run(self, recording: Recording, limits: LinkLimits) -> ReplayTimes:
-        """One replay."""
-        replay = _Replay(self, recording, limits)
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        replay.enqueue()
-        enqueued = time.perf_counter()
-        finishing = next(at for at, rank in enumerate(recording.ranks) if rank.result.first_token is not None)
-        token = recording.ranks[finishing].result.first_token
-        assert token is not None
-        with torch.cuda.stream(self.streams[finishing]):
-            recording.host_token.copy_(token, non_blocking=True)
-            done = torch.cuda.current_stream().record_event()
-        done.synchronize()
-        ended = time.perf_counter()
-        done_at = []
-        for stream in self.streams[: len(recording.ranks)]:
-            stream.synchronize()
-            done_at.append(time.perf_counter())
-        torch.cuda.synchronize()
-        replay.tell_times()
-        return ReplayTimes(began, enqueued, ended, done_at)
-
-    def link(self, source: int, target: int, limited: bool) -> _Link:
-        """One directed link.
-
-        Links held to a bandwidth have the SMs that no rank has, so that holding them disturbs nobody.
-        Others must be able to use the memory's full speed, which takes more SMs than are left over.
-        """
-        key = (source, target, limited)
-        if key not in self._links:
-            spare = self._spare if limited else None
-            stream = torch.cuda.Stream() if spare is None else spare.stream()
-            self._links[key] = _Link(stream, torch.zeros(1, dtype=torch.int64, device="cuda"))
-        return self._links[key]
-
-    def time_copy(
-        self, source: int, from_: torch.Tensor, to: torch.Tensor, limits: LinkLimits
-    ) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-        """Copy between two buffers as a message to the next rank; its begin and end."""
-        link = self.link(source, source + 1, limits.bandwidth is not None)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record(link.stream)
-        with message(link, from_.nbytes, limits):
-            to.copy_(from_, non_blocking=True)
-        end.record(link.stream)
-        return begin, end
-
-    def foreign(self, nbytes: int) -> torch.Tensor:
-        """Two buffers for foreign traffic, ``[2, nbytes]``."""
-        if self._foreign is None or self._foreign.shape[1] != nbytes:
-            self._foreign = torch.zeros((2, nbytes), dtype=torch.uint8, device="cuda")
-        return self._foreign
-
-
-@dataclass
-class _Replay:
-    """The state of one replay."""
-
-    by: Replayer
-    recording: Recording
-    limits: LinkLimits
-    at: list[int] = field(init=False)
-    arrived: dict[tuple[int, int, int], torch.cuda.Event] = field(default_factory=dict)
-    stamps: list[list[torch.cuda.Event]] = field(init=False)
-    spans: list[tuple[int, int, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
-    meeting: dict[int, dict[int, torch.cuda.Event]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.at = [0] * len(self.recording.ranks)
-        self.stamps = [[] for _ in self.recording.ranks]
-        if self.limits.noise:
-            self.by.foreign(self.limits.noise)
-
-    def enqueue(self) -> None:
-        """Enqueue everything, a layer of each rank in turn, so that nobody runs out of work first."""
-        ranks = range(len(self.recording.ranks))
-        while any(self.at[rank] < len(self.recording.ranks[rank].steps) for rank in ranks):
-            before = list(self.at)
-            for rank in ranks:
-                with torch.cuda.stream(self.by.streams[rank]):
-                    self._advance(rank)
-            assert self.at != before, "the recorded ranks wait for each other"
-
-    def tell_times(self) -> None:
-        """Hand the times of this replay to the recorded clocks and links."""
-        for rank, recorded in enumerate(self.recording.ranks):
-            recorded.clock.events = self.stamps[rank]
-            if recorded.links is not None:
-                recorded.links.transfer_s[:] = [0.0] * len(recorded.links.slots)
-        for rank, layer, begin, end in self.spans:
-            links = self.recording.ranks[rank].links
-            assert links is not None
-            links.transfer_s[layer] += begin.elapsed_time(end) / 1e3
-
-    def _advance(self, rank: int) -> None:
-        steps = self.recording.ranks[rank].steps
-        handed_over, launched = False, 0
-        while self.at[rank] < len(steps):
-            step = steps[self.at[rank]]
-            if step.kind == "graph":
-                if launched == 2:
-                    return  # two launches make a layer: the other ranks' turn
-                launched += 1
-                step.graph.replay()
-            elif step.kind == "stamp":
-                event = torch.cuda.Event(enable_timing=True)
-                event.record()
-                self.stamps[rank].append(event)
-            elif step.kind == "own":
-                if handed_over:
-                    return  # the next layer: the other ranks' turn
-                handed_over = True
-                self._own_ready(rank, step.layer)
-            elif step.kind == "wait":
-                if not self._wait_prefix(rank, step.layer):
-                    return
-            elif not self._gather(rank, step.layer):
-                return
-            self.at[rank] += 1
-
-    def _own_ready(self, rank: int, layer: int) -> None:
-        recording = self.recording
-        links = recording.ranks[rank].links
-        assert links is not None
-        limited = self.limits.bandwidth is not None
-        ready = torch.cuda.current_stream().record_event()
-        if self.limits.noisy_link(layer, len(recording.ranks)) == rank:
-            with message(self.by.link(rank, rank + 1, limited), self.limits.noise, self.limits):
-                self._foreign_traffic()
-        slot = links.slots[layer]
-        outgoing = recording.sends(rank, slot.window)
-        incoming = recording.receives(rank, slot.window)
-        for chunk in (rank, *(hop.piece.chunk for hop in incoming)):
-            for hop in outgoing.get(chunk, ()):
-                to = recording.ranks[hop.peer].links
-                assert to is not None
-                source, target = slot.at(hop.piece), to.slots[layer].at(hop.piece)
-                link = self.by.link(rank, hop.peer, limited)
-                link.stream.wait_event(ready if chunk == rank else self.arrived[rank, layer, chunk])
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                begin.record(link.stream)
-                with message(link, source.nbytes, self.limits):
-                    target.copy_(source, non_blocking=True)
-                end.record(link.stream)
-                self.arrived[hop.peer, layer, chunk] = end
-                self.spans.append((rank, layer, begin, end))
-
-    def _wait_prefix(self, rank: int, layer: int) -> bool:
-        links = self.recording.ranks[rank].links
-        assert links is not None
-        hops = self.recording.receives(rank, links.slots[layer].window)
-        events = [self.arrived.get((rank, layer, hop.piece.chunk)) for hop in hops]
-        if any(event is None for event in events):
-            return False
-        for event in events:
-            assert event is not None
-            torch.cuda.current_stream().wait_event(event)
-        return True
-
-    def _gather(self, rank: int, layer: int) -> bool:
-        meeting = self.meeting.setdefault(layer, {})
-        if rank not in meeting:
-            meeting[rank] = torch.cuda.current_stream().record_event()
-        if len(meeting) < len(self.recording.ranks):
-            return False
-        self._exchange(rank, layer, list(meeting.values()))
-        return True
-
-    def _exchange(self, rank: int, layer: int, ready: list[torch.cuda.Event]) -> None:
-        """Pull every other rank's rows; a ring's links would carry the same bytes."""
-        gathers = [recorded.gather for recorded in self.recording.ranks]
-        own = gathers[rank]
-        assert own is not None
-        limited = self.limits.bandwidth is not None
-        link = self.by.link(-1, rank, limited)
-        for event in ready:
-            link.stream.wait_event(event)
-        # The slowest link of the ring, the one with foreign traffic, holds all ranks up.
-        noisy = self.limits.noisy_link(layer, len(gathers)) is not None
-        rows = own.rows[layer]
-        pulls = []
-        for source, gather in enumerate(gathers):
-            if source != rank:
-                assert gather is not None
-                runs = own.owned[layer][source]
-                pulls += [(rows[start:end], gather.rows[layer][start:end]) for start, end in runs]
-        carried = sum(target.nbytes for target, _ in pulls)
-        with message(link, carried + (self.limits.noise if noisy else 0), self.limits):
-            if noisy:
-                self._foreign_traffic()
-            for target, from_ in pulls:
-                target.copy_(from_, non_blocking=True)
-        torch.cuda.current_stream().wait_event(link.stream.record_event())
-
-    def _foreign_traffic(self) -> None:
-        foreign = self.by.foreign(self.limits.noise)
-        foreign[1].copy_(foreign[0], non_blocking=True)
 
 
 class SMWorker(Worker):
@@ -511,7 +61,7 @@ class SMWorker(Worker):
             self._keeper.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             self._kept = torch.zeros(1, device=self._device)
             self._keeper.capture_end()
-        self._arena = _Arena(torch.empty(0, dtype=torch.uint8, device=self._device))
+        self._arena = Arena(torch.empty(0, dtype=torch.uint8, device=self._device))
         self._recordings: dict[tuple[str, Partition], Recording] = {}
 
     def ready(self) -> messages.Reply:
@@ -633,9 +183,9 @@ class SMWorker(Worker):
         if method in GATHERING:
             need = partition.ranks * GATHERED_LAYERS * self._place(partition.context)
         elif prefix is not None:
-            need = sum(partition.ranks * _aligned((prefix + partition.sizes[0]) * one) for one in entry)
+            need = sum(partition.ranks * aligned((prefix + partition.sizes[0]) * one) for one in entry)
         else:
-            need = sum(_aligned(end * one) for one in entry for end in partition.ends)
+            need = sum(aligned(end * one) for one in entry for end in partition.ends)
         if need > self._arena.buffer.numel():
             self._recordings.clear()
             gc.collect()
@@ -651,7 +201,7 @@ class SMWorker(Worker):
 
     def _place(self, context: int) -> int:
         """Bytes of the largest layer's rows of a whole context."""
-        return _aligned(context * max(self._entry_bytes()))
+        return aligned(context * max(self._entry_bytes()))
 
     def _fill_past(self, recording: Recording, token_seed: int) -> None:
         """Put the KV of the tokens before the prompt where every rank has it; other recordings used the place."""
@@ -701,7 +251,7 @@ class SMWorker(Worker):
         stream = self._replayer.streams[rank]
         with torch.cuda.stream(stream):
             recorder = Recorder(stream, self._pool)
-            clock = _RecordedClock(recorder)
+            clock = RecordedClock(recorder)
             execution = Execution(clock=lambda _: clock, to_host=False, empty=self._empty)
             recorder.begin()
             try:
@@ -721,15 +271,15 @@ class SMWorker(Worker):
         prefix: int | None,
         recorder: Recorder | None,
         execution: Execution,
-    ) -> tuple[PrefillResult, _RecordedLinks | None, _RecordedGather | None]:
+    ) -> tuple[PrefillResult, RecordedLinks | None, RecordedGather | None]:
         ranks = partition.ranks
         if method in GATHERING:
             self._arena.begin_gathering(self._place(partition.context))
-            gather = _RecordedGather(recorder, rank, ranks)
+            gather = RecordedGather(recorder, rank, ranks)
             result = gathered(self._model, ids, method, gather, execution)
             return result, None, gather
         start, end = partition.starts[rank], partition.ends[rank]
-        links = None if recorder is None or method == "bound" or prefix is not None else _RecordedLinks(recorder)
+        links = None if recorder is None or method == "bound" or prefix is not None else RecordedLinks(recorder)
         chunk = ids[:, start - partition.past : end - partition.past]
         cache = chunk_cache(self._model, chunk, prefix=start if prefix is None else prefix, execution=execution)
         result = run_chunk(

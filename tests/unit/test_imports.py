@@ -49,5 +49,5 @@ def test_arrows_go_one_way() -> None:
     assert not {
         name for name in runtime if name.startswith(("profiler", "kvr_partition.search", "kvr_partition.cli"))
     }
-    profiler = modules_after("import profiler.ranks, profiler.worker, profiler.calibrate")
+    profiler = modules_after("import profiler.ranks, profiler.process, profiler.calibrate")
     assert not {name for name in profiler if name.startswith(("kvr_partition.search", "kvr_partition.cli"))}
