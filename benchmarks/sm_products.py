@@ -3,7 +3,8 @@
     python benchmarks/sm_products.py --ranks 4,8 --out data/h100-sxm/llama-7b/sm-products.json
 
 All groups multiply at once, each its own rows with the same weights: first equally many rows on every group, then
-the uneven chunks of a balanced split. Meanwhile nvidia-smi tells the clock of the SMs and the power.
+the uneven chunks of a balanced split; once as cuBLAS does it by itself, once with cuBLAS told how many SMs a group
+has, which it chooses tiles by. Meanwhile nvidia-smi tells the clock of the SMs and the power.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import ctypes
+import itertools
 import json
 import os
 import subprocess
@@ -60,6 +63,21 @@ class Meter:
                     self.clock_mhz.append(float(row[0]))
                     self.power_w.append(float(row[1]))
                     self.capped.append(row[2].strip() == "Active")
+
+
+@contextlib.contextmanager
+def told(sms: int) -> Iterator[None]:
+    """cuBLAS chooses kernels for so many SMs; 0 for those of the device."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    library = ctypes.CDLL(next(line.split()[-1] for line in maps if "/libcublas.so" in line))
+    handle = ctypes.c_void_p(torch.cuda.current_blas_handle())
+    for_group = library.cublasSetSmCountTarget(handle, sms)
+    if for_group:
+        raise RuntimeError(f"cublasSetSmCountTarget answered {for_group}")
+    try:
+        yield
+    finally:
+        library.cublasSetSmCountTarget(handle, 0)
 
 
 def multiply(streams: Sequence[Any], weights: Sequence[torch.Tensor], rows: Sequence[int]) -> dict[str, Any]:
@@ -114,12 +132,16 @@ def main() -> None:
             # First and last chunk of a balanced split of Llama 7B are some 20% away from the even one.
             steps = [round((1 - 2 * at / (ranks - 1)) * even * 0.18 / 128) * 128 for at in range(ranks)]
             cases += [[even + step for step in steps]]
-        for rows in cases:
-            one = {"ranks": ranks, "sms": groups[0].sms if groups else None, **multiply(streams, weights, rows)}
+        sms = groups[0].sms if groups else 0
+        for rows, target in itertools.product(cases, (0, sms) if sms else (0,)):
+            with told(target):
+                one = {"ranks": ranks, "sms": sms or None, "told_sms": target or None,
+                       **multiply(streams, weights, rows)}  # fmt: skip
             found.append(one)
             shown = f"{rows[0]} each" if len(set(rows)) == 1 else "/".join(map(str, rows))
-            print(f"{ranks} x {shown}: {one['tflops']:.0f} TFLOP/s at {one['clock_mhz']} MHz, "
-                  f"{one['power_w']} W, capped {one['power_capped']}", flush=True)  # fmt: skip
+            print(f"{ranks} x {shown}{', told' if target else ''}: {one['tflops']:.0f} TFLOP/s "
+                  f"at {one['clock_mhz']} MHz, {one['power_w']} W, capped {one['power_capped']}",
+                  flush=True)  # fmt: skip
     if options.out:
         document = {
             "command": " ".join(["python benchmarks/sm_products.py", *sys.argv[1:]]),
