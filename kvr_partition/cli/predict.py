@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
             "what to expect was not measured"
             if lost is None
             else f"on unseen contexts {lost.mean:.2%} slower than the best known split on average, "
-            f"{lost.max:.2%} at most ({lost.cases} cases)"
+            f"{lost.max:.2%} at most ({lost.cases} case{'s' if lost.cases > 1 else ''})"
         )
         print(f"{explanation.method}; {explanation.reason}; {expected}")
 

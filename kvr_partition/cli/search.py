@@ -120,7 +120,7 @@ def run(options: argparse.Namespace) -> None:
             results = [session.search(context) for context in _ends_first(contexts)]
             results += [session.predict(context) for context in held_out]
     results.sort(key=lambda result: (result.held_out, result.context))
-    _report(options, out, group, results)
+    _report(options, out, group, results, session.costs_known)
 
 
 @dataclass(frozen=True)
@@ -155,6 +155,11 @@ class _Session:
         self._setting: Setting | None = None
         self._setting_known = False
         self._planned = 0.0
+
+    @property
+    def costs_known(self) -> bool:
+        """Whether the log tells what chunks cost, which a predictor is trained from."""
+        return self._setting is not None
 
     def search(self, context: int) -> ContextResult:
         """Search one context, compare the best with the baselines, and put it into the table."""
@@ -348,7 +353,13 @@ def _work(contexts: Sequence[int], held_out: Sequence[int], budget: int, plan: S
     )
 
 
-def _report(options: argparse.Namespace, out: OutDir, group: RankGroup, results: Sequence[ContextResult]) -> None:
+def _report(
+    options: argparse.Namespace,
+    out: OutDir,
+    group: RankGroup,
+    results: Sequence[ContextResult],
+    costs_known: bool,
+) -> None:
     from kvr_partition.cli.comparison import Comparison, together
     from kvr_partition.cli.show import print_json, print_table
 
@@ -395,7 +406,17 @@ def _report(options: argparse.Namespace, out: OutDir, group: RankGroup, results:
     print("\nNext:")
     print(f"  {program} predict --table {files['table']} --context {example}")
     print(f"  {program} export {files['table']} --format markdown")
-    print(f"  {program} generate --table {files['table']} --context {example}")
+    print(f"  {program} generate{_same_group(options)} --table {files['table']} --context {example}")
+    if costs_known:
+        print(f"  {program} train {out.path} --out my.predictor.json")
     print(f"  in Python: from kvr_partition import load; load({str(files['table'])!r}).lookup({example})")
     if options.model is None:
         print("Your own model:  kvr-partition search --model FOLDER --ranks N --contexts 4096,8192")
+
+
+def _same_group(options: argparse.Namespace) -> str:
+    """Arguments with which another command runs the same ranks."""
+    usual = {"model": None, "ranks": 2, "backend": "auto", "profile": None, "dtype": "float32", "threads": 1}
+    return "".join(
+        f" --{name} {getattr(options, name)}" for name, value in usual.items() if getattr(options, name) != value
+    )
