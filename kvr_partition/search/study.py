@@ -235,7 +235,6 @@ class _Study:
 
     def run(self, measure: Measure, budget: int, on_trial: Callable[[Trial], None] | None) -> str:
         """Measure until the budget is spent; returns what ended it."""
-        owner = _owner()
         queued = {
             trial.user_attrs.get("source")
             for trial in self._study.get_trials(deepcopy=False)
@@ -269,7 +268,7 @@ class _Study:
                 if repeats >= MAX_REPEATS:
                     return "exhausted"
                 continue
-            trial.set_user_attr("owner", owner)
+            trial.set_user_attr("owner", _owner())
             trial.set_user_attr("sizes", partition.sizes)
             while self._undecided_before(trial.number):
                 time.sleep(POLL_S / 10)
@@ -447,8 +446,11 @@ def _standard_error(values: Sequence[float]) -> float:
 
 
 def _owner() -> str:
-    """This process, so that another one can tell whether it still runs: host, process id, when it began."""
-    return f"{platform.node()}/{os.getpid()}/{_began(os.getpid())}"
+    """This process, so that another can tell whether it still runs: host, process id, when it began, and now.
+
+    Now is in seconds since the epoch: hosts may be in different time zones, which the storage's times do not tell.
+    """
+    return f"{platform.node()}/{os.getpid()}/{_began(os.getpid())}/{time.time():.0f}"
 
 
 def _began(process: int) -> str:
@@ -467,10 +469,10 @@ def _is_alive(trial: FrozenTrial) -> bool:
     if owner is None:
         # Between being asked for and being owned a trial is young.
         return _age_s(trial) < ASKING_S
-    host, process, since = owner.split("/")
+    host, process, since, claimed = owner.split("/")
     if host == platform.node():
         return bool(_began(int(process)) == since)
-    return _age_s(trial) < LEASE_S
+    return time.time() - float(claimed) < LEASE_S
 
 
 def _age_s(trial: FrozenTrial) -> float:

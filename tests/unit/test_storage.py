@@ -16,7 +16,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from kvr_partition.errors import StorageError, UnsupportedError
 from kvr_partition.measurement import Measurement
@@ -141,6 +141,25 @@ def test_what_a_killed_process_was_measuring_is_measured_by_another(tmp_path: Pa
     assert interrupted in measured
     assert len(set(measured)) == len(measured) == 6
     assert end[1] == "6"
+
+
+@pytest.mark.parametrize(("age_s", "state"), [(60, TrialState.RUNNING), (7200, TrialState.FAIL)])
+def test_another_hosts_measurement_is_given_up_after_an_hour(age_s: float, state: TrialState) -> None:
+    storage = optuna.storages.InMemoryStorage()
+
+    def go_on() -> None:
+        search(Recorder(), CONTEXT, RANKS, 2, sampler="tpe", storage=storage, shared=True, study_name="s")
+
+    go_on()
+    study = optuna.load_study(study_name="s", storage=storage)
+    trial = study.ask()
+    trial.set_user_attr("sizes", [2000, 1048, 1048])
+    trial.set_user_attr("owner", f"elsewhere/1/1/{time.time() - age_s:.0f}")
+    go_on()
+    assert study.get_trials()[trial.number].state == state
+    # What nobody measures any more is first in the queue.
+    queued = [one.user_attrs["sizes"] for one in study.get_trials(states=(TrialState.WAITING,))]
+    assert queued == ([[2000, 1048, 1048]] if state == TrialState.FAIL else [])
 
 
 def test_a_study_of_other_conditions_is_refused(tmp_path: Path) -> None:
