@@ -154,12 +154,9 @@ class _Session:
         self._past: int = options.past
         self._setting: Setting | None = None
         self._setting_known = False
-        self._planned = 0.0
-
-    @property
-    def costs_known(self) -> bool:
+        self.costs_known = False
         """Whether the log tells what chunks cost, which a predictor is trained from."""
-        return self._setting is not None
+        self._planned = 0.0
 
     def search(self, context: int) -> ContextResult:
         """Search one context, compare the best with the baselines, and put it into the table."""
@@ -295,19 +292,26 @@ class _Session:
         return seeds
 
     def _measured_setting(self) -> Setting | None:
-        """What chunks and links cost here, timed once for all contexts; None if the times do not tell."""
+        """What chunks and links cost here, found out once for all contexts; None if nothing tells."""
         from kvr_partition.cost import FitError
-        from profiler.calibrate import measured_setting
+        from profiler.calibrate import guessed_setting, measured_setting
+        from profiler.measure import Candidate
 
-        if not self._setting_known:
-            self._progress.doing("timing a few chunks and the links")
-            try:
-                longest = max(self._contexts) + self._past
-                self._setting = measured_setting(self._group, longest, self._out.log)
-            except FitError as error:
-                self._progress.say(f"  going on without knowing what chunks cost: {error}")
-            self._setting_known = True
-            self._progress.doing("measuring the first partitions")
+        if self._setting_known:
+            return self._setting
+        self._setting_known = True
+        self._progress.doing("timing a few chunks and the links")
+        longest = max(self._contexts)
+        try:
+            self._setting = measured_setting(self._group, longest + self._past, self._out.log)
+            self.costs_known = True
+        except FitError as error:
+            # Measurements correct a guess as well as a fit; it only takes a few more of them.
+            self._progress.say(f"  going on from a guess of what chunks cost: {error}")
+            alone = self._measure([Candidate.single(longest)], "guess")[0]
+            if alone.ok:
+                self._setting = guessed_setting(self._group, longest, alone.ttft_s)
+        self._progress.doing("measuring the first partitions")
         return self._setting
 
     def _finish_phase(self, context: int, *, searched: bool) -> None:

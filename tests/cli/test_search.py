@@ -296,6 +296,39 @@ def test_killed_at_any_moment_it_goes_on_and_loses_nothing(home: Path, tmp_path:
     assert load(tmp_path / "out" / "table.json").contexts(2) == (96, 128, 160)
 
 
+NOISY = """
+import sys
+import profiler.calibrate
+from kvr_partition.cost import FitError
+def refused(*_):
+    raise FitError("the fitted costs are only good to 30%")
+profiler.calibrate.measured_setting = refused
+from kvr_partition.cli.main import main
+main(sys.argv[1:])
+"""
+
+
+def test_where_noise_hides_costs_the_search_goes_on_from_a_guess(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "llama", tmp_path / "llama")
+    done = subprocess.run(
+        [sys.executable, "-c", NOISY, *SEARCH, "--verbose"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "going on from a guess of what chunks cost: the fitted costs are only good to 30%" in done.stderr
+    assert "informed" in done.stderr
+    assert load(tmp_path / "out" / "table.json").contexts(2) == (96, 128, 160)
+    with MeasurementLog(tmp_path / "out" / "measurements.jsonl") as log:
+        assert [one.sizes for one in log.measurements("guess")] == [(160,)]
+    # Nothing is trained on what was only guessed.
+    assert "train" not in done.stdout
+
+
 def test_two_runs_do_not_write_to_the_same_folder(home: Path) -> None:
     import fcntl
 
