@@ -19,14 +19,19 @@ from kvr_partition.cli.options import add_output, need_at_least
 from kvr_partition.errors import FileFormatError, KVRError
 
 if TYPE_CHECKING:
-    from kvr_partition.provenance import Provenance
     from kvr_partition.training import Row
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``train``."""
     parser.add_argument("runs", nargs="*", metavar="OUT", help="--out of a search")
-    parser.add_argument("--rows", metavar="FILE", help="train on this dataset as well, written with --dataset")
+    parser.add_argument(
+        "--rows",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="train on this dataset as well, written with --dataset; can be given several times",
+    )
     parser.add_argument("--dataset", metavar="FILE", help="write the rows it was trained on")
     parser.add_argument("--method", help="keep this way to predict, whatever loses least")
     parser.add_argument("--tune", type=int, default=0, metavar="N", help="tune each method with N Optuna trials")
@@ -47,12 +52,11 @@ def run(options: argparse.Namespace) -> None:
     from kvr_partition.training.regressors import SPACES
 
     rows: list[Row] = []
-    origin: Provenance | None = None
-    if options.rows:
-        rows += load_dataset(options.rows).rows
+    for name in options.rows:
+        rows += load_dataset(name).rows
     for name in options.runs:
-        found, origin = rows_of(Path(name))
-        rows += found
+        rows += rows_of(Path(name))
+    rows = list(dict.fromkeys(rows))
     if not rows:
         raise KVRError("there is nothing to train on; name the --out of a search, or a dataset with --rows")
     if options.dataset:
@@ -72,7 +76,7 @@ def run(options: argparse.Namespace) -> None:
         progress.doing(f"trying {len(REGRESSORS)} ways to predict {len(rows)} searched partitions")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that few rows make poor regressions is what the regrets tell
-            predictor = train(rows, origin, method=options.method, tuned=tuned, jobs=options.jobs)
+            predictor = train(rows, method=options.method, tuned=tuned, jobs=options.jobs)
         predictor.save(options.out)
     training = predictor.training
     if options.format == "json":
@@ -108,7 +112,7 @@ def run(options: argparse.Namespace) -> None:
           f"--ranks {predictor.ranks[0]} --explain")  # fmt: skip
 
 
-def rows_of(folder: Path) -> tuple[list[Row], Provenance]:
+def rows_of(folder: Path) -> list[Row]:
     """The rows of one search's out directory.
 
     Raises:
@@ -136,7 +140,7 @@ def rows_of(folder: Path) -> tuple[list[Row], Provenance]:
             trials = [one for one in log.measurements(f"search/{label}") if one.ok]
             if trials:
                 rows.append(measured_row(origin, told, trials, entry.sizes, _held(origin.link)))
-    return rows, origin
+    return rows
 
 
 def _held(link: str) -> float | None:

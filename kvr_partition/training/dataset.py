@@ -40,6 +40,7 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         trials: every measurement that led to it.
         truth: of a simulated row, what it was measured on.
         best_s: TTFT in seconds of the best partition of that truth.
+        provenance: of the measurements; None of rows that were made up.
     """
 
     origin: Literal["measured", "simulated"]
@@ -55,6 +56,7 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     trials: tuple[Measurement, ...]
     truth: SettingTerms | None = None
     best_s: float | None = None
+    provenance: Provenance | None = None
 
     @property
     def machine(self) -> Machine:
@@ -127,6 +129,7 @@ def measured_row(
         told=SettingTerms.of(told, provenance.ranks),
         sizes=sizes,
         trials=tuple(trials),
+        provenance=provenance,
     )
 
 

@@ -36,7 +36,7 @@ def ranked(found: Sequence[Outcome], held_out: str = "context") -> list[str]:
     """Methods by mean regret on what was held out, the best first; only those that answered everything asked.
 
     A few noisy cases pick a winner among many methods by chance. The corrected cost model, which knows how a
-    prefill works, is therefore first unless another one beats it by more than a standard error of the difference.
+    prefill works, is therefore first unless another beats it by more than two standard errors of the difference.
     """
     losses: dict[str, list[float]] = {}
     for one in found:
@@ -54,7 +54,7 @@ def ranked(found: Sequence[Outcome], held_out: str = "context") -> list[str]:
 def _beats(losses: Sequence[float], others: Sequence[float]) -> bool:
     """Whether less is lost, case by case, than chance explains."""
     won = [other - loss for loss, other in zip(losses, others, strict=True)]
-    return len(won) > MIN_CASES and mean(won) > stdev(won) / math.sqrt(len(won))
+    return len(won) > MIN_CASES and mean(won) > 2 * stdev(won) / math.sqrt(len(won))
 
 
 def train(
@@ -69,7 +69,7 @@ def train(
 
     Args:
         rows: searched partitions of one model on one machine, on one or several rank counts.
-        provenance: of the machine.
+        provenance: of the machine; that of the last row that has one when None.
         method: keep this one, whatever was measured; the best when None.
         tuned: parameters of each method.
         jobs: processes to evaluate with.
@@ -79,7 +79,12 @@ def train(
     """
     if not rows:
         raise PartitionError("there is nothing to train on: no searched partitions")
-    places = {row.machine[:4] for row in rows}
+    known = [row.provenance for row in rows if row.provenance is not None]
+    provenance = provenance or next(reversed(known), None)
+    places: set[tuple[Any, ...]] = {row.machine[:4] for row in rows}
+    if len(places) == 1:
+        # The same name can stand for several configurations, which take their time differently.
+        places = {(one.model.name, one.model.config_digest, one.dtype, one.depth, one.batch) for one in known}
     if len(places) > 1:
         shown = "; ".join(" ".join(str(one) for one in place) for place in sorted(places, key=repr))
         raise PartitionError(f"a predictor is for one model on one machine; these rows are of {shown}")

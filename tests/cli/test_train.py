@@ -63,6 +63,12 @@ def test_training_keeps_the_best_way_and_shows_all(home: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert "again.json (corrected)" in again.stdout
     assert "3 ranks: contexts 96 to 400" in again.stdout
+    # A dataset says where its rows are from, so what is trained on it knows what it is for.
+    other = load(home / "again.json")
+    assert isinstance(other, PartitionPredictor)
+    assert other.provenance == predictor.provenance
+    both = run("train out --rows rows.json --rows rows.json --out both.json --quiet --format json", home)
+    assert json.loads(both.stdout)["training"] == training
 
 
 def test_predict_asks_either_and_explains(home: Path) -> None:

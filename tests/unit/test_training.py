@@ -222,6 +222,13 @@ def test_a_trained_predictor_is_the_regressor_it_was_made_from() -> None:
 def test_one_machine_at_a_time() -> None:
     with pytest.raises(PartitionError, match="for one model on one machine; these rows are of"):
         train([*rows(4), *rows(10)])
+    here = provenance(ranks=3)
+    half = msgspec.structs.replace(here, dtype="float16")
+    of_both = [
+        msgspec.structs.replace(row, provenance=one) for row, one in zip(rows(), (here, half), strict=False)
+    ]
+    with pytest.raises(PartitionError, match=r"these rows are of .*float16.*; .*float32"):
+        train(of_both)
     with pytest.raises(PartitionError, match="nothing to train on"):
         train([])
     with pytest.raises(PartitionError, match="unknown method 'magic'"):
