@@ -138,9 +138,16 @@ class Queue:
                 self._parts.remove(part)
             self._run(part, gpus[: part.gpus])
 
+    def test(self, gpus: Sequence[str], arguments: str) -> None:
+        """Run the tests that need a GPU."""
+        command = [sys.executable, "-m", "pytest", "tests/gpu", "tests/unit/test_attention.py", *arguments.split()]
+        self._call("tests", command, gpus)
+
     def _run(self, part: Part, gpus: Sequence[str]) -> None:
-        command = part.command(self._folder)
-        log = self._logs / f"{part.file.replace('/', '-').removesuffix('.json')}.log"
+        self._call(part.file, part.command(self._folder), gpus)
+
+    def _call(self, name: str, command: Sequence[str], gpus: Sequence[str]) -> None:
+        log = self._logs / f"{name.replace('/', '-').removesuffix('.json')}.log"
         began = time.monotonic()
         with log.open("wb") as output:
             try:
@@ -154,7 +161,8 @@ class Queue:
                 code = "out of time"
         took = time.monotonic() - began
         with self._lock:
-            print(f"{part.file}: {'done' if code == 0 else code} in {took:.0f} s", flush=True)
+            last = log.read_text(errors="replace").strip().rpartition("\n")[2]
+            print(f"{name}: {'done' if code == 0 else code} in {took:.0f} s; {last[:200]}", flush=True)
             self._keep()
 
     def _keep(self) -> None:
@@ -181,6 +189,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="parts whose file has one of these words in its name, in order")
     parser.add_argument("--again", default="", help="the same, measured again though their file is there")
     parser.add_argument("--archive", type=Path, help="keep new files here, after every part")
+    parser.add_argument("--tests", metavar="ARGUMENTS", help="run the tests first, with such arguments of pytest")
     parser.add_argument("--list", action="store_true", help="only say what would run")
     options = parser.parse_args()
     folder = Path("data") / options.hardware
@@ -202,6 +211,8 @@ def main() -> None:
     queue = Queue(folder, logs, [one for one in parts if one.gpus <= len(gpus)],
                   time.monotonic() + options.minutes * 60, options.archive)  # fmt: skip
     print(f"{len(parts)} parts on GPUs {', '.join(gpus)}; logs in {logs}", flush=True)
+    if options.tests is not None:
+        queue.test(gpus, options.tests)
     queue.work(gpus, several=True)
     with ThreadPoolExecutor(len(gpus)) as pool:
         for done in [pool.submit(queue.work, [gpu], False) for gpu in gpus]:
