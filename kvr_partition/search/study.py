@@ -22,13 +22,14 @@ import sqlalchemy.exc
 from optuna.trial import FrozenTrial, TrialState
 
 from kvr_partition.errors import RankError, StorageError
-from kvr_partition.measurement import Measurement, median
+from kvr_partition.measurement import Measurement
 from kvr_partition.partition import Partition
 from kvr_partition.schedule import Setting
-from kvr_partition.search.beliefs import LEAST_NOISE, Beliefs
+from kvr_partition.search.beliefs import Beliefs
+from kvr_partition.search.decision import decided
 from kvr_partition.search.informed import PartitionSampler
 from kvr_partition.search.samplers import make_sampler
-from kvr_partition.search.space import Seed, Space, coarseness, default_quantum
+from kvr_partition.search.space import Seed, Space, default_quantum
 from kvr_partition.search.storage import open_storage
 
 Measure = Callable[[Partition], Measurement]
@@ -47,9 +48,6 @@ EXPLORE_AFTER = 5
 
 WIDE = math.log(10)
 """Log ratio of chunk sizes that samplers of whole partitions may reach from the seeds."""
-
-NEAR_TIE = 0.01
-"""TTFT that is given up for a simpler split at most, as a share, however noisy the machine."""
 
 MAX_FAILURES_AT_FIRST, MAX_FAILURES = 3, 8
 """Failures in a row, before and after anything was timed, when more is wrong than the partition."""
@@ -137,9 +135,7 @@ def search(
         conditions: what measurements depend on; a study that began under others is refused.
         seed: of the sampler.
         confirm: times several partitions side by side. Called at the end with the three best ones and the
-            even split, since medians of separate runs on a drifting machine do not compare; what differs
-            turn by turn decides. Of those within a standard error of the fastest, and 1%, the simplest is
-            taken, whose boundaries are multiples of the largest number.
+            even split, since medians of separate runs on a drifting machine do not compare; see `decided`.
         on_trial: told of each trial as it finishes.
 
     Raises:
@@ -169,7 +165,8 @@ def search(
             conditions,
         )
         stopped = study.run(measure, budget, on_trial)
-        return _conclude(study.trials(), study.ranked(), context, ranks, past, confirm, stopped)
+        beliefs = study.beliefs()
+        return _conclude(study.trials(), study.ranked(beliefs), beliefs, context, ranks, past, confirm, stopped)
 
 
 class _Study:
@@ -300,12 +297,18 @@ class _Study:
         """All measured partitions, in order."""
         return list(self._look()[0].values())
 
-    def ranked(self) -> list[Measurement]:
+    def beliefs(self) -> Beliefs | None:
+        """What all measurements say, where a cost model says what to make of them."""
+        if self._sampler != "informed" or self._setting is None:
+            return None
+        return Beliefs.after(self._setting, self.space.context, self._timed())
+
+    def ranked(self, beliefs: Beliefs | None) -> list[Measurement]:
         """What was timed, the most promising first."""
-        timed = [one.measurement for one in self.trials() if one.measurement.ok]
-        if self._sampler == "informed" and self._setting is not None:
-            return Beliefs.after(self._setting, self.space.context, timed).ranked()
-        return sorted(timed, key=lambda one: one.ttft_s)
+        return beliefs.ranked() if beliefs is not None else sorted(self._timed(), key=lambda one: one.ttft_s)
+
+    def _timed(self) -> list[Measurement]:
+        return [one.measurement for one in self.trials() if one.measurement.ok]
 
     def _requeue_interrupted(self) -> None:
         """Put trials that a kill left running back into the queue; those of others that still run are theirs.
@@ -398,6 +401,7 @@ def _distinct(seeds: Sequence[Seed]) -> list[Seed]:
 def _conclude(
     trials: Sequence[Trial],
     ranked: Sequence[Measurement],
+    beliefs: Beliefs | None,
     context: int,
     ranks: int,
     past: int,
@@ -414,35 +418,8 @@ def _conclude(
     timed = [one for one in confirmed if one.ok]
     if not timed:
         raise RankError(f"none of the best partitions of context {context} could be measured again")
-    best = _decided(timed)
+    best = decided(timed, beliefs)
     return SearchResult(best.partition, best, tuple(trials), confirmed, stopped)
-
-
-def _decided(timed: Sequence[Measurement]) -> Measurement:
-    """The fastest of measurements taken in turn; of those that it does not beat beyond noise the simplest.
-
-    Times are compared within each turn. What slows a whole turn down, as neighbours on a shared machine do, then
-    makes nobody slower than another.
-    """
-    turns = min(len(one.samples) for one in timed)
-    logs = [[math.log(sample.ttft_s) for sample in one.samples[:turns]] for one in timed]
-    usual = [median(turn) for turn in zip(*logs, strict=True)]
-    scores = [median([log - middle for log, middle in zip(each, usual, strict=True)]) for each in logs]
-    fastest = scores.index(min(scores))
-
-    def is_tie(at: int) -> bool:
-        behind = [log - best for log, best in zip(logs[at], logs[fastest], strict=True)]
-        return scores[at] - scores[fastest] <= min(NEAR_TIE, _standard_error(behind))
-
-    ties = [at for at in range(len(timed)) if is_tie(at)]
-    return timed[max(ties, key=lambda at: (coarseness(timed[at].partition), -scores[at]))]
-
-
-def _standard_error(values: Sequence[float]) -> float:
-    """Of their median; from the median deviation, which a few wild values leave alone."""
-    middle = median(values)
-    deviation = 1.4826 * median([abs(value - middle) for value in values])
-    return max(LEAST_NOISE, 1.25 * deviation / math.sqrt(len(values)))
 
 
 def _owner() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import msgspec
@@ -20,7 +20,7 @@ from kvr_partition.cost import ChunkCost, LinkCost
 from kvr_partition.errors import UnsupportedError
 from kvr_partition.measurement import Failure, Measurement, RankTimes, Sample
 from kvr_partition.schedule import Setting, best_split, simulate, ttft
-from kvr_partition.search import HierarchicalGridSampler, InformedSampler, Replay, SearchResult, Seed, search
+from kvr_partition.search import HierarchicalGridSampler, InformedSampler, Replay, Seed, search
 from kvr_partition.search.beliefs import Beliefs, corrected, noise_of
 from kvr_partition.search.informed import PartitionSampler
 from kvr_partition.search.space import Space
@@ -256,36 +256,3 @@ def test_every_cell_of_the_grid_is_new_and_valid(ranks: int, context: int, budge
         assert cell.ranks == ranks
         assert cell.sizes not in known
         known[cell.sizes] = max(np.array(cell.sizes) * np.arange(1, ranks + 1))
-
-
-def side_by_side(even: list[float], others: list[float]) -> SearchResult:
-    """A search of two ranks that ends with these times of the even split and of every other one."""
-
-    def timed(partition: Partition, seconds: list[float]) -> Measurement:
-        samples = tuple(Sample(one, (RankTimes(one, 0.0, 0.0),) * 2, 0) for one in seconds)
-        return Measurement("kvr", partition.sizes, samples, "precise")
-
-    def confirm(partitions: Sequence[Partition]) -> list[Measurement]:
-        return [timed(one, even if one.sizes == (512, 512) else others) for one in partitions]
-
-    return search(lambda one: timed(one, [1.0]), 1024, 2, 4, setting=FITTED, quantum=16, confirm=confirm)
-
-
-def test_near_ties_go_to_the_simpler_split() -> None:
-    even = [0.98, 1.0, 1.01, 0.99, 1.0, 1.02]
-    found = side_by_side(even, [0.999 * one for one in reversed(even)])
-    assert found.best == Partition((512, 512))
-    assert any(one.ttft_s < found.measurement.ttft_s for one in found.confirmed)
-
-
-def test_noise_makes_no_tie_of_what_is_slower_in_nearly_every_turn() -> None:
-    # Measured on two CPU ranks of a shared machine: one turn took everyone half as long again.
-    even = [433.0, 425.0, 379.0, 399.0, 380.0, 382.0, 474.0, 379.0]
-    uneven = [359.0, 322.0, 308.0, 322.0, 329.0, 372.0, 352.0, 545.0]
-    assert side_by_side(even, uneven).best != Partition((512, 512))
-
-
-def test_drift_between_turns_makes_nobody_slower() -> None:
-    drift = [1.0, 1.4, 1.1, 1.5, 1.0, 1.3]
-    even = [1.02 * one for one in drift]
-    assert side_by_side(even, drift).best != Partition((512, 512))
