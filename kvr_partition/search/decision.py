@@ -12,7 +12,7 @@ from kvr_partition.search.space import coarseness
 NEAR_TIE = 0.01
 """TTFT that is given up for a simpler split at most, as a share, however noisy the machine."""
 
-MODEL_ERROR = 0.01
+MODEL_ERROR = 0.03
 """How far, as a share, the difference of two partitions may be from what is believed, over what is left open."""
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import random
 import shutil
 import signal
 import sqlite3
-import statistics
 import subprocess
 import sys
 import time
@@ -18,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from kvr_partition import Partition, load
-from kvr_partition.table import Entry
 from profiler.store import MeasurementLog
 from tests.cli.program import COMMAND, environment, one_error, program
 from tests.models import write_folder
@@ -51,15 +48,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def behind_even(home: Path, entry: Entry) -> float:
-    """By how much a searched split was slower than the even one when both took turns, as a logarithm."""
-    with MeasurementLog(home / "out" / "measurements.jsonl") as log:
-        timed = {one.sizes: one for one in log.measurements(f"compare/{entry.context}") if one.method == "kvr"}
-    even = timed[Partition.even(entry.context, 2).sizes]
-    pairs = zip(timed[entry.sizes].samples, even.samples, strict=True)
-    return statistics.mean(math.log(one.ttft_s / other.ttft_s) for one, other in pairs)
-
-
 def test_it_measures_every_method_and_writes_the_best(home: Path) -> None:
     document = json.loads((home / "first.json").read_text())
     methods = {one["context"]: {m["method"]: m for m in one["methods"]} for one in document["contexts"]}
@@ -73,7 +61,12 @@ def test_it_measures_every_method_and_writes_the_best(home: Path) -> None:
         searched = methods[entry.context]["KVR-S"]
         assert (list(entry.sizes), entry.ttft_s) == (searched["sizes"], searched["ttft_s"])
         assert entry.measured == 4
-        assert behind_even(home, entry) <= 0.01 + 1e-9
+        # It was timed side by side with the even split; how that decides, test_decision.py tells.
+        with MeasurementLog(home / "out" / "measurements.jsonl") as log:
+            timed = log.measurements(f"compare/{entry.context}")
+        confirmed = {one.sizes: one.ttft_s for one in timed if one.method == "kvr"}
+        assert confirmed[entry.sizes] == entry.ttft_s
+        assert Partition.even(entry.context, 2).sizes in confirmed
     for named in methods.values():
         assert named["TSP"]["speedup_over_tsp"] == 1
         assert all(one["ttft_s"] > 0 and one["samples"] == 2 for one in named.values())
