@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvr_partition.errors import OutOfRangeError, PartitionError
-from kvr_partition.measurement import median
 from kvr_partition.partition import Partition
 from kvr_partition.predictor import Regret, Score
 from kvr_partition.training.dataset import Row
@@ -155,8 +154,3 @@ def tune(
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=8))
     study.optimize(objective, n_trials=trials)
     return {} if loss({}) <= study.best_value else dict(study.best_params)
-
-
-def middle(outcomes: Sequence[Outcome], method: str) -> float:
-    """Median regret of a method."""
-    return median([one.regret for one in outcomes if one.method == method])

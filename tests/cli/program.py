@@ -32,6 +32,20 @@ def program(
     )
 
 
+def patched(code: str, *arguments: object, cwd: Path, timeout_s: float = 200) -> subprocess.CompletedProcess[str]:
+    """Run a program of ours after ``code`` changed something in it, for what cannot fail on demand."""
+    start = f"{code}\nimport sys\nfrom kvr_partition.cli.main import main\nmain(sys.argv[1:])\n"
+    return subprocess.run(
+        [sys.executable, "-c", start, *map(str, arguments)],
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
 def one_error(done: subprocess.CompletedProcess[str], code: int) -> str:
     """The message of a run that must end with exactly one line of error and nothing else."""
     assert done.returncode == code, done.stderr

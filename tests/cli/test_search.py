@@ -17,7 +17,7 @@ import pytest
 
 from kvr_partition import Partition, load
 from profiler.store import MeasurementLog
-from tests.cli.program import COMMAND, environment, one_error, program
+from tests.cli.program import COMMAND, environment, one_error, patched, program
 from tests.models import write_folder
 
 SEARCH = [
@@ -290,28 +290,17 @@ def test_killed_at_any_moment_it_goes_on_and_loses_nothing(home: Path, tmp_path:
 
 
 NOISY = """
-import sys
 import profiler.calibrate
 from kvr_partition.cost import FitError
 def refused(*_):
     raise FitError("the fitted costs are only good to 30%")
 profiler.calibrate.measured_setting = refused
-from kvr_partition.cli.main import main
-main(sys.argv[1:])
 """
 
 
 def test_where_noise_hides_costs_the_search_goes_on_from_a_guess(home: Path, tmp_path: Path) -> None:
     shutil.copytree(home / "llama", tmp_path / "llama")
-    done = subprocess.run(
-        [sys.executable, "-c", NOISY, *SEARCH, "--verbose"],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    done = patched(NOISY, *SEARCH, "--verbose", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "going on from a guess of what chunks cost: the fitted costs are only good to 30%" in done.stderr
     assert "informed" in done.stderr
@@ -331,7 +320,7 @@ def test_two_runs_do_not_write_to_the_same_folder(home: Path) -> None:
 
 
 FULL_DISK = """
-import os, resource, signal, sys
+import os, resource, signal
 from pathlib import Path
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 import profiler.ranks
@@ -341,8 +330,6 @@ def limited(self):
     size = Path("out/measurements.jsonl").stat().st_size + 1500
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 profiler.ranks.RankGroup.start = limited
-from kvr_partition.cli.main import main
-main(sys.argv[1:])
 """
 
 
@@ -353,15 +340,7 @@ def test_no_room_for_results_is_one_line_and_the_search_goes_on_later(home: Path
     os.truncate(tmp_path / "out" / "measurements.jsonl", _half(tmp_path / "out" / "measurements.jsonl"))
     (tmp_path / "out" / "study.db").unlink()
     before = (tmp_path / "out" / "measurements.jsonl").read_bytes()
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, *SEARCH, "--quiet"],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    done = patched(FULL_DISK, *SEARCH, "--quiet", cwd=tmp_path)
     message = one_error(done, 1)
     assert "run the same command again" in message
     assert (tmp_path / "out" / "measurements.jsonl").read_bytes().startswith(before)
