@@ -56,7 +56,7 @@ def attend_chunk(
     seeing = rows if window is None else min(rows, window - 1)
     bias = None if window is None else _band(seeing, before[0].shape[2], window, query)
     other, other_lse = attend(query[:, :, :seeing], *before, scale=scale, bias=bias)
-    merge_(output[:, :, :seeing], lse[:, :, :seeing], other, other_lse)
+    merge_(output[:, :, :seeing], lse[:, :, :seeing], (other, other_lse))
     return output
 
 
@@ -80,7 +80,7 @@ def _attend_own_window(
             other, other_lse = attend(
                 block[:, :, :seeing], key[:, :, first:low], value[:, :, first:low], scale=scale, bias=bias
             )
-            merge_(output[:, :, :seeing], lse[:, :, :seeing], other, other_lse)
+            merge_(output[:, :, :seeing], lse[:, :, :seeing], (other, other_lse))
         outputs.append(output)
         sums.append(lse)
     return torch.cat(outputs, dim=2), torch.cat(sums, dim=2)

@@ -149,7 +149,7 @@ def _few_rows(
     weights = torch.exp(sums - lse).unsqueeze(-1)
     output = (outputs * weights).sum(dim=0, keepdim=True).to(query.dtype)
     if whole < key.shape[2]:
-        merge_(output, lse, *_flash_call(query, key[:, :, whole:], value[:, :, whole:], scale, False))
+        merge_(output, lse, _flash_call(query, key[:, :, whole:], value[:, :, whole:], scale, False))
     return output, lse
 
 
@@ -228,6 +228,13 @@ class _Pattern:
         data = torch.randn(_span(shape, strides), device=self.device, dtype=self.dtype)
         return data.as_strided(shape, strides)
 
+    def merge_parts(self) -> None:
+        """Merge any number of parts: each is a kernel to be compiled."""
+        for others in range(1, MOST_MERGED):
+            part = self.tensor(0, SHORTEST)
+            lse = part.new_zeros(part.shape[:3], dtype=torch.float32)
+            merge_(part, lse, *((part.clone(), lse) for _ in range(others)))
+
 
 def _span(shape: Sequence[int], strides: Sequence[int]) -> int:
     """Elements from the first to the last of a strided tensor."""
@@ -235,7 +242,10 @@ def _span(shape: Sequence[int], strides: Sequence[int]) -> int:
 
 
 SHORTEST, LEAST_PADDED = 256, 128
-"""The shortest plan, and the fewest rows worth padding to it; fewer go to FlashAttention, which needs no plan."""
+"""The fewest rows of a plan, and the fewest worth padding to it; fewer go to FlashAttention, which has none."""
+
+SHORTEST_PIECE = 512
+"""The fewest tokens of a plan for a rectangle; fewer go to FlashAttention."""
 
 
 def row_lengths(most: int) -> list[int]:
@@ -257,8 +267,13 @@ def _step(length: int) -> int:
 
 
 def piece_lengths(most: int) -> list[int]:
-    """Tokens of the rectangles whose plans are built ahead, longest first: each twice the next."""
-    return [SHORTEST << power for power in reversed(range((most // SHORTEST).bit_length()))]
+    """Tokens of the rectangles whose plans are built ahead, longest first.
+
+    Powers of two and half as much again: three of them come within `SHORTEST_PIECE` of any length up to 16k, and
+    every piece more costs its output being written and read once.
+    """
+    powers = [SHORTEST_PIECE << power for power in range(max(0, (most // SHORTEST_PIECE).bit_length()))]
+    return sorted({*powers, *(3 * power for power in powers if 3 * power <= most)}, reverse=True)
 
 
 def planned_shapes(most: int) -> list[tuple[int, int, bool]]:
@@ -322,6 +337,7 @@ class CudnnPlans:
         for pattern in list(self._seen):
             if pattern.batch != 1 or self.ahead(pattern) >= most:
                 continue
+            pattern.merge_parts()
             for rows, tokens, causal in planned_shapes(most):
                 if (pattern, rows, tokens, causal) not in self._known:
                     query, key, value = (pattern.tensor(at, n) for at, n in enumerate((rows, tokens, tokens)))
@@ -371,7 +387,7 @@ def _attend_in_pieces(
         if causal:
             part = _own(block, key[:, :, low:high], value[:, :, low:high], scale)
             if low:
-                merge_(*part, *_rectangle(block, key[:, :, :low], value[:, :, :low], scale, most))
+                merge_(*part, _rectangle(block, key[:, :, :low], value[:, :, :low], scale, most))
         else:
             part = _rectangle(block, key, value, scale, most)
         parts.append(part)
@@ -410,9 +426,8 @@ def _rectangle(
     if end < tokens:
         rest = key[:, :, end:], value[:, :, end:]
         parts.append(_cuda_flash(query, *rest, scale=scale, causal=False, bias=None))
-    output, lse = (one[:, :, :rows] for one in parts[0])
-    for other, other_lse in parts[1:]:
-        merge_(output, lse, other[:, :, :rows], other_lse[:, :, :rows])
+    (output, lse), *others = ((output[:, :, :rows], lse[:, :, :rows]) for output, lse in parts)
+    merge_(output, lse, *others)
     return output, lse
 
 
@@ -490,23 +505,30 @@ def attend(
     return choice.kernel(query, key, value, scale=scale, causal=causal, bias=bias)
 
 
-def merge_(output: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> None:
-    """Fold attention over other keys into ``output`` and ``lse``, in place, as if both had been one softmax.
+MOST_MERGED = 8
+"""Results that the fused kernel takes together; each number of them is to be compiled once."""
 
-    With ``w = sigmoid(other_lse − lse)`` the joint result is ``(1 − w)·output + w·other``: exact, and
-    without the overflow of exponentials. One fused kernel on CUDA, where Triton is there.
+
+def merge_(output: torch.Tensor, lse: torch.Tensor, *others: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Fold attention over other keys into ``output`` and ``lse``, in place, as if all had been one softmax.
+
+    With ``w = sigmoid(other_lse − lse)`` the joint result of two is ``(1 − w)·output + w·other``: exact, and
+    without the overflow of exponentials. One fused kernel for all on CUDA, where Triton is there.
 
     Args:
-        output, other: ``[batch, heads, rows, dim]``.
-        lse, other_lse: ``[batch, heads, rows]``, float32.
+        output: ``[batch, heads, rows, dim]``.
+        lse: ``[batch, heads, rows]``, float32.
+        others: further outputs with their log-sum-exps, of the same shapes.
     """
     fused = _fused_merge() if output.is_cuda else None
     if fused is not None:
-        fused(output, lse, other, other_lse)
+        for first in range(0, len(others), MOST_MERGED - 1):
+            fused(output, lse, others[first : first + MOST_MERGED - 1])
         return
-    weight = torch.sigmoid(other_lse - lse).unsqueeze(-1).to(output.dtype)
-    output.lerp_(other, weight)
-    torch.logaddexp(lse, other_lse, out=lse)
+    for other, other_lse in others:
+        weight = torch.sigmoid(other_lse - lse).unsqueeze(-1).to(output.dtype)
+        output.lerp_(other, weight)
+        torch.logaddexp(lse, other_lse, out=lse)
 
 
 @functools.cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -9,12 +11,21 @@ from triton.language.extra.cuda import globaltimer
 
 
 @triton.jit
+def _place(odd_strides, batch, head, row):  # type: ignore[no-untyped-def]
+    return (
+        batch * ((odd_strides[0] - 3) // 2)
+        + head * ((odd_strides[1] - 3) // 2)
+        + row * ((odd_strides[2] - 3) // 2)
+    )
+
+
+# Triton compiles a kernel anew for the first number that is no multiple of 16, and numbers here depend on lengths:
+# some prompt would wait for it. In tuples it cannot be told not to, so strides are given as odd numbers.
+@triton.jit(do_not_specialize=["rows"])
 def _merge_kernel(  # type: ignore[no-untyped-def]
-    output, lse, other, other_lse,
+    outputs, lses, strides, odd_lse_strides,
     rows, heads,
-    output_b, output_h, output_r, other_b, other_h, other_r,
-    lse_b, lse_h, lse_r, other_lse_b, other_lse_h, other_lse_r,
-    DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    COUNT: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     batch = tl.program_id(1)
     # Heads of one row lie side by side in token-major layout, so they are taken together.
@@ -22,37 +33,46 @@ def _merge_kernel(  # type: ignore[no-untyped-def]
     inside = at < rows * heads
     row = (at // heads).to(tl.int64)
     head = at % heads
-    ours = lse + batch * lse_b + head * lse_h + row * lse_r
-    old = tl.load(ours, mask=inside, other=0.0)
-    new = tl.load(other_lse + batch * other_lse_b + head * other_lse_h + row * other_lse_r, mask=inside, other=0.0)
-    weight = tl.sigmoid(new - old)
-    most = tl.maximum(old, new)
-    tl.store(ours, most + tl.log(tl.exp(old - most) + tl.exp(new - most)), mask=inside)
     column = tl.arange(0, WIDTH)
     both = inside[:, None] & (column < DIM)[None, :]
-    to = output + batch * output_b + (head * output_h + row * output_r)[:, None] + column[None, :]
-    mine = tl.load(to, mask=both, other=0.0).to(tl.float32)
-    theirs = tl.load(
-        other + batch * other_b + (head * other_h + row * other_r)[:, None] + column[None, :], mask=both, other=0.0
-    ).to(tl.float32)
-    tl.store(to, (mine + weight[:, None] * (theirs - mine)).to(output.dtype.element_ty), mask=both)
+    ours = lses[0] + _place(odd_lse_strides[0], batch, head, row)
+    lse = tl.load(ours, mask=inside, other=0.0)
+    places = batch * strides[0][0] + (head * strides[0][1] + row * strides[0][2])[:, None] + column[None, :]
+    to = outputs[0] + places
+    output = tl.load(to, mask=both, other=0.0).to(tl.float32)
+    for one in tl.static_range(1, COUNT):
+        theirs = _place(odd_lse_strides[one], batch, head, row)
+        new = tl.load(lses[one] + theirs, mask=inside, other=0.0)
+        places = (
+            batch * strides[one][0] + (head * strides[one][1] + row * strides[one][2])[:, None] + column[None, :]
+        )
+        other = tl.load(outputs[one] + places, mask=both, other=0.0).to(tl.float32)
+        output += tl.sigmoid(new - lse)[:, None] * (other - output)
+        most = tl.maximum(lse, new)
+        lse = most + tl.log(tl.exp(lse - most) + tl.exp(new - most))
+    tl.store(ours, lse, mask=inside)
+    tl.store(to, output.to(outputs[0].dtype.element_ty), mask=both)
 
 
-def merge(output: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> None:
-    """`kernels.merge_` in one pass over memory; the last axis of ``output`` and ``other`` must be dense."""
+def merge(output: torch.Tensor, lse: torch.Tensor, others: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """`kernels.merge_` in one pass over memory; the last axis of all outputs must be dense.
+
+    How many there are makes another kernel; see `kernels.MOST_MERGED`.
+    """
     batch, heads, rows, dim = output.shape
     # One warp a program: several would each read the log-sum-exp, and one could do so after another wrote it.
     block = 8
+    parts = [(output, lse), *others]
     _merge_kernel[(triton.cdiv(rows * heads, block), batch)](
-        output, lse, other, other_lse,
+        tuple(one for one, _ in parts), tuple(one for _, one in parts),
+        tuple(one.stride()[:3] for one, _ in parts),
+        tuple(tuple(2 * stride + 3 for stride in one.stride()) for _, one in parts),
         rows, heads,
-        *output.stride()[:3], *other.stride()[:3],
-        *lse.stride(), *other_lse.stride(),
-        DIM=dim, WIDTH=triton.next_power_of_2(dim), BLOCK=block, num_warps=1,
+        COUNT=len(parts), DIM=dim, WIDTH=triton.next_power_of_2(dim), BLOCK=block, num_warps=1,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["nanoseconds"])
 def _hold_kernel(nanoseconds):  # type: ignore[no-untyped-def]
     start = globaltimer()
     while globaltimer() - start < nanoseconds:
@@ -69,7 +89,7 @@ def _note_time_kernel(mark):  # type: ignore[no-untyped-def]
     tl.store(mark, globaltimer())
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["nanoseconds"])
 def _hold_since_kernel(mark, nanoseconds):  # type: ignore[no-untyped-def]
     start = tl.load(mark)
     while globaltimer() - start < nanoseconds:

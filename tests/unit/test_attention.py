@@ -89,7 +89,7 @@ def test_some_kernel_fits_whatever_comes() -> None:
 def test_merging_survives_scores_that_overflow_exponentials() -> None:
     lse, other_lse = torch.tensor([[[500.0, -500.0, 0.0]]]), torch.tensor([[[-500.0, 500.0, 0.0]]])
     output, other = torch.ones(1, 1, 3, 2), torch.zeros(1, 1, 3, 2)
-    merge_(output, lse, other, other_lse)
+    merge_(output, lse, (other, other_lse))
     assert output[0, 0, :, 0].tolist() == [1.0, 0.0, 0.5]
 
 
