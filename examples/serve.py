@@ -7,6 +7,7 @@ Each line of standard input is a prompt, as token ids separated by spaces; each 
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -15,25 +16,28 @@ import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvr_partition import KVRError, Partition, load
-from kvr_partition.runtime import decode, prefill, warm_up
+from kvr_partition.runtime import decode, link_group, prefill, warm_up
 
 
 def main() -> None:
     """One rank."""
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    device = torch.device(f"cuda:{rank}" if torch.cuda.is_available() else "cpu")
+    links = link_group()
     model = loaded(sys.argv[1]).to(device).eval()
     knows = load(sys.argv[2])
     warm_up(model, tokens=256)
     while (ids := received(device)) is not None:
         try:
-            out = prefill(model, ids, knows)
+            out = prefill(model, ids, knows, group=links)
         except KVRError as error:
             # Too short or too long for what was searched: say so and go on with an even split.
             if rank == 0:
                 print(f"even split: {error}", file=sys.stderr)
-            out = prefill(model, ids, Partition.even(ids.shape[1], ranks))
+            out = prefill(model, ids, Partition.even(ids.shape[1], ranks), group=links)
         if out.is_last:
             print(*decode(model, ids, out, max_new_tokens=8)[0].tolist(), flush=True)
     dist.destroy_process_group()

@@ -1,6 +1,7 @@
 """Run a prefill on real ranks: KV-Runahead, and the baselines it is compared with."""
 
 from kvr_partition.runtime.baselines import single, tsp, zigzag
+from kvr_partition.runtime.group_links import link_group
 from kvr_partition.runtime.links import LinkLimits
 from kvr_partition.runtime.prefill import PrefillResult, decode, prefill, warm_up
 from kvr_partition.runtime.support import ModelSupport, check_config, check_context, probe
@@ -12,6 +13,7 @@ __all__ = [
     "check_config",
     "check_context",
     "decode",
+    "link_group",
     "prefill",
     "probe",
     "single",

@@ -275,6 +275,27 @@ class StreamLinks(_GroupLinks):
             hold(self.limits.held_s(nbytes))
 
 
+LINK_CTAS = 4
+"""Blocks of threads that NCCL may keep for a link; each takes an SM from compute, even while it waits."""
+
+
+def link_group(ranks: Sequence[int] | None = None) -> dist.ProcessGroup | None:
+    """A process group made for the links of a prefill, to be given to `prefill`.
+
+    NCCL takes as many SMs for a transfer as make it the fastest. A prefill has a whole layer's time for each one,
+    and needs the SMs. All ranks of the world call this, once.
+
+    Args:
+        ranks: of the world, those that prefill together; all when None.
+    """
+    backend, options = None, None
+    if "nccl" in dist.get_backend_config():
+        backend, options = "nccl", dist.ProcessGroupNCCL.Options()
+        options.config.max_ctas = LINK_CTAS
+    group: dist.ProcessGroup | None = dist.new_group(ranks, backend=backend, pg_options=options)
+    return group
+
+
 def group_links(
     partition: Partition,
     rank: int,
