@@ -26,6 +26,7 @@ from kvr_partition.partition import Partition
 from kvr_partition.schedule import simulate
 from kvr_partition.search import search
 from kvr_partition.search.beliefs import noise_of
+from kvr_partition.terms import SettingTerms
 from profiler import Candidate, MeasurementLog, RankGroup, SamplingPlan
 from profiler.calibrate import chunk_design, measured_setting
 from profiler.store import ChunkLine
@@ -132,6 +133,7 @@ def main() -> None:
         document = {
             "command": " ".join(["python benchmarks/simulated.py", *sys.argv[1:]]),
             "provenance": origin,
+            "setting": msgspec.to_builtins(SettingTerms.of(setting, 2)),
             "figures": figures,
             "sweep": [
                 {

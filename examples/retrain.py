@@ -14,7 +14,7 @@ from kvr_partition.measurement import Measurement
 from kvr_partition.partition import Partition
 from kvr_partition.search import search
 from kvr_partition.training import measured_row, train
-from profiler import Candidate, MeasurementLog, RankGroup, SamplingPlan
+from profiler import MeasurementLog, RankGroup, SamplingPlan
 from profiler.calibrate import guessed_setting
 
 PLAN = SamplingPlan(warmup=1, least=2, most=4)
@@ -25,8 +25,7 @@ def main() -> None:
     model, out = sys.argv[1], Path(sys.argv[3])
     contexts = sorted(int(word) for word in sys.argv[2].split(","))
     with MeasurementLog(out / "measurements.jsonl") as log, RankGroup(model, ranks=2, log=log) as group:
-        alone = group.measure_many([Candidate.single(contexts[-1])], plan=PLAN)[0]
-        told = guessed_setting(group, contexts[-1], alone.ttft_s)
+        told = guessed_setting(group, contexts[-1], lambda one: group.measure_many([one], plan=PLAN)[0])
 
         def measure(partition: Partition) -> Measurement:
             return group.measure(partition, plan=PLAN)

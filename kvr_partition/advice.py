@@ -48,6 +48,8 @@ def first_ranks(setting: Setting, ranks: int) -> Setting:
         setting,
         speeds=setting.speeds[:ranks],
         link=link[: ranks - 1] if isinstance(link, tuple) else link,
+        # What sharing costs was timed with all of them at work.
+        alone_speed=setting.alone_speed if ranks == len(setting.speeds) else 1.0,
     )
 
 

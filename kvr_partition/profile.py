@@ -18,12 +18,16 @@ SCHEMA = "kvr-partition/profile/1"
 
 
 class ChunkSample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A chunk behind a prefix, timed on all ranks at once; seconds of each rank."""
+    """A chunk behind a prefix, timed on all ranks at once; seconds of each rank.
+
+    Timed ``alone``, it is the first rank's while all others are idle.
+    """
 
     chunk: int
     prefix: int
     seconds: tuple[float, ...]
     first_kv_s: tuple[float, ...]
+    alone: bool = False
 
 
 class LinkSample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -43,6 +47,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         cost: of a chunk on a rank of speed 1.
         speeds: of each rank.
         links: from each rank to the next.
+        alone_speed: as in `schedule.Setting`.
     """
 
     schema: str
@@ -55,6 +60,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     links: tuple[LinkTerms, ...]
     chunk_samples: tuple[ChunkSample, ...]
     link_samples: tuple[LinkSample, ...]
+    alone_speed: float = 1.0
 
     @classmethod
     def of(
@@ -78,6 +84,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             tuple(LinkTerms.of(setting.link_between(rank, rank + 1)) for rank in range(ranks - 1)),
             chunks,
             links,
+            setting.alone_speed,
         )
 
     def setting(self, topology: Literal["chain", "fanout"] = "chain", bandwidth: float | None = None) -> Setting:
@@ -91,6 +98,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             self.speeds,
             topology,
             self.provenance.depth == "attention",
+            alone_speed=self.alone_speed,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -122,6 +130,8 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
         raise refuse(f"{ranks} ranks are joined by {ranks - 1} links, not {len(profile.links)}")
     if any(link.latency_s < 0 or link.seconds_per_byte < 0 for link in profile.links):
         raise refuse("a link cannot take less than no time")
+    if not profile.alone_speed >= 1:
+        raise refuse("a rank alone cannot be slower than beside others")
     if profile.layers < 1 or profile.entry_bytes < 1 or profile.context < ranks:
         raise refuse("layers, entry_bytes and context must be positive")
     return profile

@@ -41,6 +41,8 @@ class Setting:
         dense: whether every pair is computed and masked, as in the paper, rather than causal ones only.
         past: tokens that every rank has in its cache already, where no partition says so itself.
         noise, noise_seed: foreign traffic, as in `runtime.links.LinkLimits`.
+        alone_speed: of a rank while all others are idle, relative to ``speeds``, which are those of all ranks at
+            work at once. Ranks on one GPU share its power and memory; 1 for ranks that share nothing.
     """
 
     cost: ChunkCost
@@ -54,6 +56,7 @@ class Setting:
     past: int = 0
     noise: int = 0
     noise_seed: int = 0
+    alone_speed: float = 1.0
 
     def slowness(self, rank: int) -> float:
         """How many times as long as ``cost`` a rank takes."""
@@ -87,8 +90,7 @@ def simulate(partition: Partition, setting: Setting) -> Timeline:
     import numpy as np
 
     setting = replace(setting, past=partition.past)
-    run = _Run(np.array([partition.sizes], dtype=float), setting, keep=True)
-    run.play()
+    run = _played(np.array([partition.sizes], dtype=float), setting, keep=True)
     ranks = []
     for rank in range(partition.ranks):
         layers = [
@@ -118,9 +120,7 @@ def ttft(sizes: Any, setting: Setting) -> Array:
         raise PartitionError(f"sizes must be [partitions, ranks]; got {list(table.shape)}")
     parts = []
     for low in range(0, len(table), _BATCH):
-        run = _Run(table[low : low + _BATCH], setting)
-        run.play()
-        parts.append(run.finish())
+        parts.append(_played(table[low : low + _BATCH], setting).finish())
     return np.concatenate(parts) if parts else np.empty(0)
 
 
@@ -128,10 +128,32 @@ _BATCH = 2048
 """Partitions simulated together: enough to hide Python's part, few enough to stay in the cache."""
 
 
+def ease(sizes: Any, setting: Setting) -> Array:
+    """What ranks' times are multiplied by because others are idle now and then, of many partitions; ``[n]``.
+
+    Between all at work and one alone it falls with the share of time that ranks are idle.
+    """
+    import numpy as np
+
+    table = np.asarray(sizes, dtype=float)
+    if setting.alone_speed == 1 or table.shape[1] == 1:
+        return np.ones(len(table))
+    run = _Run(table, setting)
+    run.play()
+    return run.ease()
+
+
+def _played(sizes: Array, setting: Setting, keep: bool = False) -> _Run:
+    shared = setting.alone_speed != 1 and sizes.shape[1] > 1
+    run = _Run(sizes, setting, keep, ease(sizes, setting) if shared else None)
+    run.play()
+    return run
+
+
 class _Run:
     """The schedule itself, for ``n`` partitions at once; times are arrays ``[n]``."""
 
-    def __init__(self, sizes: Array, setting: Setting, keep: bool = False) -> None:
+    def __init__(self, sizes: Array, setting: Setting, keep: bool = False, ease: Array | None = None) -> None:
         import numpy as np
 
         self.ranks = sizes.shape[1]
@@ -142,6 +164,8 @@ class _Run:
         starts = setting.past + np.cumsum(chunks, axis=0) - chunks
         cost, layers = setting.cost, setting.layers
         slow = np.array([setting.slowness(rank) for rank in range(self.ranks)])[:, None] / layers
+        if ease is not None:
+            slow = slow * ease
         work = (cost.fixed_s + cost.per_token_s * chunks) * slow
         own = cost.per_own_pair_s * chunks * chunks * slow * (1.0 if setting.dense else 0.5)
         prefix = cost.per_prefix_pair_s * chunks * starts * slow
@@ -167,6 +191,14 @@ class _Run:
         """When the last rank is done."""
         result: Array = self.now[-1]
         return result
+
+    def ease(self) -> Array:
+        """See `ease`."""
+        computed = self.setting.layers * (self.before_kv + self.before_wait + self.after_wait).sum(axis=0)
+        idle = 1 - computed / (self.ranks * self.now.max(axis=0))
+        # While slow links keep everybody waiting, more than all but one are idle.
+        others: Array = (idle / (1 - 1 / self.ranks)).clip(0, 1)
+        return 1 - others * (1 - 1 / self.setting.alone_speed)
 
     def _layer(self, layer: int) -> None:
         import numpy as np

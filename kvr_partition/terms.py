@@ -78,6 +78,7 @@ class SettingTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     speeds: tuple[float, ...]
     topology: Literal["chain", "fanout"]
     overlap: bool
+    alone_speed: float = 1.0
 
     @classmethod
     def of(cls, setting: Setting, ranks: int) -> SettingTerms:
@@ -90,6 +91,7 @@ class SettingTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             tuple(float(1 / setting.slowness(rank)) for rank in range(ranks)),
             setting.topology,
             setting.overlap,
+            setting.alone_speed,
         )
 
     def setting(self, past: int = 0) -> Setting:
@@ -105,4 +107,5 @@ class SettingTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             self.topology,
             self.overlap,
             past=past,
+            alone_speed=self.alone_speed,
         )

@@ -6,9 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 
 from kvr_partition.cost import ChunkCost, FitError, LinkCost, TimedChunk
-from kvr_partition.measurement import median
+from kvr_partition.errors import RankError
+from kvr_partition.measurement import Measurement, median
+from kvr_partition.partition import Partition
 from kvr_partition.provenance import Provenance
 from kvr_partition.schedule import FREE_LINK, Setting
+from profiler.measure import Candidate
 from profiler.ranks import RankGroup
 from profiler.store import ChunkLine, LinkLine, MeasurementLog
 
@@ -71,7 +74,11 @@ def calibrate(
 
 
 def _timed(log: MeasurementLog, chunk: int, prefix: int, layers: int) -> TimedChunk:
-    lines = [line for line in log.chunks if (line.chunk, line.prefix) == (chunk, prefix) and not line.warmup]
+    lines = [
+        line
+        for line in log.chunks
+        if (line.chunk, line.prefix) == (chunk, prefix) and not line.warmup and not line.alone
+    ]
     first = [_mean(line.first_kv_s) for line in lines if line.first_kv_s and min(line.first_kv_s) > 0]
     return TimedChunk(
         chunk, prefix, median(_seconds(log, chunk, prefix)), median(first) if first else None, layers
@@ -80,7 +87,7 @@ def _timed(log: MeasurementLog, chunk: int, prefix: int, layers: int) -> TimedCh
 
 def rank_speeds(log: MeasurementLog, ranks: int) -> tuple[float, ...]:
     """Of each rank, relative to the mean of all in each timed chunk, which is what costs are fitted to."""
-    lines = [line for line in log.chunks if not line.warmup and len(line.seconds) == ranks]
+    lines = [line for line in log.chunks if not line.warmup and not line.alone and len(line.seconds) == ranks]
     if not lines:
         return (1.0,) * ranks
     return tuple(median([_mean(line.seconds) / line.seconds[rank] for line in lines]) for rank in range(ranks))
@@ -103,6 +110,45 @@ def time_links(group: RankGroup, log: MeasurementLog) -> tuple[LinkCost, ...]:
     return _links(log, group.ranks)
 
 
+def time_alone(group: RankGroup, context: int, log: MeasurementLog) -> float:
+    """How much faster the first rank is while all others are idle; 1 for ranks that share no hardware.
+
+    Each time on it alone is compared with one beside the others, taken right before; what the log has is not
+    timed again.
+
+    Raises:
+        RankError: timing failed.
+    """
+    if group.ranks == 1 or not group.shares_hardware:
+        return 1.0
+    point = (max(context // group.ranks, 8), 0)
+    run = group.run
+    missing = LEAST_SAMPLES + 1 - len(_alone(log, *point))
+    for turn in range(1 + missing if missing > 0 else 0):
+        for alone in (False, True):
+            seconds, first_kv_s = (
+                tuple(part) for part in zip(*group.time_chunk(*point, alone=alone), strict=True)
+            )
+            log.append(ChunkLine(run, *point, turn == 0, seconds, first_kv_s, alone))
+    return _alone_speed(log)
+
+
+def _alone(log: MeasurementLog, chunk: int, prefix: int) -> list[float]:
+    lines = [line for line in log.chunks if line.alone and not line.warmup]
+    return [line.seconds[0] for line in lines if (line.chunk, line.prefix) == (chunk, prefix)]
+
+
+def _alone_speed(log: MeasurementLog) -> float:
+    ratios = []
+    before: ChunkLine | None = None
+    for line in log.chunks:
+        same = before is not None and (line.chunk, line.prefix) == (before.chunk, before.prefix)
+        if line.alone and not line.warmup and before is not None and same:
+            ratios.append(before.seconds[0] / line.seconds[0])
+        before = line
+    return max(1.0, median(ratios)) if ratios else 1.0
+
+
 def _links(log: MeasurementLog, ranks: int) -> tuple[LinkCost, ...]:
     lines = [line for line in log.links if not line.warmup]
     return tuple(
@@ -110,16 +156,33 @@ def _links(log: MeasurementLog, ranks: int) -> tuple[LinkCost, ...]:
     )
 
 
-def guessed_setting(group: RankGroup, context: int, alone_s: float) -> Setting:
+def guessed_setting(group: RankGroup, context: int, measure: Callable[[Candidate], Measurement]) -> Setting:
     """A guess from what one rank alone takes, dealt to matrix products and attention by their operations.
 
+    Where one rank cannot read the whole context, all of them together are asked for what they compute.
+
     Args:
-        alone_s: TTFT in seconds of the whole context on one rank.
+        context: tokens of the prompt.
+        measure: times a candidate.
+
+    Raises:
+        RankError: neither could be timed.
     """
+    shared = group.ranks if group.backend == "sm" else 1
+    alone = measure(Candidate.single(context))
+    alone_s = alone.ttft_s
+    if not alone.ok:
+        even = measure(Candidate("kvr", Partition.even(context, group.ranks)))
+        if not even.ok:
+            raise RankError(f"there is nothing to guess costs from: {alone.failure}; {even.failure}")
+        computed = [
+            median([sample.ranks[rank].compute_s for sample in even.samples]) for rank in range(group.ranks)
+        ]
+        alone_s = math.fsum(computed) / shared
     counted = group.operations
     in_all = context * counted.per_token + context * context / 2 * counted.per_pair
     # Ranks that share a GPU are each so much slower than the whole of it.
-    per_operation = alone_s / in_all * (group.ranks if group.backend == "sm" else 1)
+    per_operation = alone_s / in_all * shared
     pair = counted.per_pair * per_operation
     cost = ChunkCost(0.0, counted.per_token * per_operation, pair, pair, counted.before_kv)
     return Setting(
@@ -138,7 +201,8 @@ def setting_of_log(log: MeasurementLog, origin: Provenance) -> Setting:
         FitError: the log has no timed chunks and links, or they do not determine it.
     """
     shape = origin.model
-    points = list(dict.fromkeys((line.chunk, line.prefix) for line in log.chunks if not line.warmup))
+    timed = [line for line in log.chunks if not line.warmup and not line.alone]
+    points = list(dict.fromkeys((line.chunk, line.prefix) for line in timed))
     cost = ChunkCost.fit([_timed(log, chunk, prefix, shape.layers) for chunk, prefix in points])
     width = 4 if origin.dtype == "float32" else 2
     return Setting(
@@ -149,6 +213,7 @@ def setting_of_log(log: MeasurementLog, origin: Provenance) -> Setting:
         speeds=rank_speeds(log, origin.ranks),
         topology="fanout" if origin.topology == "fanout" else "chain",
         overlap=origin.depth == "attention",
+        alone_speed=_alone_speed(log),
     )
 
 
@@ -173,6 +238,7 @@ def measured_setting(
         speeds=rank_speeds(log, group.ranks),
         topology="fanout" if group.topology == "fanout" else "chain",
         overlap=group.resolved_depth == "attention",
+        alone_speed=time_alone(group, context, log),
     )
 
 
@@ -184,7 +250,7 @@ def _seconds(log: MeasurementLog, chunk: int, prefix: int) -> list[float]:
     return [
         _mean(line.seconds)
         for line in log.chunks
-        if (line.chunk, line.prefix) == (chunk, prefix) and not line.warmup
+        if (line.chunk, line.prefix) == (chunk, prefix) and not line.warmup and not line.alone
     ]
 
 

@@ -74,11 +74,15 @@ class PlanAhead(msgspec.Struct, frozen=True, tag=True):
 
 
 class TimeChunk(msgspec.Struct, frozen=True, tag=True):
-    """Every rank at once times ``chunk`` tokens behind ``prefix`` tokens, without links."""
+    """Every rank at once times ``chunk`` tokens behind ``prefix`` tokens, without links.
+
+    Or ``alone`` the first rank, while all others are idle.
+    """
 
     chunk: int
     prefix: int
     cold: bool = False
+    alone: bool = False
 
 
 class TimeLink(msgspec.Struct, frozen=True, tag=True):
@@ -147,6 +151,10 @@ class ChunkDone(msgspec.Struct, frozen=True, tag=True):
     first_kv_s: float
 
 
+class Idle(msgspec.Struct, frozen=True, tag=True):
+    """Another rank was asked, and this one kept still."""
+
+
 class LinkDone(msgspec.Struct, frozen=True, tag=True):
     """Seconds of each message from this rank to the next; none on the last rank."""
 
@@ -179,7 +187,19 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 Request = Setup | Prefill | Verify | PlanAhead | TimeChunk | TimeLink | Generate | Close
-Reply = Ready | PrefillDone | VerifyDone | PlanDone | ChunkDone | LinkDone | Token | GenerateDone | Many | Failed
+Reply = (
+    Ready
+    | PrefillDone
+    | VerifyDone
+    | PlanDone
+    | ChunkDone
+    | Idle
+    | LinkDone
+    | Token
+    | GenerateDone
+    | Many
+    | Failed
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)

@@ -243,6 +243,11 @@ class RankGroup:
         return operations(self._folder)
 
     @property
+    def shares_hardware(self) -> bool:
+        """Whether ranks have memory or power in common, so that one is faster while others are idle."""
+        return self.backend != "cuda"
+
+    @property
     def resolved_depth(self) -> str:
         """How far the runtime reaches into the model, ``"auto"`` decided."""
         return str(self._shapes().choose(self.depth))
@@ -380,19 +385,22 @@ class RankGroup:
         slowest = max(replies, key=lambda reply: reply.seconds)
         return slowest.built, slowest.seconds
 
-    def time_chunk(self, chunk: int, prefix: int, *, cold: bool = False) -> list[tuple[float, float]]:
+    def time_chunk(
+        self, chunk: int, prefix: int, *, cold: bool = False, alone: bool = False
+    ) -> list[tuple[float, float]]:
         """Time a chunk behind a prefix, on all ranks at once, without links.
 
         Args:
             cold: as in `sample`.
+            alone: on the first rank only, while all others are idle.
 
         Returns:
-            For each rank the seconds it took, and those until the KV of its first layer was ready.
+            For each timed rank the seconds it took, and those until the KV of its first layer was ready.
 
         Raises:
             RankError: it failed.
         """
-        replies = self._ask(messages.TimeChunk(chunk, prefix, cold))
+        replies = self._ask(messages.TimeChunk(chunk, prefix, cold, alone))
         return [(reply.seconds, reply.first_kv_s) for reply in replies if isinstance(reply, messages.ChunkDone)]
 
     def time_links(self, nbytes: int, repeats: int) -> list[tuple[float, ...]]:

@@ -36,15 +36,16 @@ class Simulated:
         match requests[0]:
             case messages.Prefill() as request:
                 return self._prefill(request)
-            case messages.TimeChunk(chunk=chunk, prefix=prefix):
+            case messages.TimeChunk(chunk=chunk, prefix=prefix, alone=alone):
                 setting = self._profile.setting()
+                timed, eased = (1, setting.alone_speed) if alone else (ranks, 1.0)
                 first = setting.cost.kv_share * (setting.cost.fixed_s + setting.cost.per_token_s * chunk)
                 return [
                     messages.ChunkDone(
-                        setting.cost.seconds(chunk, prefix) * setting.slowness(rank),
-                        first / setting.layers * setting.slowness(rank),
+                        setting.cost.seconds(chunk, prefix) * setting.slowness(rank) / eased,
+                        first / setting.layers * setting.slowness(rank) / eased,
                     )
-                    for rank in range(ranks)
+                    for rank in range(timed)
                 ]
             case messages.TimeLink(nbytes=nbytes, repeats=repeats, bandwidth=bandwidth):
                 setting = self._profile.setting(bandwidth=bandwidth)

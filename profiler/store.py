@@ -69,7 +69,10 @@ class MeasurementLine(
 
 
 class ChunkLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="chunk", tag_field="type"):
-    """A chunk timed on all ranks at once, without links; one figure a rank, in seconds."""
+    """A chunk timed on all ranks at once, without links; one figure a rank, in seconds.
+
+    Timed ``alone``, the first rank's only, while all others were idle.
+    """
 
     run: str
     chunk: int
@@ -78,6 +81,7 @@ class ChunkLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ch
     seconds: tuple[float, ...]
     first_kv_s: tuple[float, ...] = ()
     """Until the first layer's KV was ready; empty in older logs."""
+    alone: bool = False
 
 
 class LinkLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="link", tag_field="type"):

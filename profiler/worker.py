@@ -22,7 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 from kvr_partition.errors import KVRError, RankError
 from kvr_partition.measurement import RankTimes
 from kvr_partition.partition import Partition
-from kvr_partition.runtime import decode, prefill, probe, single, tsp, warm_up, zigzag
+from kvr_partition.runtime import decode, link_group, prefill, probe, single, tsp, warm_up, zigzag
 from kvr_partition.runtime.cache import RunaheadCache
 from kvr_partition.runtime.kernels import planning
 from kvr_partition.runtime.links import LinkLimits, NoLinks, Topology
@@ -55,6 +55,8 @@ class Worker:
                 timeout=timedelta(seconds=setup.timeout_s),
                 device_id=self._device if self._device.type == "cuda" else None,
             )
+        # Baselines keep the world's own group, which may take all the SMs it likes.
+        self._links = link_group() if setup.backend == "cuda" and self._world > 1 else None
         folder = open_model(setup.model)
         self._model = build_model(folder, dtype=setup.dtype, device=setup.device, seed=setup.seed)
         self._has_weights = folder.has_weights
@@ -147,7 +149,14 @@ class Worker:
                     topology = setup.topology  # type: ignore[assignment]
                 past = self._past_rows(before, ids, partition.ends[setup.rank])
                 return lambda: prefill(
-                    model, ids, partition, depth=depth, topology=topology, limits=limits, past=past
+                    model,
+                    ids,
+                    partition,
+                    group=self._links,
+                    depth=depth,
+                    topology=topology,
+                    limits=limits,
+                    past=past,
                 )
             case "bound":
                 # Its prefix is there before the clock starts.
@@ -235,6 +244,8 @@ class Worker:
     def _timed_chunk(self, request: messages.TimeChunk) -> messages.Reply:
         with self._attention("kvr"), self._planning(request), _no_garbage_collection():
             self._barrier()
+            if request.alone and self._setup.rank:
+                return messages.Idle()
             result = self._chunk(request.chunk, request.prefix)
         timeline = result.timeline
         return messages.ChunkDone(timeline.compute_s, timeline.first_kv_s or 0.0)
@@ -253,13 +264,13 @@ class Worker:
                     time.sleep(limits.held_s(request.nbytes))
                     held = time.perf_counter() - began
                     began = time.perf_counter()
-                    dist.send(message, dst=source + 1)
-                    dist.recv(message, src=source + 1)
+                    dist.send(message, dst=source + 1, group=self._links)
+                    dist.recv(message, src=source + 1, group=self._links)
                     self._synchronize()
                     took.append(held + (time.perf_counter() - began) / 2)
                 else:
-                    dist.recv(message, src=source)
-                    dist.send(message, dst=source)
+                    dist.recv(message, src=source, group=self._links)
+                    dist.send(message, dst=source, group=self._links)
                     self._synchronize()
         return messages.LinkDone(tuple(took))
 
@@ -281,6 +292,7 @@ class Worker:
                 self._model,
                 input_ids,
                 Partition(request.sizes),
+                group=self._links,
                 depth=self._depth,
                 reserve=request.max_new_tokens,
                 topology=self._setup.topology,  # type: ignore[arg-type]

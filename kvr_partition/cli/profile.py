@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> None:
             options.context,
             group.provenance,
             tuple(
-                ChunkSample(line.chunk, line.prefix, line.seconds, line.first_kv_s)
+                ChunkSample(line.chunk, line.prefix, line.seconds, line.first_kv_s, line.alone)
                 for line in log.chunks
                 if not line.warmup
             ),

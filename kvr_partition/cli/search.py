@@ -26,7 +26,7 @@ from kvr_partition.cli.options import (
     need_at_least,
     parse_contexts,
 )
-from kvr_partition.errors import OutOfRangeError
+from kvr_partition.errors import OutOfRangeError, RankError
 from kvr_partition.partition import Partition
 
 if TYPE_CHECKING:
@@ -295,7 +295,6 @@ class _Session:
         """What chunks and links cost here, found out once for all contexts; None if nothing tells."""
         from kvr_partition.cost import FitError
         from profiler.calibrate import guessed_setting, measured_setting
-        from profiler.measure import Candidate
 
         if self._setting_known:
             return self._setting
@@ -308,9 +307,10 @@ class _Session:
         except FitError as error:
             # Measurements correct a guess as well as a fit; it only takes a few more of them.
             self._progress.say(f"  going on from a guess of what chunks cost: {error}")
-            alone = self._measure([Candidate.single(longest)], "guess")[0]
-            if alone.ok:
-                self._setting = guessed_setting(self._group, longest, alone.ttft_s)
+            with contextlib.suppress(RankError):
+                self._setting = guessed_setting(
+                    self._group, longest, lambda candidate: self._measure([candidate], "guess")[0]
+                )
         self._progress.doing("measuring the first partitions")
         return self._setting
 

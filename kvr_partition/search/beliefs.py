@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvr_partition.cost import ChunkCost, LinkCost
 from kvr_partition.measurement import Measurement, median
-from kvr_partition.schedule import Setting, ttft
+from kvr_partition.schedule import Setting, ease, ttft
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,7 +86,7 @@ def _with_costs(setting: Setting, timed: Sequence[Measurement]) -> Corrected:
     noise = np.array([noise_of(one) for one in timed])[:, None]
     ranks = sizes.shape[1]
     slowness = np.log([setting.slowness(rank) for rank in range(ranks)])
-    known = np.log(took) - slowness
+    known = np.log(took) - slowness - np.log(_eases(timed, setting))[:, None]
     drifts = _drift_spread(known - np.log(terms.sum(axis=-1)), float((noise**2).mean()))
     drifting = len(timed) if drifts else 0
 
@@ -186,6 +186,13 @@ def _simulated(timed: Sequence[Measurement], setting: Setting) -> Array:
         at = [index for index, one in enumerate(timed) if one.past == past]
         times[at] = ttft([timed[index].sizes for index in at], replace(setting, past=past))
     return times
+
+
+def _eases(timed: Sequence[Measurement], setting: Setting) -> Array:
+    """`schedule.ease` of each of these partitions, each behind its own past."""
+    import numpy as np
+
+    return np.array([ease([one.sizes], replace(setting, past=one.past))[0] for one in timed])
 
 
 def _bytes_sent(setting: Setting, sizes: Sequence[int], rank: int) -> list[tuple[float, LinkCost]]:

@@ -22,7 +22,7 @@ from tests.models import provenance, write_folder
 
 COST = ChunkCost(1e-3, 2e-5, 2e-9, 1.5e-9, 0.25)
 LINKS = (LinkCost.of(2e9, 1e-4), LinkCost.of(1e9, 2e-4))
-SETTING = Setting(COST, 3, 512, link=LINKS, speeds=(1.0, 1.25, 1.0))
+SETTING = Setting(COST, 3, 512, link=LINKS, speeds=(1.0, 1.25, 1.0), alone_speed=1.25)
 
 
 def profile_of(folder: Path, **changes: Any) -> Profile:
@@ -56,6 +56,7 @@ def test_a_profile_comes_back_as_it_was_written(folder: Path, tmp_path: Path) ->
         ({"schema": "kvr-partition/profile/9"}, "this version reads"),
         ({"speeds": [1.0, 1.0]}, "need 3 speeds"),
         ({"speeds": [1.0, 1.0, 0.0]}, "speeds above 0"),
+        ({"alone_speed": 0.5}, "a rank alone cannot be slower"),
         ({"links": []}, "joined by 2 links"),
         ({"layers": 0}, "must be positive"),
         ({"cost": {"fixed_s": 0, "per_token_s": -1, "per_own_pair_s": 0, "per_prefix_pair_s": 0, "kv_share": 0}},
@@ -108,6 +109,7 @@ def test_profiling_a_simulated_machine_finds_its_costs_again(group: RankGroup, t
             told = getattr(found.cost, name) / found.speeds[rank]
             assert told == pytest.approx(getattr(COST, name) / speed, rel=0.01), name
     assert math.prod(found.speeds) == pytest.approx(1)
+    assert found.alone_speed == pytest.approx(SETTING.alone_speed)
     assert found.cost.kv_share == pytest.approx(COST.kv_share, rel=0.01)
     assert isinstance(found.link, tuple)
     for link, right in zip(found.link, LINKS, strict=True):

@@ -85,6 +85,34 @@ def test_it_agrees_with_the_slow_and_obvious_simulation(case: tuple[Partition, S
         ) * (entries > 0)
 
 
+@given(cases(), st.floats(1.05, 2))
+@settings(max_examples=50, deadline=None)
+def test_ranks_that_share_hardware_are_faster_while_others_are_idle(
+    case: tuple[Partition, Setting], alone_speed: float
+) -> None:
+    partition, setting = case
+    assume(partition.ranks > 1)
+    apart = simulate(partition, setting)
+    end = max(rank.compute_s + rank.wait_s for rank in apart.ranks)
+    busy = sum(rank.compute_s for rank in apart.ranks) / (partition.ranks * end)
+    # All at work: as timed. One at work: as fast as alone.
+    least = 1 / partition.ranks
+    factor = 1 - (1 - 1 / alone_speed) * min(1, max(0, (1 - busy) / (1 - least)))
+    cost = setting.cost
+    eased = ChunkCost(
+        cost.fixed_s * factor,
+        cost.per_token_s * factor,
+        cost.per_own_pair_s * factor,
+        cost.per_prefix_pair_s * factor,
+        cost.kv_share,
+    )
+    right = simulate(partition, replace(setting, cost=eased)).ttft_s
+    shared = replace(setting, alone_speed=alone_speed)
+    assert simulate(partition, shared).ttft_s == pytest.approx(right, rel=1e-9)
+    assert ttft([partition.sizes], shared)[0] == pytest.approx(right, rel=1e-9)
+    assert 1 / alone_speed - 1e-9 <= factor <= 1
+
+
 def test_many_partitions_at_once_are_each_by_itself() -> None:
     generator = np.random.default_rng(0)
     sizes = generator.integers(1, 4000, (5000, 4))
