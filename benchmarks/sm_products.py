@@ -3,8 +3,9 @@
     python benchmarks/sm_products.py --ranks 4,8 --out data/h100-sxm/llama-7b/sm-products.json
 
 All groups multiply at once, each its own rows with the same weights: first equally many rows on every group, then
-the uneven chunks of a balanced split; once as cuBLAS does it by itself, once with cuBLAS told how many SMs a group
-has, which it chooses tiles by. Meanwhile nvidia-smi tells the clock of the SMs and the power.
+the uneven chunks of a balanced split. Kernels are chosen in three ways: by cuBLAS for the whole GPU, by cuBLAS
+told how many SMs a group has, and by timing cuBLAS's candidates, as SM-partition ranks do. Meanwhile
+nvidia-smi tells the clock of the SMs and the power.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 
 from kvr_partition.measurement import median
 from profiler.green import split_sms
+from profiler.matmul import GroupProducts, chosen_products
 
 HIDDEN, INNER = 4096, 11008
 SHAPES = ((HIDDEN, HIDDEN),) * 4 + ((HIDDEN, INNER),) * 2 + ((INNER, HIDDEN),)
@@ -80,7 +82,9 @@ def told(sms: int) -> Iterator[None]:
         library.cublasSetSmCountTarget(handle, 0)
 
 
-def multiply(streams: Sequence[Any], weights: Sequence[torch.Tensor], rows: Sequence[int]) -> dict[str, Any]:
+def multiply(
+    streams: Sequence[Any], weights: Sequence[torch.Tensor], rows: Sequence[int], products: GroupProducts | None
+) -> dict[str, Any]:
     """All groups at once, layer after layer for a second; TFLOP/s of all together."""
     inputs = [
         {width: torch.randn(count, width, device="cuda", dtype=torch.float16) for width in (HIDDEN, INNER)}
@@ -98,10 +102,13 @@ def multiply(streams: Sequence[Any], weights: Sequence[torch.Tensor], rows: Sequ
         torch.cuda.synchronize()
         return (time.perf_counter() - began) / count
 
-    layers(8)
     meter = Meter()
-    with meter.running():
-        took = [layers(16) for _ in range(6)]
+    with contextlib.ExitStack() as stack:
+        if products is not None:
+            stack.enter_context(chosen_products(products, choosing=True))
+        layers(8)
+        stack.enter_context(meter.running())
+        took = [layers(16) for _ in range(5)]
     seconds = median(took)
     return {
         "rows": list(rows),
@@ -128,18 +135,19 @@ def main() -> None:
         even = options.context // ranks
         cases = [[even] * ranks]
         if ranks > 1:
-            cases += [[even + step * 128] * ranks for step in (-2, -1, 1, 2, 3)]
+            cases += [[even + step * 128] * ranks for step in (-1, 1)]
             # First and last chunk of a balanced split of Llama 7B are some 20% away from the even one.
             steps = [round((1 - 2 * at / (ranks - 1)) * even * 0.18 / 128) * 128 for at in range(ranks)]
             cases += [[even + step for step in steps]]
-        sms = groups[0].sms if groups else 0
-        for rows, target in itertools.product(cases, (0, sms) if sms else (0,)):
-            with told(target):
-                one = {"ranks": ranks, "sms": sms or None, "told_sms": target or None,
-                       **multiply(streams, weights, rows)}  # fmt: skip
+        sms = groups[0].sms if groups else None
+        products = GroupProducts(sms, streams) if sms else None
+        for rows, by in itertools.product(cases, ("cuBLAS", "cuBLAS told", "timing") if sms else ("cuBLAS",)):
+            with told(sms or 0) if by == "cuBLAS told" else contextlib.nullcontext():
+                one = {"ranks": ranks, "sms": sms, "chosen_by": by,
+                       **multiply(streams, weights, rows, products if by == "timing" else None)}  # fmt: skip
             found.append(one)
             shown = f"{rows[0]} each" if len(set(rows)) == 1 else "/".join(map(str, rows))
-            print(f"{ranks} x {shown}{', told' if target else ''}: {one['tflops']:.0f} TFLOP/s "
+            print(f"{ranks} x {shown}, chosen by {by}: {one['tflops']:.0f} TFLOP/s "
                   f"at {one['clock_mhz']} MHz, {one['power_w']} W, capped {one['power_capped']}",
                   flush=True)  # fmt: skip
     if options.out:

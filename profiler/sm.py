@@ -9,9 +9,12 @@ enqueues. One graph over all ranks would not do: it runs on the SMs of one rank.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import gc
 import time
+from typing import Any
 
 import torch
 
@@ -27,6 +30,7 @@ from kvr_partition.runtime.prefill import PrefillResult, chunk_cache, run_chunk
 from kvr_partition.runtime.verify import run_reference, run_single
 from profiler import messages
 from profiler.green import split_sms
+from profiler.matmul import GroupProducts, chosen_products
 from profiler.recording import (
     GATHERED_LAYERS,
     Arena,
@@ -52,7 +56,8 @@ class SMWorker(Worker):
         groups, spare = split_sms(setup.ranks) if setup.ranks > 1 else ([], None)
         super().__init__(setup)
         streams = [group.stream() for group in groups] or [torch.cuda.Stream()]
-        self._sms = [group.sms for group in groups]
+        # One rank is the whole GPU, which torch's own choices are made for.
+        self._products = GroupProducts(groups[0].sms, streams) if groups else None
         self._replayer = Replayer(streams, spare)
         self._pool = torch.cuda.graph_pool_handle()
         # A pool ends with the last graph in it, and would then be refused; this one keeps it.
@@ -140,6 +145,8 @@ class SMWorker(Worker):
     def _timed_chunk(self, request: messages.TimeChunk) -> messages.Reply:
         chunks = Partition((request.chunk,) * self._setup.ranks)
         recording = self._recorded_as(f"chunk behind {request.prefix}", chunks, prefix=request.prefix)
+        if request.alone:
+            recording = dataclasses.replace(recording, ranks=recording.ranks[:1])
         self._replayer.run(recording, LinkLimits())
         timelines = [one.result.timeline for one in recording.ranks]
         return messages.Many(tuple(messages.ChunkDone(one.compute_s, one.first_kv_s or 0.0) for one in timelines))
@@ -240,7 +247,7 @@ class SMWorker(Worker):
         """
         self._arena.begin()
         for rank in range(partition.ranks):
-            with torch.cuda.stream(self._replayer.streams[rank]):
+            with torch.cuda.stream(self._replayer.streams[rank]), self._chosen_products(choosing=True):
                 execution = Execution(to_host=False, empty=self._empty)
                 self._run_rank(rank, method, partition, ids, prefix, None, execution)
         torch.cuda.synchronize()
@@ -249,7 +256,7 @@ class SMWorker(Worker):
         self, rank: int, method: str, partition: Partition, ids: torch.Tensor, prefix: int | None
     ) -> RecordedRank:
         stream = self._replayer.streams[rank]
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), self._chosen_products(choosing=False):
             recorder = Recorder(stream, self._pool)
             clock = RecordedClock(recorder)
             execution = Execution(clock=lambda _: clock, to_host=False, empty=self._empty)
@@ -294,6 +301,9 @@ class SMWorker(Worker):
             execution=execution,
         )
         return result, links, None
+
+    def _chosen_products(self, choosing: bool) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self._products is None else chosen_products(self._products, choosing)
 
     def _empty(self, shape: tuple[int, int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return self._arena.empty(shape, dtype=dtype, device=device)

@@ -127,6 +127,8 @@ def test_sm_partition_ranks_equal_the_single_run(name: str, ranks: int, tmp_path
                 assert sample.kv_bytes == sum(Partition(uneven).ends[:-1]) * entry * width
             assert all(rank.compute_s > 0 for rank in sample.ranks)
             assert group.sample(Candidate("bound", Partition(uneven))).kv_bytes == 0
+            assert [seconds > 0 for seconds, _ in group.time_chunk(100, 50)] == [True] * ranks
+            assert [seconds > 0 for seconds, _ in group.time_chunk(100, 50, alone=True)] == [True]
 
 
 @pytest.mark.parametrize("rows", [64, 256, 300, 1000, 1792, 1793])
@@ -185,15 +187,81 @@ def test_merging_on_the_device_equals_merging_on_the_host() -> None:
 
     torch.manual_seed(0)
     # Enough rows to fill the device several times over: a race would not show on a few.
-    for dim, rows in ((64, 33), (80, 33), (128, 33), (64, 20_000)):
-        output, other = torch.randn(2, 2, rows, 6, dim).transpose(2, 3).unbind(0)
-        lse, other_lse = torch.randn(2, 2, 6, rows).mul(20).unbind(0)
+    for dim, rows, others in (
+        (64, 33, 1),
+        (80, 33, 2),
+        (128, 33, 7),
+        (128, 48, 9),
+        (64, 20_000, 1),
+        (64, 9999, 3),
+    ):
+        output, *more = torch.randn(1 + others, 2, rows, 6, dim).transpose(2, 3).unbind(0)
+        lse, *more_lse = torch.randn(1 + others, 2, 6, rows).mul(20).unbind(0)
         right, right_lse = output.clone(), lse.clone()
-        merge_(right, right_lse, other, other_lse)
+        merge_(right, right_lse, *zip(more, more_lse, strict=True))
         found, found_lse = output.cuda(), lse.cuda()
-        merge_(found, found_lse, other.cuda(), other_lse.cuda())
+        # Padded rows leave strides of their own behind.
+        wide = torch.empty(2, 6, rows + 7, device="cuda")[:, :, :rows].copy_(more_lse[0])
+        merge_(
+            found,
+            found_lse,
+            (more[0].cuda(), wide),
+            *((one.cuda(), one_lse.cuda()) for one, one_lse in zip(more[1:], more_lse[1:], strict=True)),
+        )
         assert relative(found.cpu(), right) < 1e-5
         assert relative(found_lse.cpu(), right_lse) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_products_chosen_for_a_group_of_sms_are_right_and_can_be_recorded(dtype: torch.dtype) -> None:
+    from profiler.green import split_sms
+    from profiler.matmul import LEAST_ROWS, GroupProducts, chosen_products
+
+    groups, _ = split_sms(4)
+    streams = [group.stream() for group in groups]
+    products = GroupProducts(groups[0].sms, streams)
+    torch.manual_seed(0)
+    weight = torch.randn(1024, 512, device="cuda", dtype=dtype)
+    many, few, wide = (torch.randn(rows, 512, device="cuda", dtype=dtype) for rows in (1500, LEAST_ROWS - 1, 640))
+    stream = streams[0]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), chosen_products(products, choosing=True), torch.no_grad():
+        found = [torch.nn.functional.linear(rows, weight) for rows in (many[None], few, wide)]
+    assert len(products.chosen) == 2  # a few rows are left to torch
+    # Whatever was the fastest: each candidate must be right.
+    for shape, rows in zip(list(products.chosen), (many, wide), strict=True):
+        candidates = products._best[shape.columns, shape.inner, dtype]
+        assert candidates
+        for candidate in candidates:
+            products.chosen[shape] = candidate
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.stream(stream), chosen_products(products, choosing=False), torch.no_grad():
+                torch.nn.functional.linear(rows, weight)
+                torch.cuda.synchronize()
+                graph.capture_begin()
+                output = torch.nn.functional.linear(rows, weight)
+                graph.capture_end()
+                graph.replay()
+            torch.cuda.synchronize()
+            assert relative(output, rows.double() @ weight.t().double()) < 5e-3
+    torch.cuda.synchronize()
+    for rows, output in zip((many[None], few, wide), found, strict=True):
+        assert output.shape[:-1] == rows.shape[:-1]
+        assert relative(output, rows.double() @ weight.t().double()) < 5e-3
+
+
+def test_sm_partition_ranks_with_chosen_products_equal_the_single_run(tmp_path: Path) -> None:
+    folder = write_folder(
+        tmp_path / "llama", "llama-gqa", hidden_size=512, intermediate_size=1024, max_position_embeddings=2048
+    )
+    with RankGroup(folder, ranks=4, backend="sm", dtype="float16", timeout_s=120) as group:
+        for candidate in (
+            Candidate("kvr-chain", Partition((600, 500, 300, 260))),
+            Candidate.even("tsp", 1660, 4),
+            Candidate.even("zigzag", 1660, 4),
+        ):
+            certificate = group.verify(candidate)
+            assert certificate.holds, certificate.divergence
 
 
 def test_a_rank_needs_its_weights_its_visible_kv_and_a_stated_bound() -> None:
