@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,10 @@ def main() -> None:
     ):
         told = _told(group, max(contexts) + options.past, log, few, options.profile)
 
+        def confirmed(context: int, splits: Sequence[Partition]) -> list[Measurement]:
+            candidates = [Candidate("kvr", split) for split in splits]
+            return group.measure_many(candidates, plan=few, purpose=f"confirm/{context}")
+
         def searched(context: int) -> Row:
             def measure(partition: Partition) -> Measurement:
                 found = group.measure(partition, plan=few, purpose=f"search/{context}")
@@ -85,7 +90,7 @@ def main() -> None:
 
             found = search(
                 measure, context, options.ranks, options.budget, setting=told, quantum=options.quantum,
-                past=options.past,
+                past=options.past, confirm=lambda splits: confirmed(context, splits),
             )  # fmt: skip
             trials = [one.measurement for one in found.trials if one.measurement.ok]
             best = found.measurement
@@ -161,8 +166,7 @@ def _over(one: Measurement, searched: Measurement) -> dict[str, float]:
 def _told(group: RankGroup, longest: int, log: MeasurementLog, plan: SamplingPlan, profile: bool) -> Setting:
     if profile:
         return measured_setting(group, longest, log)
-    alone = group.measure_many([Candidate.single(longest)], plan=plan, purpose="guess")[0]
-    return guessed_setting(group, longest, alone.ttft_s)
+    return guessed_setting(group, longest, lambda one: group.measure_many([one], plan=plan, purpose="guess")[0])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from kvr_partition.errors import KVRError
 from kvr_partition.measurement import Measurement, median
 from kvr_partition.methods import BASELINES
 from kvr_partition.partition import Partition
-from kvr_partition.runtime.kernels import SHORTEST
+from kvr_partition.runtime.kernels import SHORTEST_PIECE
 from kvr_partition.schedule import Setting, best_split
 from kvr_partition.search import SearchResult, search
 from kvr_partition.search.beliefs import Beliefs
@@ -39,8 +39,10 @@ FEW = SamplingPlan(warmup=1, least=3, most=3)
 
 def searched(group: RankGroup, context: int, quantum: int, budget: int) -> tuple[SearchResult, Setting]:
     """The split that the informed search finds from a guess, and the setting that its measurements led to."""
-    alone = group.measure_many([Candidate.single(context)], plan=FEW, purpose="guess")[0]
-    guess = guessed_setting(group, context, alone.ttft_s)
+    guess = guessed_setting(group, context, lambda one: group.measure_many([one], plan=FEW, purpose="guess")[0])
+
+    def confirm(splits: Sequence[Partition]) -> list[Measurement]:
+        return group.measure_many([Candidate("kvr-chain", one) for one in splits], plan=FEW, purpose="confirm")
 
     def measure(split: Partition) -> Measurement:
         found = group.measure_many([Candidate("kvr-chain", split)], plan=FEW, purpose="search")[0]
@@ -49,7 +51,7 @@ def searched(group: RankGroup, context: int, quantum: int, budget: int) -> tuple
         print(f"  {split}: {found.ttft_s * 1e3:.1f} ms, ranks compute {took} ms", flush=True)
         return found
 
-    found = search(measure, context, group.ranks, budget, setting=guess, quantum=quantum)
+    found = search(measure, context, group.ranks, budget, setting=guess, quantum=quantum, confirm=confirm)
     return found, Beliefs.after(guess, context, [one.measurement for one in found.trials]).setting
 
 
@@ -123,13 +125,15 @@ def one_rank(group: RankGroup, contexts: list[int], plan: SamplingPlan) -> dict[
         pair = [Candidate.single(context), Candidate("kvr", Partition((context,)))]
         stock, ours = group.measure_many(pair, plan=plan, purpose=f"one-rank/{context}")
         found[str(context)] = {
-            "stock_s": stock.ttft_s,
+            "stock_s": stock.ttft_s if stock.ok else None,
+            "stock_failed": None if stock.failure is None else stock.failure.message,
             "ours_s": ours.ttft_s,
-            "ours_over_stock": ours.ttft_s / stock.ttft_s,
+            "ours_over_stock": ours.ttft_s / stock.ttft_s if stock.ok else None,
             "stock_samples_s": [sample.ttft_s for sample in stock.samples],
             "ours_samples_s": [sample.ttft_s for sample in ours.samples],
         }
-        print(f"  {context}: stock {stock.ttft_s * 1e3:.1f} ms, ours {ours.ttft_s * 1e3:.1f} ms", flush=True)
+        took = f"{stock.ttft_s * 1e3:.1f} ms" if stock.ok else str(stock.failure)
+        print(f"  {context}: stock {took}, ours {ours.ttft_s * 1e3:.1f} ms", flush=True)
     return found
 
 
@@ -163,7 +167,7 @@ def cold(group: RankGroup, context: int, plan: SamplingPlan) -> dict[str, Any]:
         for cut, tokens in cuts
     }
     # As ranks have them whose boundaries are multiples of the shortest plan.
-    aligned = [(cut // SHORTEST * SHORTEST, tokens) for cut, tokens in cuts]
+    aligned = [(cut // SHORTEST_PIECE * SHORTEST_PIECE, tokens) for cut, tokens in cuts]
     found["aligned_chunks"] = {
         f"{tokens - cut} behind {cut}": both(f"{tokens - cut} behind {cut}", behind(tokens - cut, cut))
         for cut, tokens in aligned
