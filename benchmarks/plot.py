@@ -164,6 +164,7 @@ def main() -> None:
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "kvr-partition", "font.family": "sans-serif"})
     for ranks in (2, 4, 8):
         compared("h100-sxm/llama-7b", f"sm-{ranks}-ranks", f"H100, {ranks} ranks")
+    compared("h100-sxm/llama-7b", "sm-8-ranks-timed-kernels", "H100, 8 ranks, kernels timed")
     compared("h200/llama-7b", "sm-8-ranks", "H200, 8 ranks")
     compared("epyc-2-cores/quickstart-llama", "cpu-2-ranks", "2 CPU ranks")
     cold_starts()

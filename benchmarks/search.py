@@ -15,7 +15,7 @@ import random
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def _landscape(name: str, context: int, ranks: int, bandwidth: float, entry_byte
     def off(share: float = 0.15) -> float:
         return 1 + draw.uniform(-share, share)
 
-    truth = ChunkCost(*(term * off() for term in astuple(cost)))
+    truth = ChunkCost.of_terms(term * off() for term in cost.terms)
     speeds = [off(0.03) for _ in range(ranks)]
     speeds[draw.randrange(ranks)] *= 0.85
     rates = [bandwidth * off() for _ in range(ranks - 1)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from kvr_partition.errors import KVRError
@@ -72,7 +72,8 @@ class LinkCost:
 class ChunkCost:
     """Time of a chunk with causal attention: own block half a square, prefix a rectangle.
 
-    ``seconds(c, s) = fixed + per_token·c + per_own_pair·c²/2 + per_prefix_pair·c·s``, every term ≥ 0.
+    ``seconds(c, s) = fixed + per_token·c + per_own_pair·c²/2 + per_prefix_pair·c·s``, every term ≥ 0, times the
+    step of ``c``, if it has one.
     """
 
     fixed_s: float
@@ -81,18 +82,38 @@ class ChunkCost:
     per_prefix_pair_s: float
     kv_share: float = 0.0
     """Share of the fixed and per-token time that a layer spends before its KV is ready to be sent."""
+    steps: tuple[tuple[int, float], ...] = ()
+    """Chunks of exactly so many tokens, in order, and how many times as long as the terms say they take.
+
+    Kernels cut rows into tiles and tiles into waves, which fits some sizes better than their neighbours.
+    """
+
+    @property
+    def terms(self) -> tuple[float, float, float, float, float]:
+        """The four terms in seconds, and ``kv_share``."""
+        return self.fixed_s, self.per_token_s, self.per_own_pair_s, self.per_prefix_pair_s, self.kv_share
+
+    @classmethod
+    def of_terms(cls, terms: Iterable[float]) -> ChunkCost:
+        """A cost of such `terms`, without steps."""
+        fixed, token, own_pair, prefix_pair, kv_share = terms
+        return cls(fixed, token, own_pair, prefix_pair, kv_share)
 
     def seconds(self, chunk: float, prefix: float) -> float:
         """Time in seconds of ``chunk`` tokens behind ``prefix`` tokens."""
-        return (
+        return self.step(chunk) * (
             self.fixed_s
             + self.per_token_s * chunk
             + self.per_own_pair_s * chunk * chunk / 2
             + self.per_prefix_pair_s * chunk * prefix
         )
 
+    def step(self, chunk: float) -> float:
+        """What the terms are multiplied by for a chunk of so many tokens."""
+        return next((factor for size, factor in self.steps if size == chunk), 1.0)
+
     def chunk_for(self, seconds: float, prefix: float) -> float:
-        """The largest chunk, in tokens and not rounded, that takes no longer than ``seconds``."""
+        """The largest chunk, in tokens and not rounded, that takes no longer than ``seconds``, steps left out."""
         spare = seconds - self.fixed_s
         if spare <= 0:
             return 0.0

@@ -166,6 +166,8 @@ class _Run:
         slow = np.array([setting.slowness(rank) for rank in range(self.ranks)])[:, None] / layers
         if ease is not None:
             slow = slow * ease
+        if cost.steps:
+            slow = slow * _steps(cost, chunks)
         work = (cost.fixed_s + cost.per_token_s * chunks) * slow
         own = cost.per_own_pair_s * chunks * chunks * slow * (1.0 if setting.dense else 0.5)
         prefix = cost.per_prefix_pair_s * chunks * starts * slow
@@ -254,6 +256,16 @@ class _Run:
         return float(nbytes[0]) * self.setting.link_between(source, target).seconds_per_byte
 
 
+def _steps(cost: ChunkCost, chunks: Array) -> Array:
+    """`ChunkCost.step` of many chunks at once."""
+    import numpy as np
+
+    sizes, factors = (np.array(column) for column in zip(*cost.steps, strict=True))
+    at = np.searchsorted(sizes, chunks).clip(max=len(sizes) - 1)
+    found: Array = np.where(sizes[at] == chunks, factors[at], 1.0)
+    return found
+
+
 def gathering_ttft(method: GatheringMethod, context: int, ranks: int, setting: Setting) -> float:
     """TTFT in seconds of a method that gathers all KV in every layer: TSP, TSP causal or zigzag.
 
@@ -271,7 +283,7 @@ def gathering_ttft(method: GatheringMethod, context: int, ranks: int, setting: S
     carried = (ranks - 1) * chunk * setting.entry_bytes
     before, after = [], []
     for rank in range(ranks):
-        slow = setting.slowness(rank) / setting.layers
+        slow = setting.slowness(rank) * cost.step(chunk) / setting.layers
         work = (cost.fixed_s + cost.per_token_s * chunk) * slow
         if method == "tsp":
             attention = cost.per_prefix_pair_s * chunk * (setting.past + context)
@@ -333,6 +345,7 @@ def bounds(context: int, ranks: int, setting: Setting, partition: Partition | No
     if partition is not None:
         practical = max(
             setting.slowness(rank)
+            * cost.step(size)
             * (
                 cost.fixed_s
                 + cost.per_token_s * size

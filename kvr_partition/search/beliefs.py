@@ -23,6 +23,11 @@ TERM_SPREAD, SPEED_SPREAD, LINK_SPREAD, SHARE_SPREAD = 0.2, 0.15, 0.5, 0.25
 LEAST_SURFACE = 0.003
 """How far, as a share, the corrected schedule may still be off from place to place, at least."""
 
+STEP_PAIRS, LEAST_STEP = 6, 0.004
+"""Pairs of measurements with a chunk size in common that it takes to believe in steps, and how large they are."""
+FAR_BEYOND = 4.0
+"""How many times the variance of noise is more than it scatters by."""
+
 LONE_NOISE, LEAST_NOISE = 0.02, 1e-3
 """Relative standard error of a median: of one sample, and at least."""
 
@@ -46,10 +51,12 @@ class Corrected:
     Attributes:
         setting: the one that best explains how long ranks computed and links carried.
         drift: of each measurement the logarithm of how much slower the whole machine was than on average.
+        step_spread: how far, as a share, chunks of one size are off from what is smooth in the size.
     """
 
     setting: Setting
     drift: tuple[float, ...]
+    step_spread: float = 0.0
 
 
 def corrected(setting: Setting, measurements: Sequence[Measurement]) -> Corrected:
@@ -57,7 +64,8 @@ def corrected(setting: Setting, measurements: Sequence[Measurement]) -> Correcte
 
     Each cost term, each rank's speed and each link may be off; what is measured decides how much, as far as
     it tells them apart (a maximum a posteriori estimate with log-normal spreads). Where all ranks were slower in
-    one measurement than in another by more than noise, it was the machine, and no cost.
+    one measurement than in another by more than noise, it was the machine, and no cost. Where chunks of the same
+    size are off alike whenever they are measured, their sizes have steps.
     """
     timed = [one for one in measurements if one.ok and len(one.samples[0].ranks) == len(one.sizes)]
     if not timed:
@@ -66,7 +74,7 @@ def corrected(setting: Setting, measurements: Sequence[Measurement]) -> Correcte
     told = _with_links(found.setting, timed)
     known = dict(zip(map(id, timed), found.drift, strict=True))
     drift = tuple(known.get(id(one), 0.0) for one in measurements)
-    return Corrected(_with_kv_share(told, timed, found.drift), drift)
+    return Corrected(_with_kv_share(told, timed, found.drift), drift, found.step_spread)
 
 
 def _with_costs(setting: Setting, timed: Sequence[Measurement]) -> Corrected:
@@ -89,21 +97,76 @@ def _with_costs(setting: Setting, timed: Sequence[Measurement]) -> Corrected:
     known = np.log(took) - slowness - np.log(_eases(timed, setting))[:, None]
     drifts = _drift_spread(known - np.log(terms.sum(axis=-1)), float((noise**2).mean()))
     drifting = len(timed) if drifts else 0
+    different, which = np.unique(sizes, return_inverse=True)
+    which = which.reshape(sizes.shape)
+
+    def parts(at: Array) -> tuple[Array, Array, Array, Array]:
+        return at[:4], at[4 : 4 + ranks], at[4 + ranks : 4 + ranks + drifting], at[4 + ranks + drifting :]
 
     def off(at: Array) -> Array:
-        drift = at[4 + ranks :][:, None] if drifting else 0.0
-        expected = np.log(terms @ np.exp(at[:4])) + at[4 : 4 + ranks] + drift
-        spread = [at[:4] / TERM_SPREAD, at[4 : 4 + ranks] / SPEED_SPREAD]
+        cost_terms, slow, drift, steps = parts(at)
+        expected = np.log(terms @ np.exp(cost_terms)) + slow
         if drifting:
-            spread.append(at[4 + ranks :] / drifts)
-        return np.concatenate([((expected - known) / noise).ravel(), *spread])
+            expected = expected + drift[:, None]
+        if len(steps):
+            expected = expected + steps[which]
+        off_by: Array = expected - known
+        return off_by
 
-    found = least_squares(off, np.zeros(4 + ranks + drifting)).x
-    fixed, token, own_pair, prefix_pair = (float(one) for one in prices * np.exp(found[:4]))
-    speeds = tuple(float(one) for one in np.exp(-(slowness + found[4 : 4 + ranks])))
-    told = replace(setting, cost=ChunkCost(fixed, token, own_pair, prefix_pair, cost.kv_share), speeds=speeds)
-    drift = tuple(float(one) for one in found[4 + ranks :]) if drifting else (0.0,) * len(timed)
-    return Corrected(told, drift)
+    def solved(step_spread: float) -> Array:
+        def unlikely(at: Array) -> Array:
+            cost_terms, slow, drift, steps = parts(at)
+            spread = [cost_terms / TERM_SPREAD, slow / SPEED_SPREAD]
+            spread += [drift / drifts] if drifting else []
+            spread += [steps / step_spread] if len(steps) else []
+            return np.concatenate([(off(at) / noise).ravel(), *spread])
+
+        found: Array = least_squares(
+            unlikely, np.zeros(4 + ranks + drifting + (len(different) if step_spread else 0))
+        ).x
+        return found
+
+    found = solved(0.0)
+    step_spread = _step_spread(-off(found), which, float((noise**2).mean()))
+    if step_spread:
+        found = solved(step_spread)
+    cost_terms, slow, drift, steps = parts(found)
+    fixed, token, own_pair, prefix_pair = (float(one) for one in prices * np.exp(cost_terms))
+    factors = tuple((int(size), float(math.exp(step))) for size, step in zip(different, steps, strict=False))
+    told = replace(
+        setting,
+        cost=ChunkCost(fixed, token, own_pair, prefix_pair, cost.kv_share, factors),
+        speeds=tuple(float(one) for one in np.exp(-(slowness + slow))),
+    )
+    drifted = tuple(float(one) for one in drift) if drifting else (0.0,) * len(timed)
+    return Corrected(told, drifted, step_spread)
+
+
+def _step_spread(left: Array, which: Any, noise: float) -> float:
+    """How far chunks of one size are off alike, whenever they are measured, as a share; 0 if not beyond chance.
+
+    Until enough sizes were met twice, what scatters far beyond noise may be that.
+
+    Args:
+        left: ``[measurements, ranks]``, logarithm of what each rank took over what is expected of its chunk.
+        which: the same of its size.
+        noise: variance of each.
+    """
+    import itertools
+
+    import numpy as np
+
+    products = []
+    for size in range(int(which.max()) + 1):
+        there = which == size
+        means = [float(left[at][there[at]].mean()) for at in range(len(left)) if there[at].any()]
+        products += [one * other for one, other in itertools.combinations(means, 2)]
+    if len(products) < STEP_PAIRS:
+        # What was fitted has taken its part of the scatter.
+        beyond = float((left**2).sum()) / max(1, left.size - 4 - left.shape[1]) - noise
+        return math.sqrt(beyond) if beyond > max(FAR_BEYOND * noise, LEAST_STEP**2) else 0.0
+    mean, error = float(np.mean(products)), float(np.std(products)) / math.sqrt(len(products))
+    return math.sqrt(mean) if mean > max(2 * error, LEAST_STEP**2) else 0.0
 
 
 def _drift_spread(off: Array, noise: float) -> float:
@@ -220,6 +283,7 @@ class Beliefs:
     measured: tuple[Measurement, ...]
     _process: Any
     _offset: float
+    _step_spread: float = 0.0
 
     @classmethod
     def after(cls, setting: Setting, context: int, measurements: Sequence[Measurement]) -> Beliefs:
@@ -250,7 +314,7 @@ class Beliefs:
             process.fit(_places(sizes), residual - offset)
             if best is None or process.log_marginal_likelihood_value_ > best[0].log_marginal_likelihood_value_:
                 best = process, offset
-        return cls(found.setting, context, timed, *best)
+        return cls(found.setting, context, timed, best[0], best[1], found.step_spread)
 
     def ttft_s(self, sizes: Any) -> tuple[Array, Array]:
         """Expected TTFT in seconds of partitions ``[n, ranks]``, and its relative uncertainty."""
@@ -261,6 +325,12 @@ class Beliefs:
         if self._process is None:
             return simulated, np.full(len(table), TERM_SPREAD)
         shift, spread = self._process.predict(_places(table), return_std=True)
+        if self._step_spread:
+            # Of several ranks whose sizes were never met the one that was met worst sets the pace.
+            known = [size for size, _ in self.setting.cost.steps]
+            unknown = (~np.isin(table, known)).sum(axis=1)
+            shift = shift + self._step_spread * _largest_of(unknown)
+            spread = np.hypot(spread, self._step_spread * (unknown > 0))
         return simulated * np.exp(shift + self._offset), spread
 
     def ranked(self) -> list[Measurement]:
@@ -269,6 +339,16 @@ class Beliefs:
             return []
         expected, _ = self.ttft_s([one.sizes for one in self.measured])
         return [self.measured[at] for at in expected.argsort(kind="stable")]
+
+
+def _largest_of(count: Any) -> Array:
+    """Expected largest of so many standard normal numbers, after Blom; 0 of none."""
+    import numpy as np
+    from scipy.special import ndtri
+
+    some = np.maximum(np.asarray(count, dtype=float), 1.0)
+    largest: Array = np.where(np.asarray(count) > 1, ndtri((some - 0.375) / (some + 0.25)), 0.0)
+    return largest
 
 
 def _places(sizes: Array) -> Array:

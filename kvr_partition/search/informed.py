@@ -104,6 +104,10 @@ def running_in(study: optuna.Study) -> set[tuple[int, ...]]:
     return {tuple(trial.user_attrs["sizes"]) for trial in trials if "sizes" in trial.user_attrs}
 
 
+_EXCHANGES = 30
+"""Exchanges of tokens between two ranks in a row, at most."""
+
+
 class InformedSampler(PartitionSampler):
     """Proposes what is expected to win most, by a schedule whose costs every measurement corrects.
 
@@ -151,6 +155,8 @@ class InformedSampler(PartitionSampler):
         generator = np.random.default_rng((self._seed or 0, len(measured)))
         centres = [solved.boundaries[1:-1], *(one.partition.boundaries[1:-1] for one in ranked[:3])]
         sizes = self._around(centres, context, generator)
+        if beliefs.setting.cost.steps:
+            sizes = np.unique(np.concatenate([sizes, self._exchanged(beliefs, sizes)]), axis=0)
         fresh = np.array([tuple(row) not in taken for row in sizes.tolist()], dtype=bool)
         sizes = sizes[fresh]
         if len(sizes) == 0:
@@ -167,6 +173,37 @@ class InformedSampler(PartitionSampler):
             solved_s = float(beliefs.ttft_s([solved.sizes])[0][0])
             return solved if solved.sizes not in taken and solved_s < best_s * (1 - LEAST_NOISE) else None
         return self._partition(sizes[at])
+
+    def _exchanged(self, beliefs: Beliefs, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Partitions of chunk sizes that go well: two ranks exchange tokens until nothing is gained by it."""
+        import numpy as np
+
+        assert self._space is not None
+        quantum, ranks = self._space.quantum, sizes.shape[1]
+        best = sizes[int(beliefs.ttft_s(sizes)[0].argmin())]
+        best_s = float(beliefs.ttft_s([best])[0][0])
+        known = [size for size, _ in beliefs.setting.cost.steps if size % quantum == 0]
+        passed = [best]
+        for _ in range(_EXCHANGES):
+            tried = []
+            for rank in range(ranks):
+                wanted = {int(best[rank]) + sign * steps * quantum for sign in (-1, 1) for steps in (1, 2, 4)}
+                wanted |= {size for size in known if abs(size - best[rank]) <= best[rank] // 8}
+                for other in range(ranks):
+                    for size in wanted if other != rank else ():
+                        row = best.copy()
+                        row[rank], row[other] = size, best[other] + best[rank] - size
+                        tried.append(row)
+            inside = self._inside(np.array(tried))
+            if len(inside) == 0:
+                break
+            times = beliefs.ttft_s(inside)[0]
+            at = int(times.argmin())
+            if times[at] >= best_s * (1 - 1e-9):
+                break
+            best, best_s = inside[at], float(times[at])
+            passed.append(best)
+        return np.array(passed)
 
     def _partition(self, sizes: Any) -> Partition:
         assert self._space is not None
@@ -187,7 +224,13 @@ class InformedSampler(PartitionSampler):
         edges = np.concatenate(
             [np.zeros((len(cuts), 1), np.int64), cuts, np.full((len(cuts), 1), context)], axis=1
         )
-        sizes = np.unique(np.diff(edges, axis=1), axis=0)
+        return self._inside(np.unique(np.diff(edges, axis=1), axis=0))
+
+    def _inside(self, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Those that lie in the space."""
+        import numpy as np
+
+        assert self._space is not None
         sizes = sizes[(sizes >= 1).all(axis=1)]
         ratios = np.log(sizes[:, :-1] / sizes[:, -1:])
         low, high = (np.array(side) for side in zip(*self._space.ranges, strict=True))

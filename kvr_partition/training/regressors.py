@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kvr_partition.cost import ChunkCost
@@ -91,6 +91,8 @@ class _Learnt:
     def of(cls, machine: Machine, rows: Sequence[Row]) -> _Learnt:
         told = rows[0].told.setting()
         found = corrected(told, [trial for row in rows for trial in row.trials if trial.ok]).setting
+        # Chunks of other contexts have other sizes; what is solved for them must not hang on those few.
+        found = replace(found, cost=replace(found.cost, steps=()))
         ranks = machine[4]
         links = [
             _log_ratio(
@@ -98,7 +100,7 @@ class _Learnt:
             )
             for at in range(ranks - 1)
         ]
-        pairs = zip(astuple(found.cost), astuple(told.cost), strict=True)
+        pairs = zip(found.cost.terms, told.cost.terms, strict=True)
         return cls(machine, found, tuple(_log_ratio(*pair) for pair in pairs), sum(links) / len(links))
 
 
@@ -142,7 +144,7 @@ class Corrected:
         cost, link = told.cost, told.link
         if same:
             factors = [math.exp(sum(logs) / len(same)) for logs in zip(*(one.terms for one in same), strict=True)]
-            terms = [term * factor for term, factor in zip(astuple(cost), factors, strict=True)]
+            terms = [term * factor for term, factor in zip(cost.terms, factors, strict=True)]
             cost = ChunkCost(terms[0], terms[1], terms[2], terms[3], min(0.95, terms[4]))
         if links and isinstance(link, tuple):
             factor = math.exp(sum(links) / len(links))

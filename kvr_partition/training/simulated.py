@@ -6,7 +6,7 @@ import itertools
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 
 from kvr_partition.cost import ChunkCost, LinkCost
 from kvr_partition.measurement import Measurement, RankTimes, Sample
@@ -102,7 +102,9 @@ def _landscape(shape: Shape, hardware: str, bandwidth: float, ranks: int, seed: 
     rates[draw.randrange(ranks - 1)] *= 0.7
     link_off = off(LINK_OFF, by_link)
     truth = Setting(
-        ChunkCost(*(term * off(HARDWARE_OFF, by_hardware) * off(MODEL_OFF, by_model) for term in astuple(cost))),
+        ChunkCost.of_terms(
+            term * off(HARDWARE_OFF, by_hardware) * off(MODEL_OFF, by_model) for term in cost.terms
+        ),
         shape.layers,
         4 * shape.kv_heads * shape.head_dim,
         tuple(LinkCost.of(one * link_off, 2e-5 * link_off) for one in rates),

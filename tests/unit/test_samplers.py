@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -20,7 +21,7 @@ from kvr_partition.cost import ChunkCost, LinkCost
 from kvr_partition.errors import UnsupportedError
 from kvr_partition.measurement import Failure, Measurement, RankTimes, Sample
 from kvr_partition.schedule import Setting, best_split, simulate, ttft
-from kvr_partition.search import HierarchicalGridSampler, InformedSampler, Replay, Seed, search
+from kvr_partition.search import HierarchicalGridSampler, InformedSampler, Replay, Seed, beliefs, search
 from kvr_partition.search.beliefs import Beliefs, corrected, noise_of
 from kvr_partition.search.informed import PartitionSampler
 from kvr_partition.search.space import Space
@@ -43,6 +44,90 @@ def measured(partition: Partition, truth: Setting = TRUTH, samples: int = 3) -> 
     timeline = simulate(partition, truth)
     ranks = tuple(RankTimes(one.compute_s, one.wait_s, one.transfer_s) for one in timeline.ranks)
     return Measurement("kvr", partition.sizes, (Sample(timeline.ttft_s, ranks, 0),) * samples, "precise")
+
+
+FAST = replace(FITTED, link=LinkCost.of(2e12, 1e-5))
+
+
+def rugged(seed: int, spread: float) -> tuple[Setting, Setting]:
+    """The truth without and with steps: every multiple of the quantum has its own."""
+    draw = np.random.default_rng(seed)
+    cost = ChunkCost.of_terms(term * draw.uniform(0.85, 1.15) for term in FITTED.cost.terms)
+    sizes = range(STEP_QUANTUM, CONTEXT + 1, STEP_QUANTUM)
+    steps = tuple((size, math.exp(draw.normal(0.0, spread))) for size in sizes)
+    smooth = replace(FAST, cost=cost)
+    return smooth, replace(smooth, cost=replace(cost, steps=steps))
+
+
+STEP_QUANTUM = 64
+
+
+def scattering(truth: Setting, draw: np.random.Generator, within: float, between: float) -> Any:
+    """Measures with noise within a measurement, and every rank scattering from one measurement to the next."""
+
+    def measure(partition: Partition) -> Measurement:
+        timeline = simulate(partition, truth)
+        off = np.exp(draw.normal(0.0, between, partition.ranks)) if between else np.ones(partition.ranks)
+        samples = []
+        for _ in range(3):
+            ranks = tuple(
+                RankTimes(one.compute_s * float(shift) * draw.normal(1, within), one.wait_s, one.transfer_s)
+                for one, shift in zip(timeline.ranks, off, strict=True)
+            )
+            samples.append(Sample(timeline.ttft_s * draw.normal(1, within), ranks, 0))
+        return Measurement("kvr", partition.sizes, tuple(samples), "cap")
+
+    return measure
+
+
+def test_a_search_finds_chunk_sizes_that_kernels_like(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gain(seed: int) -> float:
+        smooth, truth = rugged(seed, 0.035)
+        measure = scattering(truth, np.random.default_rng(seed), 0.003, 0.0)
+        found = search(
+            measure,
+            CONTEXT,
+            RANKS,
+            12,
+            setting=FAST,
+            quantum=STEP_QUANTUM,
+            confirm=lambda splits: [measure(one) for one in splits],
+        )
+        balanced = best_split(CONTEXT, RANKS, smooth, quantum=STEP_QUANTUM)
+        return 1 - simulate(found.best, truth).ttft_s / simulate(balanced, truth).ttft_s
+
+    found = [gain(seed) for seed in range(8)]
+    assert min(found) > -0.005
+    monkeypatch.setattr(beliefs, "LEAST_STEP", math.inf)
+    without = [gain(seed) for seed in range(8)]
+    assert np.mean(found) > np.mean(without) + 0.004, (found, without)
+
+
+def test_what_scatters_from_one_measurement_to_the_next_is_no_step() -> None:
+    smooth, truth = rugged(0, 0.035)
+    draw = np.random.default_rng(3)
+    sizes = [
+        (2240, 2112, 1984, 1856),
+        (2240, 2048, 2048, 1856),
+        (2304, 2112, 1920, 1856),
+        (2176, 2112, 1984, 1920),
+    ]
+    for scatter, setting, there in ((0.03, smooth, False), (0.0, truth, True)):
+        measure = scattering(setting, draw, 0.003, scatter)
+        measurements = [measure(Partition(one)) for one in sizes * 2]
+        assert (corrected(FAST, measurements).step_spread > 0) == there
+
+
+def test_a_step_is_part_of_every_time_that_a_setting_tells() -> None:
+    cost = ChunkCost(0.0, 1e-5, 1e-9, 1e-9, 0.2, steps=((1000, 1.5),))
+    plain, stepped = replace(FAST, cost=replace(cost, steps=())), replace(FAST, cost=cost)
+    assert cost.seconds(1000, 500) == pytest.approx(1.5 * plain.cost.seconds(1000, 500))
+    assert cost.seconds(1001, 500) == plain.cost.seconds(1001, 500)
+    one = Partition((1000,))
+    assert simulate(one, stepped).ttft_s == pytest.approx(1.5 * simulate(one, plain).ttft_s)
+    both = ttft([(1000, 999), (999, 1000)], stepped) / ttft([(1000, 999), (999, 1000)], plain)
+    assert 1.0 <= both[0] < 1.5
+    assert both[1] > 1.2
 
 
 class TestInformedContract(BasicSamplerTestCase, RelativeSamplerTestCase, SingleOnlySamplerTestCase):
