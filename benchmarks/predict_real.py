@@ -27,7 +27,7 @@ from kvr_partition.measurement import Measurement, median, median_interval
 from kvr_partition.partition import Partition
 from kvr_partition.schedule import Setting
 from kvr_partition.search import search
-from kvr_partition.search.beliefs import noise_of
+from kvr_partition.search.correction import noise_of
 from kvr_partition.table import Entry, PartitionTable
 from kvr_partition.training import Dataset, Row, measured_row, train
 from kvr_partition.training.features import Query

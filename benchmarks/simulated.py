@@ -25,7 +25,7 @@ from kvr_partition.measurement import Measurement, Sample, median
 from kvr_partition.partition import Partition
 from kvr_partition.schedule import simulate
 from kvr_partition.search import search
-from kvr_partition.search.beliefs import noise_of
+from kvr_partition.search.correction import noise_of
 from kvr_partition.terms import SettingTerms
 from profiler import Candidate, MeasurementLog, RankGroup, SamplingPlan
 from profiler.calibrate import chunk_design, measured_setting

@@ -26,11 +26,11 @@ from kvr_partition.cost import ChunkCost, LinkCost
 from kvr_partition.measurement import Measurement, RankTimes, Sample, median
 from kvr_partition.partition import Partition
 from kvr_partition.schedule import Setting, best_split, simulate
-from kvr_partition.search import beliefs, search
+from kvr_partition.search import correction, search
 
 CONTEXT, QUANTUM = 16384, 128
 NOISE, STEPS = 0.003, 0.035
-LEAST_STEP = beliefs.LEAST_STEP
+STEP_SPREADS = correction.STEP_SPREADS
 
 
 class Rugged:
@@ -79,7 +79,7 @@ def race(ranks: int, seed: int, believing: bool, budget: int) -> dict[str, Any]:
     """One search: TTFT over that of the best split of the smooth truth."""
     warnings.simplefilter("ignore")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    beliefs.LEAST_STEP = LEAST_STEP if believing else math.inf
+    correction.STEP_SPREADS = STEP_SPREADS if believing else ()
     land = Rugged(ranks, seed)
     found = search(
         land.measure,

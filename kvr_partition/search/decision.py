@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 
 from kvr_partition.measurement import Measurement, median
-from kvr_partition.search.beliefs import LEAST_NOISE, LONE_NOISE, Beliefs
+from kvr_partition.search.beliefs import Beliefs
+from kvr_partition.search.correction import LEAST_NOISE, LONE_NOISE
 from kvr_partition.search.space import coarseness
 
 NEAR_TIE = 0.01

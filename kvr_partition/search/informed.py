@@ -16,7 +16,8 @@ from kvr_partition.errors import PartitionError
 from kvr_partition.measurement import Measurement
 from kvr_partition.partition import Partition
 from kvr_partition.schedule import Setting, best_split
-from kvr_partition.search.beliefs import LEAST_NOISE, LONE_NOISE, Beliefs, noise_of
+from kvr_partition.search.beliefs import Beliefs
+from kvr_partition.search.correction import LEAST_NOISE, LONE_NOISE, noise_of
 from kvr_partition.search.space import Space
 
 if TYPE_CHECKING:

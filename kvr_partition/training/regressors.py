@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from kvr_partition.cost import ChunkCost
 from kvr_partition.errors import OutOfRangeError
 from kvr_partition.schedule import Setting
-from kvr_partition.search.beliefs import corrected
+from kvr_partition.search.correction import corrected
 from kvr_partition.training.dataset import Machine, Row
 from kvr_partition.training.features import Query, features, places, solved
 

@@ -1,0 +1,298 @@
+"""What measurements say about the costs they were planned with: terms, speeds, links, steps of chunk sizes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from kvr_partition.cost import ChunkCost, LinkCost
+from kvr_partition.measurement import Measurement, median
+from kvr_partition.schedule import Setting, ease, ttft
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
+
+TERM_SPREAD, SPEED_SPREAD, LINK_SPREAD, SHARE_SPREAD = 0.2, 0.15, 0.5, 0.25
+"""How far, as a share, a cost term, a rank's speed, a link and ``kv_share`` may be off at first."""
+
+DRIFT_SPREADS = (0.0, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
+STEP_SPREADS = (0.0, 0.01, 0.02, 0.04, 0.08)
+SCATTER_SPREADS = (0.0, 0.01, 0.02, 0.04)
+"""What is tried of how far the whole machine drifts, chunks of a size are off alike, and all else scatters."""
+
+USUAL_DRIFT, USUAL_SCATTER, USUAL_STEP = 3.0, 2.0, 0.05
+"""A machine drifts and scatters from one measurement to the next by so many times what it does from one sample to
+the next, usually; and steps, as a share, are of that order."""
+
+LEAST_USUAL = 0.01
+"""However little a few samples differ, as a share."""
+
+LONE_NOISE, LEAST_NOISE = 0.02, 1e-3
+"""Relative standard error of a median: of one sample, and at least."""
+
+
+def noise_of(measurement: Measurement) -> float:
+    """Relative standard error of a measurement's median TTFT."""
+    logs = [math.log(sample.ttft_s) for sample in measurement.samples]
+    count = len(logs)
+    if count < 3:
+        return LONE_NOISE / math.sqrt(max(1, count))
+    mean = math.fsum(logs) / count
+    variance = math.fsum((one - mean) ** 2 for one in logs) / (count - 1)
+    # A median of normal samples scatters a quarter more than their mean.
+    return max(LEAST_NOISE, 1.25 * math.sqrt(variance / count))
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """What measurements say.
+
+    Attributes:
+        setting: the one that best explains how long ranks computed and links carried.
+        drift: of each measurement the logarithm of how much slower the whole machine was than on average.
+        step_spread: how far, as a share, chunks of one size are off from what is smooth in the size.
+    """
+
+    setting: Setting
+    drift: tuple[float, ...]
+    step_spread: float = 0.0
+
+
+def corrected(setting: Setting, measurements: Sequence[Measurement]) -> Corrected:
+    """The setting that best explains how long ranks computed and links carried, given where it came from.
+
+    Each cost term, each rank's speed and each link may be off; what is measured decides how much, as far as
+    it tells them apart (a maximum a posteriori estimate with log-normal spreads). Where all ranks were slower in
+    one measurement than in another by more than noise, it was the machine, and no cost. Where chunks of the same
+    size are off alike whenever they are measured, their sizes have steps.
+    """
+    timed = [one for one in measurements if one.ok and len(one.samples[0].ranks) == len(one.sizes)]
+    if not timed:
+        return Corrected(setting, (0.0,) * len(measurements))
+    found = _with_costs(setting, timed)
+    told = _with_links(found.setting, timed)
+    known = dict(zip(map(id, timed), found.drift, strict=True))
+    drift = tuple(known.get(id(one), 0.0) for one in measurements)
+    return Corrected(_with_kv_share(told, timed, found.drift), drift, found.step_spread)
+
+
+def _with_costs(setting: Setting, timed: Sequence[Measurement]) -> Corrected:
+    import numpy as np
+    from scipy.optimize import least_squares
+
+    cost = setting.cost
+    prices = np.array([cost.fixed_s, cost.per_token_s, cost.per_own_pair_s, cost.per_prefix_pair_s])
+    sizes = np.array([one.sizes for one in timed], dtype=float)
+    pasts = np.array([[one.past] for one in timed], dtype=float)
+    starts = pasts + np.cumsum(sizes, axis=1) - sizes
+    own = sizes * sizes * (1.0 if setting.dense else 0.5)
+    terms = np.stack([np.ones_like(sizes), sizes, own, sizes * starts], axis=-1) * prices
+    took = np.array([[_median(one, rank, "compute_s") for rank in range(len(one.sizes))] for one in timed])
+    if not (took > 0).all() or not (terms.sum(axis=-1) > 0).all():
+        return Corrected(setting, (0.0,) * len(timed))
+    noise = np.array([noise_of(one) for one in timed])[:, None]
+    ranks = sizes.shape[1]
+    slowness = np.log([setting.slowness(rank) for rank in range(ranks)])
+    known = np.log(took) - slowness - np.log(_eases(timed, setting))[:, None]
+    different, which = np.unique(sizes, return_inverse=True)
+    which = which.reshape(sizes.shape)
+
+    def solved(spreads: _Spreads) -> tuple[Array, Array, Array, Array]:
+        count = len(timed) if spreads.drift else 0
+        ends = np.cumsum([4, ranks, count])
+
+        def unlikely(at: Array) -> Array:
+            cost_terms, slow, drift, steps = np.split(at, ends)
+            expected = np.log(terms @ np.exp(cost_terms)) + slow
+            priors = [cost_terms / TERM_SPREAD, slow / SPEED_SPREAD]
+            if count:
+                expected = expected + drift[:, None]
+                priors.append(drift / spreads.drift)
+            if len(steps):
+                expected = expected + steps[which]
+                priors.append(steps / spreads.step)
+            return np.concatenate([((expected - known) / np.hypot(noise, spreads.scatter)).ravel(), *priors])
+
+        unknowns = int(ends[-1]) + (len(different) if spreads.step else 0)
+        cost_terms, slow, drift, steps = np.split(least_squares(unlikely, np.zeros(unknowns)).x, ends)
+        return cost_terms, slow, drift, steps
+
+    spreads = _Spreads()
+    if len(timed) > 1 and ranks > 1:
+        # Linear in the logarithms of the terms, nearly, around what explains the times at first sight.
+        near = solved(spreads)[0]
+        each = terms * np.exp(near)
+        shares = each / each.sum(axis=-1, keepdims=True)
+        spreads = _likeliest(
+            known - np.log(each.sum(axis=-1)) + shares @ near, shares, which, noise, _usual(timed)
+        )
+    cost_terms, slow, drift, steps = solved(spreads)
+    fixed, token, own_pair, prefix_pair = (float(one) for one in prices * np.exp(cost_terms))
+    factors = tuple((int(size), float(math.exp(step))) for size, step in zip(different, steps, strict=False))
+    told = replace(
+        setting,
+        cost=ChunkCost(fixed, token, own_pair, prefix_pair, cost.kv_share, factors),
+        speeds=tuple(float(one) for one in np.exp(-(slowness + slow))),
+    )
+    drifted = tuple(float(one) for one in drift) if len(drift) else (0.0,) * len(timed)
+    return Corrected(told, drifted, spreads.step)
+
+
+@dataclass(frozen=True)
+class _Spreads:
+    """Standard deviations, as shares.
+
+    Attributes:
+        drift: of the whole machine's speed, from one measurement to the next.
+        step: of what chunks of a size take, from what is smooth in the size.
+        scatter: of a rank's time, from one measurement to the next.
+    """
+
+    drift: float = 0.0
+    step: float = 0.0
+    scatter: float = 0.0
+
+
+def _likeliest(known: Array, shares: Array, which: Any, noise: Array, usual: float) -> _Spreads:
+    """The spreads under which times like these are likeliest.
+
+    A wrong cost makes one rank late when its chunk grows, and another early whose chunk then shrinks; drift makes
+    all ranks of a measurement late together, and a step all chunks of a size, in whatever measurement. All are
+    normal, and so are the logarithms of the times, with a covariance that is the sum of theirs.
+
+    Args:
+        known: ``[measurements, ranks]``, logarithms of times, linear in those of the cost terms.
+        shares: ``[measurements, ranks, 4]``, of each term in each time.
+        which: ``[measurements, ranks]``, number of the chunk's size.
+        noise: ``[measurements, 1]``, relative standard error.
+        usual: relative standard deviation from one sample to the next.
+    """
+    import numpy as np
+    from scipy.linalg import cho_solve, cholesky
+
+    count, ranks = known.shape
+    measurement, rank = np.divmod(np.arange(count * ranks), ranks)
+
+    def alike(label: Any) -> Array:
+        same: Array = (label[:, None] == label[None, :]).astype(float)
+        return same
+
+    flat = shares.reshape(-1, shares.shape[-1])
+    always = TERM_SPREAD**2 * flat @ flat.T + SPEED_SPREAD**2 * alike(rank) + np.diag(noise[measurement, 0] ** 2)
+    # What all times have in common says nothing about how measurements differ.
+    always = always + 1.0
+    together, same_size, single = alike(measurement), alike(which.ravel()), np.eye(count * ranks)
+
+    def evidence(spreads: _Spreads) -> float:
+        covariance = (
+            always + spreads.drift**2 * together + spreads.step**2 * same_size + spreads.scatter**2 * single
+        )
+        factor = cholesky(covariance, lower=True)
+        left = known.ravel()
+        likely = -0.5 * float(left @ cho_solve((factor, True), left)) - float(np.log(np.diag(factor)).sum())
+        unusual = (
+            spreads.drift / (USUAL_DRIFT * usual),
+            spreads.scatter / (USUAL_SCATTER * usual),
+            spreads.step / USUAL_STEP,
+        )
+        # What is unusual is unlikely, but not impossible.
+        return likely - math.fsum(math.log1p(one * one) for one in unusual)
+
+    # With very many times each try takes long, and every other one will do.
+    stride = 1 if count * ranks <= 300 else 2
+    tried = itertools.product(DRIFT_SPREADS[::stride], STEP_SPREADS[::stride] or (0.0,), SCATTER_SPREADS[::stride])
+    return max((_Spreads(*one) for one in tried), key=evidence)
+
+
+def _usual(timed: Sequence[Measurement]) -> float:
+    """Relative standard deviation from one sample to the next, in the middle of all measurements, or a bit."""
+    samples = [
+        noise_of(one) * math.sqrt(len(one.samples)) / (1.25 if len(one.samples) > 2 else 1) for one in timed
+    ]
+    return max(LEAST_USUAL, median(samples))
+
+
+def _with_links(setting: Setting, timed: Sequence[Measurement]) -> Setting:
+    ranks = len(timed[0].sizes)
+    logs: list[list[float]] = [[] for _ in range(ranks - 1)]
+    rates: list[list[float]] = [[] for _ in range(ranks - 1)]
+    for one in timed:
+        for rank in range(ranks - 1):
+            took, carried = _median(one, rank, "transfer_s"), _bytes_sent(setting, one.sizes, rank)
+            expected = sum(nbytes * link.seconds_per_byte for nbytes, link in carried)
+            total = sum(nbytes for nbytes, _ in carried)
+            if took > 0 and total > 0:
+                rates[rank].append(took / total)
+                if expected > 0:
+                    logs[rank].append(math.log(took / expected))
+
+    def scaled(link: LinkCost, found: Sequence[float], rate: Sequence[float]) -> LinkCost:
+        if link.seconds_per_byte == 0:
+            return replace(link, seconds_per_byte=median(rate)) if rate else link
+        weight = len(found) / (len(found) + (0.05 / LINK_SPREAD) ** 2)
+        factor = math.exp(weight * sum(found) / len(found)) if found else 1.0
+        return replace(link, seconds_per_byte=link.seconds_per_byte * factor)
+
+    if setting.topology == "chain":
+        links = tuple(scaled(setting.link_between(at, at + 1), logs[at], rates[at]) for at in range(ranks - 1))
+        return replace(setting, link=links)
+    # A fan-out's times are sums over links; only what all have in common can be told.
+    together = [value for each in logs for value in each], [value for each in rates for value in each]
+    if isinstance(setting.link, LinkCost):
+        return replace(setting, link=scaled(setting.link, *together))
+    return replace(setting, link=tuple(scaled(link, *together) for link in setting.link))
+
+
+def _with_kv_share(setting: Setting, timed: Sequence[Measurement], drift: Sequence[float]) -> Setting:
+    """How early a layer's KV is ready shows in nothing but TTFT itself."""
+    import numpy as np
+
+    share = setting.cost.kv_share
+    if not 0 < share < 1:
+        return setting
+    took, noise = np.log([one.ttft_s for one in timed]) - drift, np.array([noise_of(one) for one in timed])
+    best = None
+    for factor in np.exp(np.linspace(-2, 2, 21) * SHARE_SPREAD):
+        tried = replace(setting, cost=replace(setting.cost, kv_share=min(0.95, share * float(factor))))
+        off = (np.log(_simulated(timed, tried)) - took) / noise
+        unlikely = float((off**2).sum()) + (math.log(factor) / SHARE_SPREAD) ** 2
+        if best is None or unlikely < best[0]:
+            best = unlikely, tried
+    assert best is not None
+    return best[1]
+
+
+def _simulated(timed: Sequence[Measurement], setting: Setting) -> Array:
+    """TTFT in seconds of each of these partitions, each behind its own past."""
+    import numpy as np
+
+    times = np.empty(len(timed))
+    for past in {one.past for one in timed}:
+        at = [index for index, one in enumerate(timed) if one.past == past]
+        times[at] = ttft([timed[index].sizes for index in at], replace(setting, past=past))
+    return times
+
+
+def _eases(timed: Sequence[Measurement], setting: Setting) -> Array:
+    """`schedule.ease` of each of these partitions, each behind its own past."""
+    import numpy as np
+
+    return np.array([ease([one.sizes], replace(setting, past=one.past))[0] for one in timed])
+
+
+def _bytes_sent(setting: Setting, sizes: Sequence[int], rank: int) -> list[tuple[float, LinkCost]]:
+    """Bytes a rank puts on each of its links in one prefill."""
+    row = setting.entry_bytes * setting.layers
+    if setting.topology == "chain":
+        return [(sum(sizes[: rank + 1]) * row, setting.link_between(rank, rank + 1))]
+    return [(sizes[rank] * row, setting.link_between(rank, peer)) for peer in range(rank + 1, len(sizes))]
+
+
+def _median(measurement: Measurement, rank: int, field: str) -> float:
+    return median([getattr(sample.ranks[rank], field) for sample in measurement.samples])
