@@ -304,7 +304,9 @@ def main() -> None:
             }
             return figures
 
-        part(f"{options.backend}-{ranks}-ranks", ranks, options.backend, work)
+        usual = options.context == parser.get_default("context")
+        name = f"{options.backend}-{ranks}-ranks" + ("" if usual else f"-{options.context}")
+        part(name, ranks, options.backend, work)
     sys.exit(1 if failed else 0)
 
 

@@ -111,7 +111,12 @@ class Worker:
                 case _:
                     raise TypeError(f"a rank has no answer to {type(request).__name__}")
         except Exception as error:
-            return failed(error)
+            answer = failed(error)
+        if answer.kind == "out-of-memory" and self._device.type == "cuda":
+            # Only now that nothing refers to the error any more, nothing refers to what it was raised among.
+            gc.collect()
+            torch.cuda.empty_cache()
+        return answer
 
     def _timed_prefill(self, request: messages.Prefill) -> messages.Reply:
         run = self._runner(request)
@@ -122,6 +127,9 @@ class Worker:
             self._barrier()
             began = time.perf_counter()
             result = run()
+            if request.method == "bound":
+                # The slowest rank counts, whichever it is, and only the last one has waited for its token.
+                self._synchronize()
             ended = time.perf_counter()
         if result is None:
             return messages.PrefillDone(began, ended, RankTimes(0.0, 0.0, 0.0), 0, None)

@@ -131,6 +131,22 @@ def test_sm_partition_ranks_equal_the_single_run(name: str, ranks: int, tmp_path
             assert [seconds > 0 for seconds, _ in group.time_chunk(100, 50, alone=True)] == [True]
 
 
+def test_sm_partition_ranks_survive_a_candidate_that_does_not_fit(tmp_path: Path) -> None:
+    # Stock Falcon keeps the scores of all heads.
+    folder = write_folder(tmp_path / "falcon", "falcon-mqa", max_position_embeddings=400_000)
+    with RankGroup(folder, ranks=2, backend="sm", dtype="float16", timeout_s=200) as group:
+        group.start()
+        pids = group.pids
+        plan = SamplingPlan(warmup=0, least=1, most=1)
+        too_long, fits = group.measure_many(
+            [Candidate.single(300_000), Candidate("kvr", Partition((300, 200)))], plan=plan
+        )
+        assert too_long.failure is not None
+        assert too_long.failure.kind == "out-of-memory"
+        assert fits.ok
+        assert group.pids == pids
+
+
 @pytest.mark.parametrize("rows", [64, 256, 300, 1000, 1792, 1793])
 @pytest.mark.parametrize("prefix", [0, 70, 2200])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (7, 1)])

@@ -45,6 +45,10 @@ def test_every_method_over_nccl_equals_one_rank(name: str, dtype: str, tmp_path:
         assert all(rank.compute_s > 0 for rank in sample.ranks)
         assert all(rank.transfer_s > 0 for rank in sample.ranks[:-1])
         assert all(len(times) == 3 for times in group.time_links(1 << 16, 3))
+        # With next to everything on the first rank, that is the rank that the bound waits for.
+        first = Candidate("bound", Partition((400 - 8 * (ranks - 1), *(8,) * (ranks - 1))))
+        bound = group.sample(first)
+        assert bound.ttft_s >= bound.ranks[0].compute_s
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
