@@ -30,6 +30,9 @@ USUAL_DRIFT, USUAL_SCATTER, USUAL_STEP = 3.0, 2.0, 0.05
 """A machine drifts and scatters from one measurement to the next by so many times what it does from one sample to
 the next, usually; and steps, as a share, are of that order."""
 
+MOST_TIMES = 200
+"""Times of ranks that the spreads are told from, about."""
+
 LEAST_USUAL = 0.01
 """However little a few samples differ, as a share."""
 
@@ -129,9 +132,10 @@ def _with_costs(setting: Setting, timed: Sequence[Measurement]) -> Corrected:
         near = solved(spreads)[0]
         each = terms * np.exp(near)
         shares = each / each.sum(axis=-1, keepdims=True)
-        spreads = _likeliest(
-            known - np.log(each.sum(axis=-1)) + shares @ near, shares, which, noise, _usual(timed)
-        )
+        linear = known - np.log(each.sum(axis=-1)) + shares @ near
+        # Some of very many measurements say as much.
+        some = slice(None, None, max(1, sizes.size // MOST_TIMES))
+        spreads = _likeliest(linear[some], shares[some], which[some], noise[some], _usual(timed))
     cost_terms, slow, drift, steps = solved(spreads)
     fixed, token, own_pair, prefix_pair = (float(one) for one in prices * np.exp(cost_terms))
     factors = tuple((int(size), float(math.exp(step))) for size, step in zip(different, steps, strict=False))
@@ -204,9 +208,7 @@ def _likeliest(known: Array, shares: Array, which: Any, noise: Array, usual: flo
         # What is unusual is unlikely, but not impossible.
         return likely - math.fsum(math.log1p(one * one) for one in unusual)
 
-    # With very many times each try takes long, and every other one will do.
-    stride = 1 if count * ranks <= 300 else 2
-    tried = itertools.product(DRIFT_SPREADS[::stride], STEP_SPREADS[::stride] or (0.0,), SCATTER_SPREADS[::stride])
+    tried = itertools.product(DRIFT_SPREADS, STEP_SPREADS or (0.0,), SCATTER_SPREADS)
     return max((_Spreads(*one) for one in tried), key=evidence)
 
 

@@ -156,7 +156,7 @@ class InformedSampler(PartitionSampler):
         generator = np.random.default_rng((self._seed or 0, len(measured)))
         centres = [solved.boundaries[1:-1], *(one.partition.boundaries[1:-1] for one in ranked[:3])]
         sizes = self._around(centres, context, generator)
-        if beliefs.setting.cost.steps:
+        if beliefs.setting.cost.steps and len(sizes):
             sizes = np.unique(np.concatenate([sizes, self._exchanged(beliefs, sizes)]), axis=0)
         fresh = np.array([tuple(row) not in taken for row in sizes.tolist()], dtype=bool)
         sizes = sizes[fresh]

@@ -12,11 +12,12 @@ import pytest
 
 from kvr_partition import Partition
 from kvr_partition.cost import ChunkCost, FitError, LinkCost, TimedChunk
-from kvr_partition.errors import FileFormatError, UnsupportedError
+from kvr_partition.errors import FileFormatError, RankError, UnsupportedError
+from kvr_partition.measurement import Failure, Measurement
 from kvr_partition.profile import Profile, load_profile
 from kvr_partition.schedule import Setting, best_split, bounds, gathering_ttft, simulate
 from profiler import Candidate, MeasurementLog, RankGroup
-from profiler.calibrate import measured_setting
+from profiler.calibrate import guessed_setting, measured_setting
 from profiler.models import open_model
 from tests.models import provenance, write_folder
 
@@ -120,6 +121,23 @@ def test_profiling_a_simulated_machine_finds_its_costs_again(group: RankGroup, t
         simulate(best_split(2048, 3, found), SETTING).ttft_s
         <= simulate(best_split(2048, 3, SETTING), SETTING).ttft_s * 1.001
     )
+
+
+def test_costs_are_guessed_even_where_one_rank_cannot_read_the_prompt(group: RankGroup) -> None:
+    def measure(candidate: Candidate, fits: frozenset[str]) -> Measurement:
+        if candidate.method in fits:
+            return group.measure_many([candidate])[0]
+        failure = Failure("out-of-memory", f"no room for {candidate.method}")
+        return Measurement(candidate.method, candidate.partition.sizes, (), "failed", failure=failure)
+
+    with group:
+        alone = guessed_setting(group, 504, lambda one: measure(one, frozenset({"single", "kvr"})))
+        together = guessed_setting(group, 504, lambda one: measure(one, frozenset({"kvr"})))
+        with pytest.raises(RankError, match=r"no room for single.*no room for kvr"):
+            guessed_setting(group, 504, lambda one: measure(one, frozenset()))
+    # Each of three ranks pays what does not depend on its chunk.
+    assert together.cost.per_token_s == pytest.approx(alone.cost.per_token_s, rel=0.4)
+    assert together.cost.kv_share == alone.cost.kv_share
 
 
 def test_a_profile_answers_only_for_what_it_measured(folder: Path, tmp_path: Path) -> None:

@@ -121,6 +121,16 @@ def test_what_scatters_from_one_measurement_to_the_next_is_no_step() -> None:
         assert largest[0] <= found <= largest[1]
 
 
+def test_where_the_space_holds_no_partition_there_is_nothing_more_to_propose() -> None:
+    _, truth = rugged(0, 0.035)
+    measure = scattering(truth, np.random.default_rng(0), 0.003, 0.0)
+    sizes = [(2240, 2112, 1984, 1856), (2240, 2048, 2048, 1856), (2304, 2112, 1920, 1856)]
+    measurements = [measure(Partition(one)) for one in sizes * 2]
+    assert corrected(FAST, measurements).setting.cost.steps
+    narrow = Space(CONTEXT, STEP_QUANTUM, ((3.0, 3.0),) * 3)
+    assert InformedSampler(narrow, FAST, seed=0).next(measurements) is None
+
+
 def test_a_step_is_part_of_every_time_that_a_setting_tells() -> None:
     cost = ChunkCost(0.0, 1e-5, 1e-9, 1e-9, 0.2, steps=((1000, 1.5),))
     plain, stepped = replace(FAST, cost=replace(cost, steps=())), replace(FAST, cost=cost)
