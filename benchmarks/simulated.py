@@ -28,8 +28,7 @@ from kvr_partition.search import search
 from kvr_partition.search.correction import noise_of
 from kvr_partition.terms import SettingTerms
 from profiler import Candidate, MeasurementLog, RankGroup, SamplingPlan
-from profiler.calibrate import chunk_design, measured_setting
-from profiler.store import ChunkLine
+from profiler.calibrate import chunk_design, measured_setting, time_point
 
 
 def sweep(
@@ -49,8 +48,7 @@ def sweep(
                 if turn:
                     taken[one].append(sample)
             else:
-                seconds, first_kv_s = (tuple(part) for part in zip(*group.time_chunk(*one), strict=True))
-                log.append(ChunkLine(group.run, *one, turn == 0, seconds, first_kv_s))
+                time_point(group, context, *one, log, warmup=turn == 0)
     return [Measurement("kvr", split.sizes, tuple(found), "cap") for split, found in taken.items()]
 
 

@@ -34,6 +34,25 @@ def chunk_design(context: int, ranks: int) -> list[tuple[int, int]]:
     return [*points, (longer, 0)] if longer > even else points
 
 
+def time_point(
+    group: RankGroup, context: int, chunk: int, prefix: int, log: MeasurementLog, *, warmup: bool
+) -> None:
+    """Time one point of `chunk_design` into a log.
+
+    The even chunk without prefix is then timed once more on the first rank alone, where ranks share hardware: how
+    much faster that is, compared with the time right before, is what sharing costs.
+
+    Raises:
+        RankError: timing failed.
+    """
+    run = group.run
+    shared = group.ranks > 1 and group.shares_hardware and (chunk, prefix) == (max(context // group.ranks, 8), 0)
+    for alone in (False, True) if shared else (False,):
+        timed = group.time_chunk(chunk, prefix, alone=alone)
+        seconds, first_kv_s = (tuple(part) for part in zip(*timed, strict=True))
+        log.append(ChunkLine(run, chunk, prefix, warmup, seconds, first_kv_s, alone))
+
+
 def calibrate(
     group: RankGroup,
     context: int,
@@ -54,14 +73,11 @@ def calibrate(
         FitError: the times do not determine a cost.
     """
     points = chunk_design(context, group.ranks)
-    run = group.run
     warm = False
     for wanted in range(LEAST_SAMPLES, MOST_SAMPLES + 1):
         while missing := [point for point in points if len(_seconds(log, *point)) < wanted]:
             for chunk, prefix in missing:
-                timed = group.time_chunk(chunk, prefix)
-                seconds, first_kv_s = (tuple(part) for part in zip(*timed, strict=True))
-                log.append(ChunkLine(run, chunk, prefix, not warm, seconds, first_kv_s))
+                time_point(group, context, chunk, prefix, log, warmup=not warm)
                 if on_chunk is not None:
                     on_chunk(chunk, prefix)
             warm = True
@@ -110,35 +126,8 @@ def time_links(group: RankGroup, log: MeasurementLog) -> tuple[LinkCost, ...]:
     return _links(log, group.ranks)
 
 
-def time_alone(group: RankGroup, context: int, log: MeasurementLog) -> float:
-    """How much faster the first rank is while all others are idle; 1 for ranks that share no hardware.
-
-    Each time on it alone is compared with one beside the others, taken right before; what the log has is not
-    timed again.
-
-    Raises:
-        RankError: timing failed.
-    """
-    if group.ranks == 1 or not group.shares_hardware:
-        return 1.0
-    point = (max(context // group.ranks, 8), 0)
-    run = group.run
-    missing = LEAST_SAMPLES + 1 - len(_alone(log, *point))
-    for turn in range(1 + missing if missing > 0 else 0):
-        for alone in (False, True):
-            seconds, first_kv_s = (
-                tuple(part) for part in zip(*group.time_chunk(*point, alone=alone), strict=True)
-            )
-            log.append(ChunkLine(run, *point, turn == 0, seconds, first_kv_s, alone))
-    return _alone_speed(log)
-
-
-def _alone(log: MeasurementLog, chunk: int, prefix: int) -> list[float]:
-    lines = [line for line in log.chunks if line.alone and not line.warmup]
-    return [line.seconds[0] for line in lines if (line.chunk, line.prefix) == (chunk, prefix)]
-
-
 def _alone_speed(log: MeasurementLog) -> float:
+    """How much faster the first rank is while all others are idle; 1 where nothing was timed alone."""
     ratios = []
     before: ChunkLine | None = None
     for line in log.chunks:
@@ -238,7 +227,7 @@ def measured_setting(
         speeds=rank_speeds(log, group.ranks),
         topology="fanout" if group.topology == "fanout" else "chain",
         overlap=group.resolved_depth == "attention",
-        alone_speed=time_alone(group, context, log),
+        alone_speed=_alone_speed(log),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from kvr_partition.measurement import Failure, Measurement
 from kvr_partition.profile import Profile, load_profile
 from kvr_partition.schedule import Setting, best_split, bounds, gathering_ttft, simulate
 from profiler import Candidate, MeasurementLog, RankGroup
-from profiler.calibrate import guessed_setting, measured_setting
+from profiler.calibrate import guessed_setting, measured_setting, setting_of_log
 from profiler.models import open_model
 from tests.models import provenance, write_folder
 
@@ -104,6 +105,10 @@ def test_profiling_a_simulated_machine_finds_its_costs_again(group: RankGroup, t
         lines = len(log.chunks), len(log.links)
         assert measured_setting(group, 4096, log) == found
         assert (len(log.chunks), len(log.links)) == lines
+        assert setting_of_log(log, group.provenance) == found
+        # What a log tells later hangs on every sample in it, so no point may be given more than was fitted to.
+        samples = Counter((line.chunk, line.prefix) for line in log.chunks if not (line.warmup or line.alone))
+        assert len(set(samples.values())) == 1
     # Costs are fitted to the mean of all ranks: only cost and speed together can be told.
     for rank, speed in enumerate(SETTING.speeds):
         for name in ("fixed_s", "per_token_s", "per_own_pair_s", "per_prefix_pair_s"):
