@@ -136,16 +136,20 @@ def ease(sizes: Any, setting: Setting) -> Array:
     import numpy as np
 
     table = np.asarray(sizes, dtype=float)
-    if setting.alone_speed == 1 or table.shape[1] == 1:
+    if not _shared(setting, table):
         return np.ones(len(table))
     run = _Run(table, setting)
     run.play()
     return run.ease()
 
 
+def _shared(setting: Setting, sizes: Array) -> bool:
+    """Whether some of these ranks are faster while others are idle."""
+    return setting.alone_speed != 1 and sizes.shape[1] > 1
+
+
 def _played(sizes: Array, setting: Setting, keep: bool = False) -> _Run:
-    shared = setting.alone_speed != 1 and sizes.shape[1] > 1
-    run = _Run(sizes, setting, keep, ease(sizes, setting) if shared else None)
+    run = _Run(sizes, setting, keep, ease(sizes, setting) if _shared(setting, sizes) else None)
     run.play()
     return run
 

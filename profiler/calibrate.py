@@ -27,11 +27,15 @@ def chunk_design(context: int, ranks: int) -> list[tuple[int, int]]:
     Chunks of a quarter, a half and the whole of the even chunk, each behind no prefix, behind half the
     prefix of the last rank and behind all of it; and a first chunk half as long again, as uneven splits have.
     """
-    even = max(context // ranks, 8)
+    even = _even_chunk(context, ranks)
     far = max(context - even, 2)
     points = [(chunk, prefix) for chunk in (even // 4, even // 2, even) for prefix in (0, far // 2, far)]
     longer = min(even + even // 2, context)
     return [*points, (longer, 0)] if longer > even else points
+
+
+def _even_chunk(context: int, ranks: int) -> int:
+    return max(context // ranks, 8)
 
 
 def time_point(
@@ -46,7 +50,8 @@ def time_point(
         RankError: timing failed.
     """
     run = group.run
-    shared = group.ranks > 1 and group.shares_hardware and (chunk, prefix) == (max(context // group.ranks, 8), 0)
+    even = (chunk, prefix) == (_even_chunk(context, group.ranks), 0)
+    shared = even and group.ranks > 1 and group.shares_hardware
     for alone in (False, True) if shared else (False,):
         timed = group.time_chunk(chunk, prefix, alone=alone)
         seconds, first_kv_s = (tuple(part) for part in zip(*timed, strict=True))
@@ -89,12 +94,13 @@ def calibrate(
     raise AssertionError("the last round returns or raises")
 
 
+def _together(log: MeasurementLog) -> list[ChunkLine]:
+    """Chunks that count, timed with all ranks at work."""
+    return [line for line in log.chunks if not line.warmup and not line.alone]
+
+
 def _timed(log: MeasurementLog, chunk: int, prefix: int, layers: int) -> TimedChunk:
-    lines = [
-        line
-        for line in log.chunks
-        if (line.chunk, line.prefix) == (chunk, prefix) and not line.warmup and not line.alone
-    ]
+    lines = [line for line in _together(log) if (line.chunk, line.prefix) == (chunk, prefix)]
     first = [_mean(line.first_kv_s) for line in lines if line.first_kv_s and min(line.first_kv_s) > 0]
     return TimedChunk(
         chunk, prefix, median(_seconds(log, chunk, prefix)), median(first) if first else None, layers
@@ -103,7 +109,7 @@ def _timed(log: MeasurementLog, chunk: int, prefix: int, layers: int) -> TimedCh
 
 def rank_speeds(log: MeasurementLog, ranks: int) -> tuple[float, ...]:
     """Of each rank, relative to the mean of all in each timed chunk, which is what costs are fitted to."""
-    lines = [line for line in log.chunks if not line.warmup and not line.alone and len(line.seconds) == ranks]
+    lines = [line for line in _together(log) if len(line.seconds) == ranks]
     if not lines:
         return (1.0,) * ranks
     return tuple(median([_mean(line.seconds) / line.seconds[rank] for line in lines]) for rank in range(ranks))
@@ -190,8 +196,7 @@ def setting_of_log(log: MeasurementLog, origin: Provenance) -> Setting:
         FitError: the log has no timed chunks and links, or they do not determine it.
     """
     shape = origin.model
-    timed = [line for line in log.chunks if not line.warmup and not line.alone]
-    points = list(dict.fromkeys((line.chunk, line.prefix) for line in timed))
+    points = list(dict.fromkeys((line.chunk, line.prefix) for line in _together(log)))
     cost = ChunkCost.fit([_timed(log, chunk, prefix, shape.layers) for chunk, prefix in points])
     width = 4 if origin.dtype == "float32" else 2
     return Setting(
@@ -236,11 +241,7 @@ def _seconds(log: MeasurementLog, chunk: int, prefix: int) -> list[float]:
 
     All ranks are busy at once, as in a prefill: a rank alone is faster than beside the others.
     """
-    return [
-        _mean(line.seconds)
-        for line in log.chunks
-        if (line.chunk, line.prefix) == (chunk, prefix) and not line.warmup and not line.alone
-    ]
+    return [_mean(line.seconds) for line in _together(log) if (line.chunk, line.prefix) == (chunk, prefix)]
 
 
 def _mean(seconds: Sequence[float]) -> float:

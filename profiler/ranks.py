@@ -38,7 +38,8 @@ class RankGroup:
 
     Ranks start with the first request (or on entering a ``with`` block), build the model once and stay
     warm. A rank that dies, hangs or runs out of memory ends all of them within the time-out; that request
-    fails with what the rank printed, and the next request starts a fresh group.
+    fails with what the rank printed, and the next request starts a fresh group. SM-partition ranks, which share a
+    process, go on after running out of memory.
 
     Args:
         model: folder with ``config.json`` (random weights from ``seed``) or a checkpoint folder.
