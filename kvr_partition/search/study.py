@@ -11,7 +11,7 @@ import platform
 import sqlite3
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -232,17 +232,9 @@ class _Study:
 
     def run(self, measure: Measure, budget: int, on_trial: Callable[[Trial], None] | None) -> str:
         """Measure until the budget is spent; returns what ended it."""
-        queued = {
-            trial.user_attrs.get("source")
-            for trial in self._study.get_trials(deepcopy=False)
-            if trial.user_attrs.get("source") is not None
-        }
-        for one in self.seeds:
-            if one.name not in queued:
-                self._study.enqueue_trial(self.space.params(one.partition), user_attrs={"source": one.name})
         repeats = failures = 0
         while True:
-            self._requeue_interrupted()
+            self._end_interrupted()
             known, running = self._look()
             if len(known) >= budget:
                 return "budget"
@@ -250,9 +242,10 @@ class _Study:
                 # Others are measuring the last ones; if they fail, there is a place again.
                 time.sleep(POLL_S)
                 continue
-            trial, partition = self._ask(explore=repeats >= EXPLORE_AFTER)
+            given = self._given({*known, *(sizes for _, sizes in running)})
+            trial, partition = self._ask(given, explore=repeats >= EXPLORE_AFTER)
             if partition is None:
-                self._study.tell(trial, state=TrialState.FAIL)
+                self._end(trial)
                 if self._look()[1]:
                     time.sleep(POLL_S)  # what others are measuring may yet show something
                     continue
@@ -273,14 +266,13 @@ class _Study:
             earlier = [sizes for number, sizes in running if number < trial.number]
             if partition.sizes in {*known, *earlier} or len(known) + len(earlier) >= budget:
                 # Several asked at the same moment; the earlier trials measure.
-                self._study.tell(trial, state=TrialState.FAIL)
+                trial.set_user_attr("given_up", True)
+                self._end(trial)
                 time.sleep(POLL_S)
                 continue
             repeats = 0
             measurement = measure(partition)
-            # Kept with the trial: the study alone then tells everything about its partitions.
-            trial.set_user_attr("measurement", msgspec.json.encode(measurement).decode())
-            self._tell(trial, measurement)
+            self._keep(trial, measurement)
             if on_trial is not None:
                 on_trial(Trial(trial.user_attrs.get("source") or self._sampler, measurement))
             failures = 0 if measurement.ok else failures + 1
@@ -310,54 +302,98 @@ class _Study:
     def _timed(self) -> list[Measurement]:
         return [one.measurement for one in self.trials() if one.measurement.ok]
 
-    def _requeue_interrupted(self) -> None:
-        """Put trials that a kill left running back into the queue; those of others that still run are theirs.
-
-        Queued first and ended second: a kill in between leaves a repetition, which costs nothing.
-        """
+    def _end_interrupted(self) -> None:
+        """End trials that a kill left running; those of others that still run are theirs."""
         for left in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if self._shared and _is_alive(left):
                 continue
-            kept: dict[str, Any] = {
-                name: left.user_attrs[name] for name in ("source", "sizes") if name in left.user_attrs
-            }
-            if kept:
-                self._study.enqueue_trial(left.params, user_attrs=kept)
-            self._study.tell(left.number, state=TrialState.FAIL)
+            self._end(left.number)
 
-    def _ask(self, explore: bool) -> tuple[optuna.Trial, Partition | None]:
+    def _given(self, taken: Set[tuple[int, ...]]) -> Seed | None:
+        """What is to be measured before the sampler is asked: seeds, then what was never finished.
+
+        Read from the finished trials rather than put into Optuna's queue. Two processes can take the same
+        trial out of that queue where the database is SQLite, which has no lock for a row; two trials for
+        one partition are told apart by their numbers.
+        """
+        finished = self._study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+        left = [
+            Seed(one.user_attrs.get("source", ""), Partition(one.user_attrs["sizes"], self.space.past))
+            for one in finished
+            if "sizes" in one.user_attrs and not {"measurement", "given_up"} & one.user_attrs.keys()
+        ]
+        return next((one for one in (*self.seeds, *left) if one.partition.sizes not in taken), None)
+
+    def _ask(self, given: Seed | None, explore: bool) -> tuple[optuna.Trial, Partition | None]:
         """The next trial, and its partition if there is one worth measuring."""
         count = len(self._study.get_trials(deepcopy=False))
         # A resumed search must not draw the same numbers again, so the count is part of the seed.
         seed = self._seed + 7919 * count
         # A model of few points in a small space can ask for the same known one again and again.
-        self._study.sampler = (
+        sampler = (
             optuna.samplers.RandomSampler(seed=seed)
-            if explore
+            if explore or given is not None
             else make_sampler(
                 self._sampler, seed=seed, seeds=len(self.seeds), space=self.space, setting=self._setting
             )
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            # The seeds are within the space; what was left may be a rounding outside it.
+            warnings.filterwarnings("ignore", "Fixed parameter")
+            self._study.sampler = (
+                sampler
+                if given is None
+                else optuna.samplers.PartialFixedSampler(self.space.params(given.partition), sampler)
+            )
             trial = self._study.ask()
             ranges = zip(self.space.names(), self.space.ranges, strict=True)
             params = {name: trial.suggest_float(name, low, high) for name, (low, high) in ranges}
-        if "sizes" in trial.user_attrs:
-            return trial, Partition(trial.user_attrs["sizes"], self.space.past)
-        if trial.user_attrs.get("source") is None:
-            if isinstance(self._study.sampler, PartitionSampler):
-                return trial, self._study.sampler.proposals.get(trial.number)
+        if "fixed_params" in self._study.get_trials(deepcopy=False)[trial.number].system_attrs:
+            # Queued by somebody with Optuna's own means.
             return trial, self.space.partition(params)
-        # A seed is measured as it is, not as its rounded image.
-        first = next(one for one in self.seeds if one.name == trial.user_attrs["source"])
-        return trial, first.partition
+        if given is not None:
+            # Measured as it is, not as its rounded image.
+            if given.name:
+                trial.set_user_attr("source", given.name)
+            return trial, given.partition
+        if isinstance(sampler, PartitionSampler):
+            return trial, sampler.proposals.get(trial.number)
+        return trial, self.space.partition(params)
+
+    def _keep(self, trial: optuna.Trial, measurement: Measurement) -> None:
+        """Keep a measurement with its trial: the study alone then tells everything about its partitions."""
+        kept = msgspec.json.encode(measurement).decode()
+        try:
+            trial.set_user_attr("measurement", kept)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            # Another took this process for dead, as after an hour on another host. What it then measured
+            # itself comes first; else this is kept, in a trial of its own.
+            if measurement.sizes not in self._look()[0]:
+                self._study.add_trial(
+                    optuna.trial.create_trial(
+                        state=TrialState.COMPLETE if measurement.ok else TrialState.FAIL,
+                        value=measurement.ttft_s if measurement.ok else None,
+                        params=trial.params,
+                        distributions=trial.distributions,
+                        user_attrs={**trial.user_attrs, "measurement": kept},
+                    )
+                )
+        else:
+            self._tell(trial, measurement)
 
     def _tell(self, trial: optuna.Trial, measurement: Measurement) -> None:
         if measurement.ok:
-            self._study.tell(trial, measurement.ttft_s)
+            self._end(trial, TrialState.COMPLETE, measurement.ttft_s)
         else:
-            self._study.tell(trial, state=TrialState.FAIL)
+            self._end(trial)
+
+    def _end(
+        self, trial: optuna.Trial | int, state: TrialState = TrialState.FAIL, value: float | None = None
+    ) -> None:
+        # Whoever takes a process for dead ends its trial, and two may do so at once.
+        with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+            self._study.tell(trial, value, state, skip_if_finished=True)
 
     def _undecided_before(self, number: int) -> bool:
         """Whether an earlier trial is asked for that has not said yet what it measures: it may be the same."""

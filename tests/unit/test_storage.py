@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -85,18 +87,31 @@ def test_two_processes_on_one_study_lose_nothing_and_repeat_nothing(url: str) ->
 
 
 class _Slow(optuna.storages.InMemoryStorage):
-    """Two searches begin at the very same moment, and the first trial is slow to say what it measures."""
+    """Two searches begin at the very same moment, and the first trial is slow to say what it measures.
+
+    As with SQLite, each of two that take a trial from Optuna's queue at once is told that it has it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.both = threading.Barrier(2)
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
-        if template_trial is not None:
-            with contextlib.suppress(threading.BrokenBarrierError):
-                self.both.wait(10)
-                self.both.abort()
+        with contextlib.suppress(threading.BrokenBarrierError):
+            self.both.wait(10)
+            self.both.abort()
         return super().create_new_trial(study_id, template_trial)
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        found = super().get_all_trials(study_id, deepcopy, states)
+        if states == (TrialState.WAITING,):
+            time.sleep(0.3)  # so that both have seen the same queue
+        return found
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Any = None) -> bool:
+        return super().set_trial_state_values(trial_id, state, values) or state == TrialState.RUNNING
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: object) -> None:
         if key == "sizes" and self.get_trial(trial_id).number == 0:
@@ -104,28 +119,67 @@ class _Slow(optuna.storages.InMemoryStorage):
         super().set_trial_user_attr(trial_id, key, value)
 
 
-def test_what_an_earlier_trial_has_not_yet_said_is_waited_for() -> None:
-    storage = _Slow()
-    optuna.create_study(storage=storage, study_name="s")
-    measured: list[tuple[int, ...]] = []
+def together(storage: optuna.storages.BaseStorage, budget: int) -> list[Partition]:
+    """What two searches on one study measure, in the order in which they begin."""
+    measured: list[Partition] = []
 
     def measure(partition: Partition) -> Measurement:
-        measured.append(partition.sizes)
+        measured.append(partition)
         time.sleep(0.6)
         return Recorder()(partition)
 
     with ThreadPoolExecutor(2) as pool:
         both = [
             pool.submit(
-                search, measure, CONTEXT, RANKS, 3, sampler="tpe", setting=FITTED, storage=storage, shared=True,
-                study_name="s", seed=seed,
+                search, measure, CONTEXT, RANKS, budget, sampler="tpe", setting=FITTED, storage=storage,
+                shared=True, study_name="s", seed=seed,
             )
             for seed in (1, 2)
         ]  # fmt: skip
         for one in both:
             one.result(60)
+    return measured
+
+
+def test_what_an_earlier_trial_has_not_yet_said_is_waited_for() -> None:
+    storage = _Slow()
+    optuna.create_study(storage=storage, study_name="s")
+    measured = together(storage, 3)
+    # Both began with the even split; one of them measured it.
     assert sum(trial.user_attrs.get("source") == "even" for trial in storage.get_all_trials(0)) == 2
     assert len(measured) == len(set(measured)) == 3
+
+
+def test_what_is_measured_after_others_gave_it_up_is_kept() -> None:
+    storage = optuna.storages.InMemoryStorage()
+    recorder = Recorder()
+
+    def measure(partition: Partition) -> Measurement:
+        # As another process does that sees no sign of this one.
+        study = optuna.load_study(study_name="s", storage=storage)
+        (running,) = study.get_trials(states=(TrialState.RUNNING,))
+        study.tell(running.number, state=TrialState.FAIL)
+        return recorder(partition)
+
+    found = search(measure, CONTEXT, RANKS, 3, sampler="tpe", storage=storage, shared=True, study_name="s")
+    assert [one.partition.sizes for one in found.trials] == recorder.asked
+    assert len(set(recorder.asked)) == 3
+    assert found.trials[0].source == "even"
+
+
+def test_what_somebody_queued_is_measured() -> None:
+    storage = optuna.storages.InMemoryStorage()
+    wanted = Partition([2048, 1024, 1024])
+
+    def go_on(budget: int) -> list[Partition]:
+        found = search(Recorder(), CONTEXT, RANKS, budget, setting=FITTED, storage=storage, study_name="s")
+        return [one.partition for one in found.trials]
+
+    go_on(1)
+    optuna.load_study(study_name="s", storage=storage).enqueue_trial(
+        {"log_ratio_0": math.log(2), "log_ratio_1": 0.0}
+    )
+    assert go_on(2)[1] == wanted
 
 
 def test_what_a_killed_process_was_measuring_is_measured_by_another(tmp_path: Path) -> None:
@@ -147,8 +201,11 @@ def test_what_a_killed_process_was_measuring_is_measured_by_another(tmp_path: Pa
 def test_another_hosts_measurement_is_given_up_after_an_hour(age_s: float, state: TrialState) -> None:
     storage = optuna.storages.InMemoryStorage()
 
-    def go_on() -> None:
-        search(Recorder(), CONTEXT, RANKS, 2, sampler="tpe", storage=storage, shared=True, study_name="s")
+    def go_on(budget: int = 2) -> list[tuple[int, ...]]:
+        found = search(
+            Recorder(), CONTEXT, RANKS, budget, sampler="tpe", storage=storage, shared=True, study_name="s"
+        )
+        return [one.partition.sizes for one in found.trials]
 
     go_on()
     study = optuna.load_study(study_name="s", storage=storage)
@@ -157,9 +214,9 @@ def test_another_hosts_measurement_is_given_up_after_an_hour(age_s: float, state
     trial.set_user_attr("owner", f"elsewhere/1/1/{time.time() - age_s:.0f}")
     go_on()
     assert study.get_trials()[trial.number].state == state
-    # What nobody measures any more is first in the queue.
-    queued = [one.user_attrs["sizes"] for one in study.get_trials(states=(TrialState.WAITING,))]
-    assert queued == ([[2000, 1048, 1048]] if state == TrialState.FAIL else [])
+    if state == TrialState.FAIL:
+        # What nobody measures any more comes next.
+        assert go_on(3)[-1] == (2000, 1048, 1048)
 
 
 def test_a_study_of_other_conditions_is_refused(tmp_path: Path) -> None:
