@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -73,12 +74,15 @@ def fresh(folder: Path, pythons: dict[str, Path], runs: int) -> dict[str, dict[s
         "load a predictor, predict": "from kvr_partition import load; "
         f"load({str(folder / 'predictor.json')!r}).predict(9999, 8, 1000)",
     }
+    # As after any installation: compiled before, whatever this machine's settings say.
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(folder / "compiled")}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     times: dict[str, dict[str, list[float]]] = {place: {name: [] for name in cases} for place in pythons}
     for turn in range(runs + 1):
         for place, python in pythons.items():
             for name, code in cases.items():
                 began = time.perf_counter()
-                subprocess.run([python, "-c", code], check=True, cwd=folder)
+                subprocess.run([python, "-c", code], check=True, cwd=folder, env=environment)
                 if turn:
                     times[place][name].append((time.perf_counter() - began) * 1e3)
     return {place: {name: median(each) for name, each in by_name.items()} for place, by_name in times.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_left
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Literal
 
 import msgspec
@@ -81,7 +82,8 @@ class PartitionTable:
     def __init__(self, entries: Iterable[Entry], provenance: Provenance | None = None) -> None:
         self._provenance = provenance
         self._series: dict[tuple[int, int], tuple[list[int], list[Partition]]] = {}
-        self._cuts: dict[tuple[int, int], list[list[float]]] = {}
+        # Inner boundaries as shares of the context, and by how much they grow until the next context.
+        self._cuts: dict[tuple[int, int], list[list[tuple[float, float]]]] = {}
         ordered = sorted(entries, key=lambda entry: (entry.ranks, entry.past, entry.context))
         for entry in ordered:
             partition = entry.partition
@@ -98,8 +100,15 @@ class PartitionTable:
                 )
             contexts.append(entry.context)
             rows.append(partition)
-            inner = [boundary / entry.context for boundary in partition.boundaries[1:-1]]
-            self._cuts.setdefault((entry.ranks, entry.past), []).append(inner)
+        for key, (contexts, rows) in self._series.items():
+            cuts = [
+                [boundary / context for boundary in row.boundaries[1:-1]]
+                for context, row in zip(contexts, rows, strict=True)
+            ]
+            self._cuts[key] = [
+                [(low, high - low) for low, high in zip(lows, highs, strict=True)]
+                for lows, highs in pairwise(cuts)
+            ]
         self._entries = tuple(ordered)
 
     @property
@@ -148,8 +157,7 @@ class PartitionTable:
             )
         start, end = contexts[at - 1], contexts[at]
         weight = (context - start) / (end - start)
-        lows, highs = self._cuts[ranks, past][at - 1 : at + 1]
-        cuts = [low + weight * (high - low) for low, high in zip(lows, highs, strict=True)]
+        cuts = [low + weight * growth for low, growth in self._cuts[ranks, past][at - 1]]
         return Lookup(Partition.from_cuts(cuts, context, past=past), "interpolated")
 
     def with_entry(self, entry: Entry) -> PartitionTable:
