@@ -11,6 +11,9 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from kvr_partition.errors import StorageError, UnsupportedError
 from kvr_partition.jsonfile import set_torn_tail_aside
 
+LOCKED_S = 60.0
+"""Seconds to wait for a SQLite file that another process is writing."""
+
 
 def open_storage(url: str) -> optuna.storages.BaseStorage:
     """The storage of a URL.
@@ -40,8 +43,10 @@ def open_storage(url: str) -> optuna.storages.BaseStorage:
             raise UnsupportedError(f"{url} needs the [storage] extra: {_line(error)}") from None
     import sqlalchemy.exc
 
+    # With SQLite others lock the whole file while they write; its own patience of 5 s is short on a slow disk.
+    patience = {"connect_args": {"timeout": LOCKED_S}} if kind.partition("+")[0] == "sqlite" else None
     try:
-        return optuna.storages.RDBStorage(url)
+        return optuna.storages.RDBStorage(url, engine_kwargs=patience)
     except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:
         raise UnsupportedError(
             f"{url} needs a database driver, as the [storage] extra has: {_line(error)}"

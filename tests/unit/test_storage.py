@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -251,6 +252,19 @@ def test_a_journal_with_a_torn_tail_is_repaired_and_goes_on(tmp_path: Path) -> N
 def test_a_bad_url_is_told(url: str, message: str) -> None:
     with pytest.raises(UnsupportedError, match=message):
         open_storage(url)
+
+
+def test_a_database_that_another_locks_for_long_is_waited_for(tmp_path: Path) -> None:
+    file = tmp_path / "study.db"
+    open_storage(f"sqlite:///{file}")
+    other = sqlite3.connect(file, check_same_thread=False)
+    other.execute("BEGIN EXCLUSIVE")
+    release = threading.Timer(6.0, other.rollback)
+    release.start()
+    found = search(Recorder(), CONTEXT, RANKS, 2, storage=f"sqlite:///{file}")
+    assert len(found.trials) == 2
+    release.join()
+    other.close()
 
 
 def test_an_unwritable_journal_is_told(tmp_path: Path) -> None:
