@@ -56,8 +56,9 @@ class Space:
         return [f"log_ratio_{rank}" for rank in range(len(self.ranges))]
 
     def params(self, partition: Partition) -> dict[str, float]:
-        """The point of a partition."""
-        return dict(zip(self.names(), log_ratios(partition), strict=True))
+        """The point of a partition; the nearest in the box for one outside it, as samplers take no other."""
+        points = zip(self.names(), log_ratios(partition), self.ranges, strict=True)
+        return {name: min(max(value, low), high) for name, value, (low, high) in points}
 
     def partition(self, params: dict[str, float]) -> Partition:
         """The partition at a point, rounded to the quantum."""

@@ -307,7 +307,11 @@ class _Study:
         for left in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if self._shared and _is_alive(left):
                 continue
-            self._end(left.number)
+            kept = left.user_attrs.get("measurement")
+            if kept is None:
+                self._end(left.number)
+            else:
+                self._tell(left.number, msgspec.json.decode(kept, type=Measurement))
 
     def _given(self, taken: Set[tuple[int, ...]]) -> Seed | None:
         """What is to be measured before the sampler is asked: seeds, then what was never finished.
@@ -339,8 +343,6 @@ class _Study:
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            # The seeds are within the space; what was left may be a rounding outside it.
-            warnings.filterwarnings("ignore", "Fixed parameter")
             self._study.sampler = (
                 sampler
                 if given is None
@@ -382,7 +384,7 @@ class _Study:
         else:
             self._tell(trial, measurement)
 
-    def _tell(self, trial: optuna.Trial, measurement: Measurement) -> None:
+    def _tell(self, trial: optuna.Trial | int, measurement: Measurement) -> None:
         if measurement.ok:
             self._end(trial, TrialState.COMPLETE, measurement.ttft_s)
         else:

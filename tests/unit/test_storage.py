@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
@@ -25,6 +26,7 @@ from kvr_partition.errors import StorageError, UnsupportedError
 from kvr_partition.measurement import Measurement
 from kvr_partition.partition import Partition
 from kvr_partition.search import search
+from kvr_partition.search.space import Space
 from kvr_partition.search.storage import open_storage
 from tests.unit.servers import optuna_proxy, postgresql
 from tests.unit.test_samplers import FITTED
@@ -166,6 +168,29 @@ def test_what_is_measured_after_others_gave_it_up_is_kept() -> None:
     assert [one.partition.sizes for one in found.trials] == recorder.asked
     assert len(set(recorder.asked)) == 3
     assert found.trials[0].source == "even"
+
+
+def test_one_killed_after_measuring_is_no_failure() -> None:
+    storage = optuna.storages.InMemoryStorage()
+
+    def go_on(budget: int) -> None:
+        search(Recorder(), CONTEXT, RANKS, budget, sampler="tpe", storage=storage, study_name="s")
+
+    go_on(1)
+    study = optuna.load_study(study_name="s", storage=storage)
+    killed = study.ask()
+    partition = Partition([2048, 1024, 1024])
+    measured = Recorder()(partition)
+    killed.set_user_attr("sizes", partition.sizes)
+    killed.set_user_attr("measurement", msgspec.json.encode(measured).decode())
+    go_on(2)
+    assert len(study.trials) == 2
+    assert study.trials[1].value == measured.ttft_s
+
+
+def test_partitions_outside_the_box_are_told_to_samplers_as_its_edge() -> None:
+    space = Space(CONTEXT, 1, ((-0.5, 0.5), (-0.5, 0.5)))
+    assert space.params(Partition((3000, 96, 1000))) == {"log_ratio_0": 0.5, "log_ratio_1": -0.5}
 
 
 def test_what_somebody_queued_is_measured() -> None:
