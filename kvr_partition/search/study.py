@@ -191,44 +191,68 @@ class _Study:
         self._sampler = sampler
         self._setting = setting
         self._seed = seed
-        self._study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
-        # Everything a resumed search must agree on is written in one step, so that a kill leaves all or none.
-        begun = self._study.user_attrs.get("begun")
+        storage = optuna.storages.get_storage(storage)
+        begun = None
+        with contextlib.suppress(KeyError):
+            self._study = optuna.load_study(study_name=name, storage=storage)
+            begun = self._study.user_attrs.get("begun")
         if begun is None:
             given = [
                 Seed("even", Partition.even(context, ranks, past=past)),
                 *(seeds() if seeds is not None else ()),
             ]
-            self.seeds = _distinct(given)
-            # Samplers of whole partitions go where they like; for others a wide space is a slow one.
-            reach = WIDE if sampler in ("informed", "hierarchical") else 0.0
-            self.space = Space.around(self.seeds, quantum, reach)
-            self._study.set_user_attr("begun", self._describe(conditions))
-        else:
-            found = json.loads(begun)
-            begun_past = found.get("past", 0)
-            if (found["context"], found["ranks"], begun_past) != (context, ranks, past):
-                raise StorageError(
-                    f"study {name!r} in this storage is for context {found['context']} with past {begun_past} on "
-                    f"{found['ranks']} ranks; use another storage or study name"
-                )
-            _check_conditions(name, conditions, found.get("conditions"))
-            self.seeds = [Seed(one["name"], Partition(one["sizes"], past)) for one in found["seeds"]]
-            ranges = tuple((low, high) for low, high in found["ranges"])
-            self.space = Space(context, found["quantum"], ranges, past)
+            begun = self._begin(storage, name, _distinct(given), quantum, conditions)
+        found = json.loads(begun)
+        begun_past = found.get("past", 0)
+        if (found["context"], found["ranks"], begun_past) != (context, ranks, past):
+            raise StorageError(
+                f"study {name!r} in this storage is for context {found['context']} with past {begun_past} on "
+                f"{found['ranks']} ranks; use another storage or study name"
+            )
+        _check_conditions(name, conditions, found.get("conditions"))
+        self.seeds = [Seed(one["name"], Partition(one["sizes"], past)) for one in found["seeds"]]
+        ranges = tuple((low, high) for low, high in found["ranges"])
+        self.space = Space(context, found["quantum"], ranges, past)
 
-    def _describe(self, conditions: Mapping[str, object] | None) -> str:
-        return json.dumps(
+    def _begin(
+        self,
+        storage: optuna.storages.BaseStorage,
+        name: str,
+        seeds: Sequence[Seed],
+        quantum: int,
+        conditions: Mapping[str, object] | None,
+    ) -> str:
+        """Write down what everybody on this study agrees on, unless another was first; returns what holds.
+
+        In one step, so that a kill leaves all or nothing. Of several that begin at once, each with seeds of
+        its own, the one that creates the study decides.
+        """
+        try:
+            self._study = optuna.create_study(storage=storage, study_name=name)
+        except optuna.exceptions.DuplicatedStudyError:
+            self._study = optuna.load_study(study_name=name, storage=storage)
+            # Whoever created it writes the next moment, or was killed before.
+            until = time.monotonic() + (ASKING_S if self._shared else 0.0)
+            while (begun := self._study.user_attrs.get("begun")) is None and time.monotonic() < until:
+                time.sleep(POLL_S)
+            if begun is not None:
+                return str(begun)
+        # Samplers of whole partitions go where they like; for others a wide space is a slow one.
+        reach = WIDE if self._sampler in ("informed", "hierarchical") else 0.0
+        space = Space.around(seeds, quantum, reach)
+        begun = json.dumps(
             {
                 "conditions": conditions,
-                "context": self.space.context,
-                "ranks": len(self.space.ranges) + 1,
-                "past": self.space.past,
-                "quantum": self.space.quantum,
-                "ranges": self.space.ranges,
-                "seeds": [{"name": one.name, "sizes": one.partition.sizes} for one in self.seeds],
+                "context": space.context,
+                "ranks": len(space.ranges) + 1,
+                "past": space.past,
+                "quantum": space.quantum,
+                "ranges": space.ranges,
+                "seeds": [{"name": one.name, "sizes": one.partition.sizes} for one in seeds],
             }
         )
+        self._study.set_user_attr("begun", begun)
+        return begun
 
     def run(self, measure: Measure, budget: int, on_trial: Callable[[Trial], None] | None) -> str:
         """Measure until the budget is spent; returns what ended it."""

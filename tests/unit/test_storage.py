@@ -25,8 +25,8 @@ from optuna.trial import FrozenTrial, TrialState
 from kvr_partition.errors import StorageError, UnsupportedError
 from kvr_partition.measurement import Measurement
 from kvr_partition.partition import Partition
-from kvr_partition.search import search
-from kvr_partition.search.space import Space
+from kvr_partition.search import SearchResult, search
+from kvr_partition.search.space import Seed, Space
 from kvr_partition.search.storage import open_storage
 from tests.unit.servers import optuna_proxy, postgresql
 from tests.unit.test_samplers import FITTED
@@ -151,6 +151,36 @@ def test_what_an_earlier_trial_has_not_yet_said_is_waited_for() -> None:
     # Both began with the even split; one of them measured it.
     assert sum(trial.user_attrs.get("source") == "even" for trial in storage.get_all_trials(0)) == 2
     assert len(measured) == len(set(measured)) == 3
+
+
+def test_searches_that_begin_at_once_agree_on_seeds_and_space(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    open_storage(url)
+    both = threading.Barrier(2)
+
+    def begin(first: int) -> SearchResult:
+        def seeds() -> list[Seed]:
+            both.wait(30)
+            return [Seed("own", Partition((first, 2500 - first, CONTEXT - 2500)))]
+
+        return search(
+            Recorder(), CONTEXT, RANKS, 6, seeds=seeds, sampler="gp", storage=url, shared=True, study_name="s"
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        for one in [pool.submit(begin, first) for first in (1000, 1800)]:
+            one.result(60)
+    trials = optuna.load_study(study_name="s", storage=url).trials
+    own = {tuple(one.user_attrs["sizes"]) for one in trials if one.user_attrs.get("source") == "own"}
+    assert len(own) == 1
+    assert len({json.dumps(one.distributions, default=repr) for one in trials}) == 1
+
+
+def test_a_study_whose_creator_was_killed_is_begun_by_the_next() -> None:
+    storage = optuna.storages.InMemoryStorage()
+    optuna.create_study(storage=storage, study_name="s")
+    found = search(Recorder(), CONTEXT, RANKS, 2, seeds=seeds, storage=storage, study_name="s")
+    assert [one.source for one in found.trials] == ["even", "interpolated"]
 
 
 def test_what_is_measured_after_others_gave_it_up_is_kept() -> None:
