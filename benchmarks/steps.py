@@ -79,7 +79,7 @@ def race(ranks: int, seed: int, believing: bool, budget: int) -> dict[str, Any]:
     """One search: TTFT over that of the best split of the smooth truth."""
     warnings.simplefilter("ignore")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    correction.STEP_SPREADS = STEP_SPREADS if believing else ()
+    correction.STEP_SPREADS = STEP_SPREADS if believing else (0.0,)
     land = Rugged(ranks, seed)
     found = search(
         land.measure,

@@ -208,7 +208,7 @@ def _likeliest(known: Array, shares: Array, which: Any, noise: Array, usual: flo
         # What is unusual is unlikely, but not impossible.
         return likely - math.fsum(math.log1p(one * one) for one in unusual)
 
-    tried = itertools.product(DRIFT_SPREADS, STEP_SPREADS or (0.0,), SCATTER_SPREADS)
+    tried = itertools.product(DRIFT_SPREADS, STEP_SPREADS, SCATTER_SPREADS)
     return max((_Spreads(*one) for one in tried), key=evidence)
 
 

@@ -181,8 +181,9 @@ class InformedSampler(PartitionSampler):
 
         assert self._space is not None
         quantum, ranks = self._space.quantum, sizes.shape[1]
-        best = sizes[int(beliefs.ttft_s(sizes)[0].argmin())]
-        best_s = float(beliefs.ttft_s([best])[0][0])
+        times = beliefs.ttft_s(sizes)[0]
+        at = int(times.argmin())
+        best, best_s = sizes[at], float(times[at])
         known = [size for size, _ in beliefs.setting.cost.steps if size % quantum == 0]
         passed = [best]
         for _ in range(_EXCHANGES):

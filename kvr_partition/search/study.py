@@ -346,7 +346,7 @@ class _Study:
         """
         finished = self._study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
         left = [
-            Seed(one.user_attrs.get("source", ""), Partition(one.user_attrs["sizes"], self.space.past))
+            Seed(one.user_attrs.get("source", self._sampler), Partition(one.user_attrs["sizes"], self.space.past))
             for one in finished
             if "sizes" in one.user_attrs and not {"measurement", "given_up"} & one.user_attrs.keys()
         ]
@@ -380,8 +380,7 @@ class _Study:
             return trial, self.space.partition(params)
         if given is not None:
             # Measured as it is, not as its rounded image.
-            if given.name:
-                trial.set_user_attr("source", given.name)
+            trial.set_user_attr("source", given.name)
             return trial, given.partition
         if isinstance(sampler, PartitionSampler):
             return trial, sampler.proposals.get(trial.number)

@@ -99,7 +99,7 @@ def test_a_search_finds_chunk_sizes_that_kernels_like(monkeypatch: pytest.Monkey
 
     found = [gain(seed) for seed in range(8)]
     assert min(found) > -0.005
-    monkeypatch.setattr(correction, "STEP_SPREADS", ())
+    monkeypatch.setattr(correction, "STEP_SPREADS", (0.0,))
     without = [gain(seed) for seed in range(8)]
     assert np.mean(found) > np.mean(without) + 0.004, (found, without)
 

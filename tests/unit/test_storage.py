@@ -122,32 +122,26 @@ class _Slow(optuna.storages.InMemoryStorage):
         super().set_trial_user_attr(trial_id, key, value)
 
 
-def together(storage: optuna.storages.BaseStorage, budget: int) -> list[Partition]:
-    """What two searches on one study measure, in the order in which they begin."""
-    measured: list[Partition] = []
+def test_what_an_earlier_trial_has_not_yet_said_is_waited_for() -> None:
+    storage = _Slow()
+    optuna.create_study(storage=storage, study_name="s")
+    measured: list[tuple[int, ...]] = []
 
     def measure(partition: Partition) -> Measurement:
-        measured.append(partition)
+        measured.append(partition.sizes)
         time.sleep(0.6)
         return Recorder()(partition)
 
     with ThreadPoolExecutor(2) as pool:
         both = [
             pool.submit(
-                search, measure, CONTEXT, RANKS, budget, sampler="tpe", setting=FITTED, storage=storage,
-                shared=True, study_name="s", seed=seed,
+                search, measure, CONTEXT, RANKS, 3, sampler="tpe", setting=FITTED, storage=storage, shared=True,
+                study_name="s", seed=seed,
             )
             for seed in (1, 2)
         ]  # fmt: skip
         for one in both:
             one.result(60)
-    return measured
-
-
-def test_what_an_earlier_trial_has_not_yet_said_is_waited_for() -> None:
-    storage = _Slow()
-    optuna.create_study(storage=storage, study_name="s")
-    measured = together(storage, 3)
     # Both began with the even split; one of them measured it.
     assert sum(trial.user_attrs.get("source") == "even" for trial in storage.get_all_trials(0)) == 2
     assert len(measured) == len(set(measured)) == 3
