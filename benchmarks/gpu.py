@@ -68,12 +68,12 @@ def prefill(model: str, ranks: int, seconds: int, more: str = "", context: int =
     )
 
 
-def predicted(model: str, ranks: int, seconds: int, more: str = "") -> Part:
+def predicted(model: str, ranks: int, seconds: int, held_out: str = "6144,12288", more: str = "") -> Part:
     """KVR-P against KVR-S on contexts left out, and the predictor that comes with the model."""
     return Part(
         f"{model}/predict-sm-{ranks}.json",
         "predict_real.py",
-        f"--model {model} --ranks {ranks} --contexts 4096,8192,16384 --held-out 6144,12288 {more}",
+        f"--model {model} --ranks {ranks} --contexts 4096,8192,16384 --held-out {held_out} {more}",
         seconds,
     )
 
@@ -104,12 +104,12 @@ PARTS = (
     predicted("llama-3.1-8b", 4, 140),
     predicted("falcon-7b", 4, 140),
     predicted("llama-7b", 2, 140),
-    predicted("llama-7b", 8, 260),
+    predicted("llama-7b", 8, 300, "12288", "--budget 5"),
     Part("llama-7b/one-rank.json", "prefill.py", "--model llama-7b --ranks= --one-rank 4096,16384,32768", 60,
          folder_out=True),
     Part("falcon-7b/one-rank.json", "prefill.py", "--model falcon-7b --ranks= --one-rank 4096,16384", 30,
          folder_out=True),
-    prefill("llama-7b", 8, 330, HELD),
+    prefill("llama-7b", 8, 450, f"{HELD} --budget 8"),
     prefill("llama-7b", 4, 260, HELD),
     prefill("llama-7b", 2, 170, HELD),
 )  # fmt: skip

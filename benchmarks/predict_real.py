@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=4)
     parser.add_argument("--samples", type=int, default=3, help="of each partition in a search")
     parser.add_argument("--final", type=int, default=7, help="of each partition side by side")
-    parser.add_argument("--quantum", type=int, default=64)
+    parser.add_argument("--quantum", type=int, default=128)
     parser.add_argument(
         "--profile", action="store_true", help="time chunks and links first; else guess from one rank"
     )
