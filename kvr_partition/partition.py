@@ -172,7 +172,11 @@ class Partition:
 
     @classmethod
     def from_cuts(cls, cuts: Sequence[float], context: int, quantum: int = 1, past: int = 0) -> Partition:
-        """Round inner boundaries, given as growing shares of the prompt, to the nearest token or quantum.
+        """Round inner boundaries, given as growing shares of the prompt, to whole tokens or quanta.
+
+        Single tokens: each boundary to the nearest. Quanta: as many as the prompt begins are dealt out, the last
+        of them short where the prompt ends inside it. A quantum begun takes as long as a whole one, and the chunk
+        that grows the most, as a share of itself, keeps the others waiting: those that grow the least round up.
 
         Where that leaves a chunk without a token, or its quantum, sizes are rounded as in `from_fractions`.
 
@@ -181,13 +185,7 @@ class Partition:
         """
         if quantum < 1:
             raise PartitionError(f"quantum must be at least 1; got {quantum}")
-        sizes = []
-        before = 0
-        for cut in cuts:
-            end = int(cut * context / quantum + 0.5) * quantum
-            sizes.append(end - before)
-            before = end
-        sizes.append(context - before)
+        sizes = _nearest(cuts, context) if quantum == 1 else _dealt(cuts, context, quantum)
         if min(sizes) > 0:
             return cls.trusted(tuple(sizes), past)
         shares = [after - before for before, after in pairwise((0.0, *cuts, 1.0))]
@@ -225,6 +223,38 @@ class Partition:
                 f"sizes {partition} sum to {partition.context}, not to the context of {context} tokens"
             )
         return partition
+
+
+def _nearest(cuts: Sequence[float], context: int) -> list[int]:
+    sizes = []
+    before = 0
+    for cut in cuts:
+        end = int(cut * context + 0.5)
+        sizes.append(end - before)
+        before = end
+    sizes.append(context - before)
+    return sizes
+
+
+def _dealt(cuts: Sequence[float], context: int, quantum: int) -> list[int]:
+    quanta = -(-context // quantum)
+    scale = context / quantum
+    ideal = []
+    before = 0.0
+    for cut in cuts:
+        ideal.append((cut - before) * scale)
+        before = cut
+    ideal.append(quanta - before * scale)
+    counts = [int(value) for value in ideal]
+    left = quanta - sum(counts)
+    if left:
+        # A chunk below one quantum goes first: without any it could not be.
+        growth = [(count + 1) / value if count else 0.0 for count, value in zip(counts, ideal, strict=True)]
+        for rank in sorted(range(len(counts)), key=growth.__getitem__)[:left]:
+            counts[rank] += 1
+    sizes = [count * quantum for count in counts]
+    sizes[-1] -= quanta * quantum - context
+    return sizes
 
 
 def _whole(value: object, what: str, least: int) -> int:

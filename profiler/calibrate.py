@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from kvr_partition.cost import ChunkCost, FitError, LinkCost, TimedChunk
 from kvr_partition.errors import RankError
@@ -12,6 +13,7 @@ from kvr_partition.partition import Partition
 from kvr_partition.provenance import Provenance
 from kvr_partition.schedule import FREE_LINK, Setting
 from profiler.measure import Candidate
+from profiler.models import Operations
 from profiler.ranks import RankGroup
 from profiler.store import ChunkLine, LinkLine, MeasurementLog
 
@@ -170,23 +172,47 @@ def guessed_setting(group: RankGroup, context: int, measure: Callable[[Candidate
         even = measure(Candidate("kvr", Partition.even(context, group.ranks)))
         if not even.ok:
             raise RankError(f"there is nothing to guess costs from: {alone.failure}; {even.failure}")
-        computed = [
-            median([sample.ranks[rank].compute_s for sample in even.samples]) for rank in range(group.ranks)
-        ]
-        alone_s = math.fsum(computed) / shared
-    counted = group.operations
-    in_all = context * counted.per_token + context * context / 2 * counted.per_pair
-    # Ranks that share a GPU are each so much slower than the whole of it.
-    per_operation = alone_s / in_all * shared
-    pair = counted.per_pair * per_operation
-    cost = ChunkCost(0.0, counted.per_token * per_operation, pair, pair, counted.before_kv)
+        alone_s = _computed_s(even) / shared
     return Setting(
-        cost,
+        _guessed_cost(group.operations, context, alone_s * shared),
         len(group.windows),
         group.entry_bytes,
         topology="fanout" if group.topology == "fanout" else "chain",
         overlap=group.resolved_depth == "attention",
     )
+
+
+def guessed_setting_of_log(log: MeasurementLog, origin: Provenance, counted: Operations) -> Setting:
+    """As `guessed_setting` told whoever wrote a log, without ranks.
+
+    Args:
+        counted: the model's operations.
+
+    Raises:
+        FitError: the log has nothing to guess from.
+    """
+    shared = origin.ranks if origin.backend == "sm" else 1
+    guesses = [one for one in log.measurements("guess") if one.ok]
+    if not guesses:
+        raise FitError("neither one rank nor an even split was timed to guess costs from")
+    found = guesses[-1]
+    alone_s = found.ttft_s if found.method == "single" else _computed_s(found) / shared
+    return _setting_of(origin, _guessed_cost(counted, found.partition.context, alone_s * shared))
+
+
+def _computed_s(measurement: Measurement) -> float:
+    """What all ranks together compute."""
+    return math.fsum(
+        median([sample.ranks[rank].compute_s for sample in measurement.samples])
+        for rank in range(len(measurement.sizes))
+    )
+
+
+def _guessed_cost(counted: Operations, context: int, seconds: float) -> ChunkCost:
+    """Of a rank that takes so long for a whole context; a rank with a part of a GPU is so much slower than it."""
+    per_operation = seconds / (context * counted.per_token + context * context / 2 * counted.per_pair)
+    pair = counted.per_pair * per_operation
+    return ChunkCost(0.0, counted.per_token * per_operation, pair, pair, counted.before_kv)
 
 
 def setting_of_log(log: MeasurementLog, origin: Provenance) -> Setting:
@@ -198,16 +224,24 @@ def setting_of_log(log: MeasurementLog, origin: Provenance) -> Setting:
     shape = origin.model
     points = list(dict.fromkeys((line.chunk, line.prefix) for line in _together(log)))
     cost = ChunkCost.fit([_timed(log, chunk, prefix, shape.layers) for chunk, prefix in points])
-    width = 4 if origin.dtype == "float32" else 2
-    return Setting(
-        cost=cost,
-        layers=shape.layers,
-        entry_bytes=2 * shape.kv_heads * shape.head_dim * width * origin.batch,
+    return replace(
+        _setting_of(origin, cost),
         link=_links(log, origin.ranks) if origin.ranks > 1 else FREE_LINK,
         speeds=rank_speeds(log, origin.ranks),
+        alone_speed=_alone_speed(log),
+    )
+
+
+def _setting_of(origin: Provenance, cost: ChunkCost) -> Setting:
+    """What conditions say of a setting."""
+    shape = origin.model
+    width = 4 if origin.dtype == "float32" else 2
+    return Setting(
+        cost,
+        shape.layers,
+        2 * shape.kv_heads * shape.head_dim * width * origin.batch,
         topology="fanout" if origin.topology == "fanout" else "chain",
         overlap=origin.depth == "attention",
-        alone_speed=_alone_speed(log),
     )
 
 

@@ -30,6 +30,8 @@ from profiler.transport import Spawned, Transport, in_torchrun, join
 BACKENDS = ("auto", "cpu", "cuda", "sm", "simulate")
 DEPTHS = ("auto", "attention", "cache")
 TOPOLOGIES = ("chain", "fanout")
+GPU_TILE = 128
+"""Rows of the tiles that kernels of cuBLAS and cuDNN mostly cut chunks into; docs/search.md has what it costs."""
 
 
 @dataclass
@@ -242,6 +244,11 @@ class RankGroup:
     def operations(self) -> Operations:
         """What a prefill of the model computes, counted."""
         return operations(self._folder)
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows of a chunk that kernels take at once: a chunk with some left over takes as long as with all."""
+        return GPU_TILE if self.backend in ("sm", "cuda") else 1
 
     @property
     def shares_hardware(self) -> bool:

@@ -59,7 +59,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "(default informed)",
     )
     add_past(group)
-    group.add_argument("--quantum", type=int, help="cut only at multiples of so many tokens")
+    group.add_argument(
+        "--quantum",
+        type=int,
+        help="cut only at multiples of so many tokens (default: fine steps on CPUs, tiles of 128 on GPUs)",
+    )
     group.add_argument("--samples", type=int, help="most samples per candidate (default 8 on CPU, 40 on GPU)")
     group.add_argument("--out", metavar="FOLDER", help="results (default kvr-runs/MODEL-RANKSxBACKEND-DTYPE)")
     group.add_argument(
@@ -192,7 +196,7 @@ class _Session:
             seeds=lambda: self._seeds(context),
             sampler="gp" if lost else self._options.sampler,
             setting=setting,
-            quantum=self._options.quantum,
+            quantum=self._quantum(context),
             past=self._past,
             storage=self._options.storage or self._out.study_url,
             shared=self._options.storage is not None,
@@ -269,18 +273,22 @@ class _Session:
     def _sampled(self, candidate: Candidate, sample: Sample, warmup: bool) -> None:
         self._progress.advance(candidate.partition.context)
 
+    def _quantum(self, context: int) -> int:
+        from kvr_partition.search.space import default_quantum
+
+        given: int | None = self._options.quantum
+        return given or default_quantum(context, self._group.ranks, self._group.tile_rows)
+
     def _seeds(self, context: int) -> list[Seed]:
         """For samplers that know nothing: what the table interpolates, and what a fitted setting solves to."""
         from kvr_partition.schedule import best_split
         from kvr_partition.search import Seed
-        from kvr_partition.search.space import default_quantum
 
         sampler = self._options.sampler
         if sampler == "hierarchical" or (sampler == "informed" and self._measured_setting() is not None):
             return []
         seeds = []
-        ranks = self._group.ranks
-        quantum = self._options.quantum or default_quantum(context, ranks)
+        ranks, quantum = self._group.ranks, self._quantum(context)
         # Until something is searched on both sides of it, there is nothing to interpolate.
         with contextlib.suppress(OutOfRangeError):
             found = self._out.table.lookup(context, ranks=ranks, past=self._past)

@@ -34,6 +34,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dataset", metavar="FILE", help="write the rows it was trained on")
     parser.add_argument("--method", help="keep this way to predict, whatever loses least")
+    parser.add_argument(
+        "--quantum", type=int, help="predict multiples of so many tokens (default: as the searched splits are)"
+    )
     parser.add_argument("--tune", type=int, default=0, metavar="N", help="tune each method with N Optuna trials")
     parser.add_argument("--jobs", type=int, default=1, help="processes to evaluate with; -1: one a core")
     parser.add_argument("--out", metavar="FILE", default="predictor.json", help="(default predictor.json)")
@@ -43,6 +46,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     """Read, evaluate, train, write and print."""
     need_at_least("tune", options.tune, 0)
+    if options.quantum is not None:
+        need_at_least("quantum", options.quantum, 1)
     import warnings
 
     from kvr_partition.cli.show import Progress, print_json, print_table
@@ -76,7 +81,7 @@ def run(options: argparse.Namespace) -> None:
         progress.doing(f"trying {len(REGRESSORS)} ways to predict {len(rows)} searched partitions")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that few rows make poor regressions is what the regrets tell
-            predictor = train(rows, method=options.method, tuned=tuned, jobs=options.jobs)
+            predictor = train(rows, method=options.method, tuned=tuned, jobs=options.jobs, quantum=options.quantum)
         predictor.save(options.out)
     training = predictor.training
     if options.format == "json":

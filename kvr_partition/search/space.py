@@ -72,12 +72,23 @@ def log_ratios(partition: Partition) -> tuple[float, ...]:
     return tuple(math.log(size / last) for size in partition.sizes[:-1])
 
 
-def default_quantum(context: int, ranks: int) -> int:
+LEAST_TILES = 8
+"""Of an average chunk; one that is cut into fewer is cut more finely than by tiles."""
+
+
+def default_quantum(context: int, ranks: int, tile: int = 1) -> int:
     """A step small enough not to cost time and large enough that neighbours differ by more than noise.
 
-    The largest power of two that leaves every rank 128 steps on average.
+    The largest power of two that leaves every rank 128 steps on average; or more, up to a tile, as long as that
+    leaves every rank `LEAST_TILES`.
+
+    Args:
+        tile: rows that kernels take at once, a power of two: what is left over takes as long as a whole one.
     """
-    return 1 << max(0, (context // (128 * ranks)).bit_length() - 1)
+    step = 1 << max(0, (context // (128 * ranks)).bit_length() - 1)
+    while tile > step and tile * LEAST_TILES * ranks > context:
+        tile //= 2
+    return max(step, tile)
 
 
 def coarseness(partition: Partition) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from kvr_partition.search.beliefs import Beliefs
 
 SCHEMA = "kvr-partition/dataset/1"
+
+MOST_QUANTUM = 256
+"""No kernel takes more rows at once."""
 
 Machine = tuple[str, str, float | None, str, int]
 """Hardware, model, bandwidth, topology, ranks."""
@@ -131,6 +135,22 @@ def measured_row(
         trials=tuple(trials),
         provenance=provenance,
     )
+
+
+def common_quantum(rows: Sequence[Row]) -> int:
+    """What all boundaries searched on one rank count are multiples of, or less where a context has no room for it.
+
+    An even split lies on no search's steps; where it was the best it says nothing about them.
+    """
+    uneven = [row for row in rows if row.partition != Partition.even(row.context, row.ranks, past=row.past)]
+    common = math.gcd(*(boundary for row in uneven or rows for boundary in row.partition.boundaries[1:-1]))
+    shortest = min(rows, key=lambda row: row.context)
+    if common > MOST_QUANTUM or common * shortest.ranks > shortest.context:
+        # A few boundaries have more in common than the steps of their search, which are powers of two.
+        common = min(common & -common, MOST_QUANTUM)
+    while common * shortest.ranks > shortest.context:
+        common //= 2
+    return common
 
 
 class Dataset(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -9,7 +9,7 @@ from typing import Any
 from kvr_partition.errors import OutOfRangeError, PartitionError
 from kvr_partition.partition import Partition
 from kvr_partition.predictor import Regret, Score
-from kvr_partition.training.dataset import Row
+from kvr_partition.training.dataset import Row, common_quantum
 from kvr_partition.training.features import Query
 from kvr_partition.training.regressors import REGRESSORS, SPACES
 
@@ -39,6 +39,7 @@ def evaluate(
     held_out: Iterable[str] = ("context",),
     tuned: Mapping[str, Mapping[str, Any]] | None = None,
     jobs: int = 1,
+    quantum: int | None = None,
 ) -> list[Outcome]:
     """Leave each group out in turn, learn from the others, and predict it.
 
@@ -48,6 +49,7 @@ def evaluate(
     Args:
         tuned: parameters of each method, see `tune`.
         jobs: processes; -1 for one a core.
+        quantum: what predicted boundaries are multiples of; what the searched ones of the machine are when None.
 
     Raises:
         PartitionError: an unknown method or group.
@@ -73,7 +75,8 @@ def evaluate(
                 test = [row for row in test if _inside(row, train, name)]
             work += [(method, name, train, test) for method in methods if test]
     found = Parallel(n_jobs=jobs)(
-        delayed(_losses)(method, train, test, (tuned or {}).get(method, {})) for method, _, train, test in work
+        delayed(_losses)(method, train, test, (tuned or {}).get(method, {}), quantum)
+        for method, _, train, test in work
     )
     return [
         Outcome(method, name, row, loss)
@@ -90,7 +93,7 @@ def _inside(row: Row, train: Sequence[Row], name: str) -> bool:
 
 
 def _losses(
-    method: str, train: Sequence[Row], test: Sequence[Row], given: Mapping[str, Any]
+    method: str, train: Sequence[Row], test: Sequence[Row], given: Mapping[str, Any], quantum: int | None
 ) -> list[float | None]:
     regressor = REGRESSORS[method](**given).fit(train)
     losses: list[float | None] = []
@@ -100,7 +103,10 @@ def _losses(
         except OutOfRangeError:
             losses.append(None)
             continue
-        losses.append(max(0.0, row.regret(Partition.from_cuts(cuts, row.context, past=row.past))))
+        # Rounded as a predictor that had been trained on the others would.
+        of_it = [one for one in train if one.machine == row.machine]
+        unit = quantum or (common_quantum(of_it) if of_it else 1)
+        losses.append(max(0.0, row.regret(Partition.from_cuts(cuts, row.context, unit, row.past))))
     return losses
 
 

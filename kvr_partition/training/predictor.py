@@ -10,7 +10,7 @@ from typing import Any
 from kvr_partition.errors import OutOfRangeError, PartitionError
 from kvr_partition.predictor import Grid, PartitionPredictor, Training
 from kvr_partition.provenance import Provenance
-from kvr_partition.training.dataset import Row, digest
+from kvr_partition.training.dataset import Row, common_quantum, digest
 from kvr_partition.training.evaluation import Outcome, evaluate, scores
 from kvr_partition.training.features import Query
 from kvr_partition.training.regressors import REGRESSORS, Corrected
@@ -64,6 +64,7 @@ def train(
     method: str | None = None,
     tuned: Mapping[str, Mapping[str, Any]] | None = None,
     jobs: int = 1,
+    quantum: int | None = None,
 ) -> PartitionPredictor:
     """The predictor of one machine: every way to predict is tried on contexts it has not seen, and the best kept.
 
@@ -73,6 +74,7 @@ def train(
         method: keep this one, whatever was measured; the best when None.
         tuned: parameters of each method.
         jobs: processes to evaluate with.
+        quantum: what predicted boundaries are multiples of; what the searched ones are when None.
 
     Raises:
         PartitionError: no rows, rows of several machines, or an unknown method.
@@ -90,13 +92,13 @@ def train(
         raise PartitionError(f"a predictor is for one model on one machine; these rows are of {shown}")
     if method is not None and method not in REGRESSORS:
         raise PartitionError(f"unknown method {method!r}; there are {', '.join(REGRESSORS)}")
-    found = evaluate(rows, tuned=tuned, jobs=jobs)
+    found = evaluate(rows, tuned=tuned, jobs=jobs, quantum=quantum)
     counts = sorted({row.ranks for row in rows})
     # A method may have no answer at some corner of the range although it had one for every held-out case.
     for chosen in [method] if method else [*ranked(found), TRUSTED]:
         regressor = REGRESSORS[chosen](**(tuned or {}).get(chosen, {})).fit(rows)
         try:
-            grids = [_grid(regressor, [row for row in rows if row.ranks == count]) for count in counts]
+            grids = [_grid(regressor, [row for row in rows if row.ranks == count], quantum) for count in counts]
             break
         except OutOfRangeError as error:
             reason = f"{chosen} cannot answer everything inside the searched range: {error}; use another method"
@@ -112,7 +114,7 @@ def train(
     return PartitionPredictor(grids, training, ChunkTerms.of(cost), provenance)
 
 
-def _grid(regressor: Any, rows: Sequence[Row]) -> Grid:
+def _grid(regressor: Any, rows: Sequence[Row], quantum: int | None) -> Grid:
     """A regressor evaluated on nodes close enough to interpolate between, inside the searched range."""
     first = rows[0]
     contexts = sorted({row.context for row in rows})
@@ -127,16 +129,8 @@ def _grid(regressor: Any, rows: Sequence[Row]) -> Grid:
             query = Query(first.machine, first.told, context, past)
             line.append(tuple(float(cut) for cut in regressor.cuts(query)))
         boundaries.append(tuple(line))
-    return Grid(first.ranks, tuple(nodes), tuple(share_nodes), tuple(boundaries), tuple(contexts), _quantum(rows))
-
-
-def _quantum(rows: Sequence[Row]) -> int:
-    """What all searched boundaries are multiples of, or less where a short context has no room for it."""
-    common = math.gcd(*(boundary for row in rows for boundary in row.partition.boundaries[1:-1]))
-    shortest = min(rows, key=lambda row: row.context)
-    while common > 1 and (common * shortest.ranks > shortest.context or common > 256):
-        common //= 2
-    return common
+    unit = common_quantum(rows) if quantum is None else quantum
+    return Grid(first.ranks, tuple(nodes), tuple(share_nodes), tuple(boundaries), tuple(contexts), unit)
 
 
 def _context_nodes(contexts: Sequence[int]) -> list[int]:

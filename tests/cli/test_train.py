@@ -63,6 +63,11 @@ def test_training_keeps_the_best_way_and_shows_all(home: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert "again.json (corrected)" in again.stdout
     assert "3 ranks: contexts 96 to 400" in again.stdout
+    coarse = run("train --rows rows.json --out coarse.json --quantum 16 --quiet", home)
+    assert coarse.returncode == 0, coarse.stderr
+    in_steps = load(home / "coarse.json")
+    assert isinstance(in_steps, PartitionPredictor)
+    assert all(boundary % 16 == 0 for boundary in in_steps.predict(304).partition.boundaries)
     # A dataset says where its rows are from, so what is trained on it knows what it is for.
     other = load(home / "again.json")
     assert isinstance(other, PartitionPredictor)

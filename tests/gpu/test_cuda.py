@@ -106,6 +106,7 @@ def test_sm_partition_ranks_equal_the_single_run(name: str, ranks: int, tmp_path
     uneven = {2: (301, 99), 3: (200, 150, 50)}[ranks]
     for dtype in ("float32", "float16"):
         with RankGroup(folder, ranks=ranks, backend="sm", dtype=dtype, timeout_s=200) as group:
+            assert group.tile_rows == 128
             group.hold_links(None)
             for method in SM_METHODS:
                 sizes = uneven if method.startswith("kvr") else Partition.even(400, ranks).sizes

@@ -88,6 +88,10 @@ def test_the_log_names_the_conditions(group: RankGroup) -> None:
     assert provenance.link == "gloo over loopback"
 
 
+def test_any_chunk_is_as_good_as_its_neighbours_on_cpus(group: RankGroup) -> None:
+    assert group.tile_rows == 1
+
+
 def test_chunks_are_timed_on_every_rank(group: RankGroup) -> None:
     assert len(group.time_chunk(8, 100)) == 2
     for seconds, first_kv_s in group.time_chunk(8, 100):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from itertools import accumulate, pairwise
 
 import pytest
 from hypothesis import given
@@ -60,6 +61,39 @@ def test_rounding_moves_no_chunk_by_a_whole_quantum(values: list[float], context
     partition = Partition.from_fractions(values, context)
     for size, value in zip(partition.sizes, values, strict=True):
         assert abs(size - value / math.fsum(values) * context) < 1
+
+
+@given(
+    st.lists(st.floats(0.05, 1), min_size=2, max_size=8),
+    st.integers(0, 50_000),
+    st.sampled_from([2, 64, 100, 128]),
+)
+def test_quanta_go_to_the_chunks_that_grow_least_by_them(values: list[float], more: int, quantum: int) -> None:
+    context = len(values) * quantum + more
+    cuts = list(accumulate(value / math.fsum(values) for value in values))[:-1]
+    partition = Partition.from_cuts(cuts, context, quantum)
+    assert partition.context == context
+    assert all(boundary % quantum == 0 for boundary in partition.boundaries[:-1])
+    short = -context % quantum
+    ideal = [(after - before) * context for before, after in pairwise((0.0, *cuts, 1.0))]
+    ideal[-1] += short
+    sizes = [*partition.sizes[:-1], partition.sizes[-1] + short]
+    if min(ideal) < quantum:
+        return
+    assert all(abs(size - value) < quantum + 1e-6 for size, value in zip(sizes, ideal, strict=True))
+    grown = max(size / value for size, value in zip(sizes, ideal, strict=True))
+    # Whoever did not grow would have grown by as much, or more.
+    for size, value in zip(sizes, ideal, strict=True):
+        if size < value - 1e-6:
+            assert (size + quantum) / value >= grown - 1e-9
+
+
+def test_a_chunk_of_few_tiles_is_not_rounded_up_beyond_the_others() -> None:
+    # Boundaries to the nearest tile would give 640 tokens to one of these chunks and 384 to another.
+    cuts = [0.1369, 0.2681, 0.3955, 0.5204, 0.6427, 0.7635, 0.8823]
+    assert Partition.from_cuts(cuts, 4096, 128).sizes == (512,) * 8
+    # The eight tokens beyond the last whole tile are one more to whoever gets them.
+    assert Partition.from_cuts([index / 8 for index in range(1, 8)], 5000, 128).sizes == (*(640,) * 7, 520)
 
 
 @pytest.mark.parametrize("bad", [(), (0,), (3, -1), (1.5, 2), (True, 2), ("4",)])

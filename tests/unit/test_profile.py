@@ -18,7 +18,7 @@ from kvr_partition.measurement import Failure, Measurement
 from kvr_partition.profile import Profile, load_profile
 from kvr_partition.schedule import Setting, best_split, bounds, gathering_ttft, simulate
 from profiler import Candidate, MeasurementLog, RankGroup
-from profiler.calibrate import guessed_setting, measured_setting, setting_of_log
+from profiler.calibrate import guessed_setting, guessed_setting_of_log, measured_setting, setting_of_log
 from profiler.models import open_model
 from tests.models import provenance, write_folder
 
@@ -143,6 +143,22 @@ def test_costs_are_guessed_even_where_one_rank_cannot_read_the_prompt(group: Ran
     # Each of three ranks pays what does not depend on its chunk.
     assert together.cost.per_token_s == pytest.approx(alone.cost.per_token_s, rel=0.4)
     assert together.cost.kv_share == alone.cost.kv_share
+
+
+@pytest.mark.parametrize("method", ["single", "kvr"])
+def test_a_log_tells_the_guess_that_was_made_from_it(group: RankGroup, tmp_path: Path, method: str) -> None:
+    def measure(candidate: Candidate) -> Measurement:
+        if candidate.method == method:
+            return group.measure_many([candidate], purpose="guess")[0]
+        failure = Failure("out-of-memory", f"no room for {candidate.method}")
+        return Measurement(candidate.method, candidate.partition.sizes, (), "failed", failure=failure)
+
+    with MeasurementLog(tmp_path / "log.jsonl") as log, group:
+        group.log = log
+        with pytest.raises(FitError, match="to guess costs from"):
+            guessed_setting_of_log(log, group.provenance, group.operations)
+        guess = guessed_setting(group, 504, measure)
+        assert guessed_setting_of_log(log, group.provenance, group.operations) == guess
 
 
 def test_a_profile_answers_only_for_what_it_measured(folder: Path, tmp_path: Path) -> None:

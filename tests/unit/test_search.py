@@ -197,3 +197,10 @@ def test_the_space_holds_all_seeds_and_every_point_decodes() -> None:
 @pytest.mark.parametrize(("context", "ranks", "quantum"), [(512, 2, 2), (16384, 8, 16), (100, 8, 1), (1, 1, 1)])
 def test_the_quantum_leaves_each_rank_128_steps(context: int, ranks: int, quantum: int) -> None:
     assert default_quantum(context, ranks) == quantum
+
+
+@pytest.mark.parametrize(
+    ("context", "ranks", "quantum"), [(65536, 2, 256), (16384, 8, 128), (8192, 8, 128), (8191, 8, 64), (16, 8, 1)]
+)
+def test_the_quantum_is_a_tile_where_every_rank_has_eight(context: int, ranks: int, quantum: int) -> None:
+    assert default_quantum(context, ranks, tile=128) == quantum

@@ -26,6 +26,7 @@ from kvr_partition.training import (
     scores,
     train,
 )
+from kvr_partition.training.dataset import common_quantum
 from kvr_partition.training.evaluation import tune
 from kvr_partition.training.features import NAMES, Query, features
 from kvr_partition.training.regressors import Corrected, Interpolation, growing
@@ -217,6 +218,26 @@ def test_a_trained_predictor_is_the_regressor_it_was_made_from() -> None:
         assert found.sizes == pytest.approx(right.sizes, abs=2 + context / 300)
     again = train(searched, provenance(ranks=3))
     assert again.to_json() == predictor.to_json()
+
+
+def test_predictions_keep_to_the_steps_of_the_searches() -> None:
+    def of(context: int, *sizes: int) -> Row:
+        return msgspec.structs.replace(rows()[0], context=context, sizes=sizes)
+
+    uneven = of(2048, 768, 640, 640)
+    assert common_quantum([uneven, of(4096, 1536, 1280, 1280)]) == 128
+    # An even split won somewhere; it lies on no steps.
+    assert common_quantum([uneven, of(4096, 1366, 1365, 1365)]) == 128
+    assert common_quantum([of(4096, 1366, 1365, 1365)]) == 1
+    # One row's boundaries have 128 · 7 tokens in common by chance.
+    assert common_quantum([of(4096, 896, 896, 2304)]) == 128
+    assert common_quantum([of(300, 128, 128, 44)]) == 64
+    predictor = train(rows(), provenance(ranks=3), quantum=100)
+    assert all(boundary % 100 == 0 for boundary in predictor.predict(5000).partition.boundaries)
+    # What is said to be lost is lost by such predictions.
+    assert predictor.training.scores == tuple(scores(evaluate(rows(), quantum=100)))
+    with pytest.raises(PartitionError, match="quantum"):
+        train(rows(), provenance(ranks=3), quantum=1000)
 
 
 def test_one_machine_at_a_time() -> None:
