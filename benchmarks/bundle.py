@@ -17,9 +17,9 @@ from pathlib import Path
 import msgspec
 
 from kvr_partition.cli.options import model_folder
-from kvr_partition.partition import Partition
 from kvr_partition.table import Entry, PartitionTable
 from kvr_partition.training import Row, load_dataset, measured_row, train
+from kvr_partition.training.dataset import common_quantum
 from profiler import MeasurementLog
 from profiler.calibrate import guessed_setting_of_log
 from profiler.models import open_model, operations
@@ -37,7 +37,9 @@ def main() -> None:
     for source in options.sources:
         rows += [row_of(source)] if source.suffix == ".jsonl" else load_dataset(source).rows
     train(rows, quantum=options.quantum).save(f"{options.out}.predictor.json")
-    PartitionTable([entry_of(row) for row in rows], rows[-1].provenance).save(f"{options.out}.table.json")
+    PartitionTable([entry_of(row, options.quantum) for row in rows], rows[-1].provenance).save(
+        f"{options.out}.table.json"
+    )
 
 
 def row_of(log_path: Path) -> Row:
@@ -52,12 +54,11 @@ def row_of(log_path: Path) -> Row:
     return measured_row(origin, told, trials, tuple(best))
 
 
-def entry_of(row: Row) -> Entry:
+def entry_of(row: Row, quantum: int | None) -> Entry:
     """What a table keeps of a search."""
     found = next(one for one in row.trials if one.sizes == row.sizes)
-    return Entry(
-        row.context, Partition(row.sizes).sizes, row.past, found.ttft_s, found.interval_s, len(row.trials)
-    )
+    unit = quantum or common_quantum([row])
+    return Entry(row.context, row.sizes, row.past, found.ttft_s, found.interval_s, len(row.trials), unit)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,15 @@ def main() -> None:
             trials = [one.measurement for one in found.trials if one.measurement.ok]
             best = found.measurement
             entries.append(
-                Entry(context, found.best.sizes, options.past, best.ttft_s, best.interval_s, len(found.trials))
+                Entry(
+                    context,
+                    found.best.sizes,
+                    options.past,
+                    best.ttft_s,
+                    best.interval_s,
+                    len(found.trials),
+                    options.quantum,
+                )
             )
             return measured_row(group.provenance, told, trials, found.best.sizes)
 

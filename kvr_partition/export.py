@@ -23,13 +23,15 @@ class Route(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where to cut one context, for programs that read nothing but plain JSON.
 
     ``cuts`` are the inner boundaries as shares of the context; between two routes of the same ranks and past they
-    are interpolated linearly in the context, and outside them there is no answer.
+    are interpolated linearly in the context, and outside them there is no answer. Chunks are whole multiples
+    of the smaller ``quantum`` of the two, in tokens, dealt out as ``examples/read_table.js`` does.
     """
 
     ranks: int
     past: int
     context: int
     cuts: tuple[float, ...]
+    quantum: int
 
 
 class RouterTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -117,7 +119,7 @@ def router_table(source: PartitionTable | PartitionPredictor) -> RouterTable:
     origin = source.provenance
     if isinstance(source, PartitionPredictor):
         routes = [
-            Route(grid.ranks, 0, context, cuts)
+            Route(grid.ranks, 0, context, cuts, grid.quantum)
             for grid in source.grids
             if grid.past_shares[0] == 0
             for context, cuts in zip(grid.contexts, grid.boundaries[0], strict=True)
@@ -129,6 +131,7 @@ def router_table(source: PartitionTable | PartitionPredictor) -> RouterTable:
                 entry.past,
                 entry.context,
                 tuple(boundary / entry.context for boundary in entry.partition.boundaries[1:-1]),
+                entry.quantum,
             )
             for entry in source.entries
         ]

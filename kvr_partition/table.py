@@ -30,8 +30,9 @@ class Lookup(msgspec.Struct, frozen=True):
 class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One searched partition: the best one known for its rank count, context and past.
 
-    ``ttft_s`` is its median TTFT in seconds, ``interval_s`` the 95% interval of that median and
-    ``measured`` the number of partitions that the search timed.
+    ``ttft_s`` is its median TTFT in seconds, ``interval_s`` the 95% interval of that median,
+    ``measured`` the number of partitions that the search timed and ``quantum`` the tokens that it
+    kept boundaries at multiples of, which what is interpolated between entries does as well.
     """
 
     context: int
@@ -40,6 +41,7 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ttft_s: float | None = None
     interval_s: tuple[float, float] | None = None
     measured: int | None = None
+    quantum: int = 1
 
     @property
     def partition(self) -> Partition:
@@ -64,7 +66,8 @@ class PartitionTable:
     """Searched partitions by rank count, past and context; immutable.
 
     Between two searched contexts the fractions are interpolated linearly (KVR-P of Cho, Rastegari and
-    Naik, 2024) and rounded to sizes that sum exactly. Outside the searched range there is no answer.
+    Naik, 2024) and rounded to sizes that sum exactly, in quanta of the searches. Outside the searched range
+    there is no answer.
 
     Args:
         entries: at most one for each (ranks, past, context).
@@ -84,6 +87,7 @@ class PartitionTable:
         self._series: dict[tuple[int, int], tuple[list[int], list[Partition]]] = {}
         # Inner boundaries as shares of the context, and by how much they grow until the next context.
         self._cuts: dict[tuple[int, int], list[list[tuple[float, float]]]] = {}
+        self._quanta: dict[tuple[int, int], list[int]] = {}
         ordered = sorted(entries, key=lambda entry: (entry.ranks, entry.past, entry.context))
         for entry in ordered:
             partition = entry.partition
@@ -91,6 +95,11 @@ class PartitionTable:
                 raise PartitionError(
                     f"the sizes {'/'.join(map(str, entry.sizes))} sum to {partition.context}, "
                     f"not to their context of {entry.context}"
+                )
+            if entry.quantum < 1 or entry.quantum * entry.ranks > entry.context:
+                raise PartitionError(
+                    f"a quantum of {entry.quantum} tokens cannot be for a context of {entry.context}; "
+                    f"it is at least 1 and leaves each of {entry.ranks} ranks one"
                 )
             contexts, rows = self._series.setdefault((entry.ranks, entry.past), ([], []))
             if contexts and contexts[-1] == entry.context:
@@ -100,6 +109,7 @@ class PartitionTable:
                 )
             contexts.append(entry.context)
             rows.append(partition)
+            self._quanta.setdefault((entry.ranks, entry.past), []).append(entry.quantum)
         for key, (contexts, rows) in self._series.items():
             cuts = [
                 [boundary / context for boundary in row.boundaries[1:-1]]
@@ -158,7 +168,8 @@ class PartitionTable:
         start, end = contexts[at - 1], contexts[at]
         weight = (context - start) / (end - start)
         cuts = [low + weight * growth for low, growth in self._cuts[ranks, past][at - 1]]
-        return Lookup(Partition.from_cuts(cuts, context, past=past), "interpolated")
+        quanta = self._quanta[ranks, past]
+        return Lookup(Partition.from_cuts(cuts, context, min(quanta[at - 1], quanta[at]), past), "interpolated")
 
     def with_entry(self, entry: Entry) -> PartitionTable:
         """A table that also has this entry, in place of one with the same ranks, past and context."""

@@ -90,7 +90,12 @@ def test_retraining_on_ones_own_measurements(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="Node.js is not installed")
-def test_another_language_cuts_where_the_table_does(table: Path) -> None:
+@pytest.mark.parametrize("quantum", [1, 64])
+def test_another_language_cuts_where_the_table_does(table: Path, quantum: int) -> None:
+    sizes = {1000: (600, 400), 4000: (2600, 1400)} if quantum == 1 else {1000: (640, 360), 4000: (2560, 1440)}
+    PartitionTable(Entry(context, one, quantum=quantum) for context, one in sizes.items()).save(
+        table / "table.json"
+    )
     assert (
         program("export", "table.json", "--format", "router", "--output", "router.json", cwd=table).returncode == 0
     )

@@ -203,7 +203,7 @@ def test_a_router_table_tells_the_same_and_fits_its_schema(home: Path) -> None:
         assert document["model"] == "llama"
         knows: Any = load(home / source)
         for route in document["routes"]:
-            partition = Partition.from_cuts(route["cuts"], route["context"], past=route["past"])
+            partition = Partition.from_cuts(route["cuts"], route["context"], route["quantum"], route["past"])
             right = (
                 knows.predict(route["context"], past=route["past"])
                 if isinstance(knows, PartitionPredictor)

@@ -31,7 +31,10 @@ def tables(draw: st.DrawFn) -> PartitionTable:
     ranks = draw(st.integers(1, 6))
     contexts = draw(st.lists(st.integers(ranks, 5_000), min_size=1, max_size=5, unique=True))
     shares = st.lists(st.floats(0.01, 1), min_size=ranks, max_size=ranks)
-    return PartitionTable(Entry(one, Partition.from_fractions(draw(shares), one).sizes) for one in contexts)
+    return PartitionTable(
+        Entry(one, Partition.from_fractions(draw(shares), one).sizes, quantum=draw(st.integers(1, one // ranks)))
+        for one in contexts
+    )
 
 
 @given(tables(), st.data())
@@ -59,6 +62,22 @@ def test_interpolation_is_linear_between_the_fractions_of_the_two_nearest() -> N
         ]
     )
     assert table.lookup(10000).partition.sizes == (3500, 2550, 2100, 1850)
+
+
+def test_between_searches_chunks_keep_to_their_quanta() -> None:
+    searched = [
+        Entry(4096, (1152, 1024, 1024, 896), quantum=64),
+        Entry(8192, (2304, 2048, 2048, 1792), quantum=128),
+        Entry(16384, (4864, 4224, 3840, 3456), quantum=128),
+    ]
+    table = PartitionTable(searched)
+    assert table.lookup(12288).partition.sizes == (3584, 3072, 2944, 2688)
+    assert all(boundary % 64 == 0 for boundary in table.lookup(5248).partition.boundaries)
+    assert any(boundary % 128 for boundary in table.lookup(5248).partition.boundaries[:-1])
+    assert table.lookup(8192).source == "searched"
+    for quantum in (0, 1025):
+        with pytest.raises(PartitionError, match="leaves each of 4 ranks one"):
+            table.with_entry(Entry(4096, (1024,) * 4, quantum=quantum))
 
 
 def test_outside_the_searched_range_there_is_no_answer() -> None:
