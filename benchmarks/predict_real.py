@@ -102,7 +102,7 @@ def main() -> None:
                     best.ttft_s,
                     best.interval_s,
                     len(found.trials),
-                    options.quantum,
+                    found.quantum,
                 )
             )
             return measured_row(group.provenance, told, trials, found.best.sizes)

@@ -213,7 +213,7 @@ class _Session:
             ttft_s=found.measurement.ttft_s,
             interval_s=found.measurement.interval_s,
             measured=len(found.trials),
-            quantum=self._quantum(context),
+            quantum=found.quantum,
         )
         self._out.table = PartitionTable(
             self._out.table.with_entry(entry).entries, self._out.table.provenance or self._group.provenance

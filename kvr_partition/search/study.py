@@ -82,6 +82,7 @@ class SearchResult:
         confirmed: all measurements of the side-by-side run at the end, if there was one.
         stopped: ``"budget"``, ``"exhausted"`` when the sampler had nothing new to offer, or ``"converged"``
             when nothing could be expected to win more than measuring can tell.
+        quantum: what boundaries were multiples of, as the study's creator decided.
     """
 
     best: Partition
@@ -89,6 +90,7 @@ class SearchResult:
     trials: tuple[Trial, ...]
     confirmed: tuple[Measurement, ...]
     stopped: str
+    quantum: int
 
 
 def search(
@@ -166,7 +168,7 @@ def search(
         )
         stopped = study.run(measure, budget, on_trial)
         beliefs = study.beliefs()
-        return _conclude(study.trials(), study.ranked(beliefs), beliefs, context, ranks, past, confirm, stopped)
+        return _conclude(study.trials(), study.ranked(beliefs), beliefs, study.space, confirm, stopped)
 
 
 class _Study:
@@ -463,24 +465,23 @@ def _conclude(
     trials: Sequence[Trial],
     ranked: Sequence[Measurement],
     beliefs: Beliefs | None,
-    context: int,
-    ranks: int,
-    past: int,
+    space: Space,
     confirm: Callable[[Sequence[Partition]], Sequence[Measurement]] | None,
     stopped: str,
 ) -> SearchResult:
+    context, ranks = space.context, len(space.ranges) + 1
     if not ranked:
         raise RankError(f"no partition of context {context} on {ranks} ranks could be measured")
     if confirm is None:
-        return SearchResult(ranked[0].partition, ranked[0], tuple(trials), (), stopped)
+        return SearchResult(ranked[0].partition, ranked[0], tuple(trials), (), stopped, space.quantum)
     finalists = [one.partition for one in ranked[:3]]
-    even = Partition.even(context, ranks, past=past)
+    even = Partition.even(context, ranks, past=space.past)
     confirmed = tuple(confirm(finalists if even in finalists else [even, *finalists]))
     timed = [one for one in confirmed if one.ok]
     if not timed:
         raise RankError(f"none of the best partitions of context {context} could be measured again")
     best = decided(timed, beliefs)
-    return SearchResult(best.partition, best, tuple(trials), confirmed, stopped)
+    return SearchResult(best.partition, best, tuple(trials), confirmed, stopped, space.quantum)
 
 
 def _owner() -> str:

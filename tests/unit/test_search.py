@@ -89,6 +89,16 @@ def test_a_stopped_search_goes_on_and_repeats_nothing(tmp_path: Path) -> None:
     assert len(found.trials) == 9
 
 
+def test_a_search_that_goes_on_keeps_the_steps_it_began_with(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+    first = search(Recorder(), CONTEXT, RANKS, 6, seeds=seeds, sampler="tpe", storage=url, quantum=64)
+    on = search(Recorder(), CONTEXT, RANKS, 12, seeds=seeds, sampler="tpe", storage=url, quantum=1)
+    assert (first.quantum, on.quantum) == (64, 64)
+    proposed = [one.partition for one in on.trials if one.source == "tpe"]
+    assert len(proposed) > 6
+    assert all(cut % 64 == 0 for partition in proposed for cut in partition.boundaries)
+
+
 KILLED = """
 import os, signal, sys
 from tests.unit.test_search import CONTEXT, RANKS, Recorder, search, seeds
