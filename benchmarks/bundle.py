@@ -48,7 +48,8 @@ def row_of(log_path: Path) -> Row:
     best = next(one["sizes"] for one in figures["full_bandwidth"]["methods"] if one["method"] == "KVR-S")
     with MeasurementLog(log_path) as log:
         origin = next(iter(log.provenance.values()))
-        told = guessed_setting_of_log(log, origin, operations(open_model(model_folder(origin.model.name))))
+        counted = log.operations or operations(open_model(model_folder(origin.model.name)))
+        told = guessed_setting_of_log(log, origin, counted)
         # The log has the topology in the method's name; a search has it in its conditions.
         trials = [msgspec.structs.replace(one, method="kvr") for one in log.measurements("search") if one.ok]
     return measured_row(origin, told, trials, tuple(best))

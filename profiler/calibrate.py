@@ -15,7 +15,7 @@ from kvr_partition.schedule import FREE_LINK, Setting
 from profiler.measure import Candidate
 from profiler.models import Operations
 from profiler.ranks import RankGroup
-from profiler.store import ChunkLine, LinkLine, MeasurementLog
+from profiler.store import ChunkLine, LinkLine, MeasurementLog, OperationsLine
 
 LEAST_SAMPLES, MOST_SAMPLES = 3, 7
 
@@ -173,8 +173,11 @@ def guessed_setting(group: RankGroup, context: int, measure: Callable[[Candidate
         if not even.ok:
             raise RankError(f"there is nothing to guess costs from: {alone.failure}; {even.failure}")
         alone_s = _computed_s(even) / shared
+    counted = group.operations
+    if group.log is not None and group.log.operations is None:
+        group.log.append(OperationsLine(group.run, counted.per_token, counted.per_pair, counted.before_kv))
     return Setting(
-        _guessed_cost(group.operations, context, alone_s * shared),
+        _guessed_cost(counted, context, alone_s * shared),
         len(group.windows),
         group.entry_bytes,
         topology="fanout" if group.topology == "fanout" else "chain",
@@ -182,11 +185,13 @@ def guessed_setting(group: RankGroup, context: int, measure: Callable[[Candidate
     )
 
 
-def guessed_setting_of_log(log: MeasurementLog, origin: Provenance, counted: Operations) -> Setting:
+def guessed_setting_of_log(
+    log: MeasurementLog, origin: Provenance, counted: Operations | OperationsLine
+) -> Setting:
     """As `guessed_setting` told whoever wrote a log, without ranks.
 
     Args:
-        counted: the model's operations.
+        counted: what the model computes; of a log in which that stands, its own.
 
     Raises:
         FitError: the log has nothing to guess from.
@@ -208,7 +213,7 @@ def _computed_s(measurement: Measurement) -> float:
     )
 
 
-def _guessed_cost(counted: Operations, context: int, seconds: float) -> ChunkCost:
+def _guessed_cost(counted: Operations | OperationsLine, context: int, seconds: float) -> ChunkCost:
     """Of a rank that takes so long for a whole context; a rank with a part of a GPU is so much slower than it."""
     per_operation = seconds / (context * counted.per_token + context * context / 2 * counted.per_pair)
     pair = counted.per_pair * per_operation
@@ -216,17 +221,22 @@ def _guessed_cost(counted: Operations, context: int, seconds: float) -> ChunkCos
 
 
 def setting_of_log(log: MeasurementLog, origin: Provenance) -> Setting:
-    """What a search's log tells of its machine, without ranks; as `measured_setting` told the search.
+    """What a search's log tells of its machine, without ranks; as the search was told, measured or else guessed.
 
     Raises:
-        FitError: the log has no timed chunks and links, or they do not determine it.
+        FitError: the log has no timed chunks and links, or they do not determine it, and there is no guess.
     """
-    shape = origin.model
     points = list(dict.fromkeys((line.chunk, line.prefix) for line in _together(log)))
-    cost = ChunkCost.fit([_timed(log, chunk, prefix, shape.layers) for chunk, prefix in points])
+    try:
+        cost = ChunkCost.fit([_timed(log, chunk, prefix, origin.model.layers) for chunk, prefix in points])
+        link = _links(log, origin.ranks) if origin.ranks > 1 else FREE_LINK
+    except FitError:
+        if log.operations is None:
+            raise
+        return guessed_setting_of_log(log, origin, log.operations)
     return replace(
         _setting_of(origin, cost),
-        link=_links(log, origin.ranks) if origin.ranks > 1 else FREE_LINK,
+        link=link,
         speeds=rank_speeds(log, origin.ranks),
         alone_speed=_alone_speed(log),
     )

@@ -93,7 +93,16 @@ class LinkLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="lin
     seconds: tuple[tuple[float, ...], ...]
 
 
-Line = RunLine | SampleLine | MeasurementLine | ChunkLine | LinkLine
+class OperationsLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="operations", tag_field="type"):
+    """What a prefill of the model computes, counted; see `profiler.models.Operations`."""
+
+    run: str
+    per_token: float
+    per_pair: float
+    before_kv: float
+
+
+Line = RunLine | SampleLine | MeasurementLine | ChunkLine | LinkLine | OperationsLine
 
 
 class MeasurementLog:
@@ -127,6 +136,7 @@ class MeasurementLog:
         self._finished: dict[Key, Measurement] = {}
         self._chunks: list[ChunkLine] = []
         self._links: list[LinkLine] = []
+        self._operations: OperationsLine | None = None
         for line in lines:
             self._note(line)
 
@@ -168,6 +178,11 @@ class MeasurementLog:
         return list(self._links)
 
     @property
+    def operations(self) -> OperationsLine | None:
+        """What the model computes, if costs were guessed from that."""
+        return self._operations
+
+    @property
     def provenance(self) -> dict[str, Provenance]:
         """Conditions of each run."""
         return dict(self._provenance)
@@ -194,6 +209,8 @@ class MeasurementLog:
                 self._chunks.append(line)
             case LinkLine():
                 self._links.append(line)
+            case OperationsLine():
+                self._operations = line
             case SampleLine() if not line.warmup:
                 self._samples.setdefault((line.run, line.of), []).append(line.sample)
             case MeasurementLine():

@@ -320,6 +320,7 @@ class _Session:
                 self._setting = guessed_setting(
                     self._group, longest, lambda candidate: self._measure([candidate], "guess")[0]
                 )
+                self.costs_known = True
         self._progress.doing("measuring the first partitions")
         return self._setting
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from kvr_partition import Partition, load
+from kvr_partition import Partition, PartitionPredictor, load
 from profiler.store import MeasurementLog
 from tests.cli.program import COMMAND, environment, one_error, patched, program
 from tests.models import write_folder
@@ -307,8 +307,14 @@ def test_where_noise_hides_costs_the_search_goes_on_from_a_guess(home: Path, tmp
     assert load(tmp_path / "out" / "table.json").contexts(2) == (96, 128, 160)
     with MeasurementLog(tmp_path / "out" / "measurements.jsonl") as log:
         assert [one.sizes for one in log.measurements("guess")] == [(160,)]
-    # Nothing is trained on what was only guessed.
-    assert "train" not in done.stdout
+        assert log.operations is not None
+    # Measurements correct a guess as they correct a fit, so a predictor can be trained on both.
+    assert "train out --out my.predictor.json" in done.stdout
+    trained = program("train", "out", "--out", "my.predictor.json", "--quiet", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    predictor = load(tmp_path / "my.predictor.json")
+    assert isinstance(predictor, PartitionPredictor)
+    assert predictor.predict(112).partition.context == 112
 
 
 def test_two_runs_do_not_write_to_the_same_folder(home: Path) -> None:

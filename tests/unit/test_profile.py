@@ -158,7 +158,10 @@ def test_a_log_tells_the_guess_that_was_made_from_it(group: RankGroup, tmp_path:
         with pytest.raises(FitError, match="to guess costs from"):
             guessed_setting_of_log(log, group.provenance, group.operations)
         guess = guessed_setting(group, 504, measure)
-        assert guessed_setting_of_log(log, group.provenance, group.operations) == guess
+        origin = group.provenance
+        assert guessed_setting_of_log(log, origin, group.operations) == guess
+    with MeasurementLog(tmp_path / "log.jsonl") as again:
+        assert setting_of_log(again, origin) == guess
 
 
 def test_a_profile_answers_only_for_what_it_measured(folder: Path, tmp_path: Path) -> None:
