@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -37,7 +38,7 @@ def main() -> None:
     for source in options.sources:
         rows += [row_of(source)] if source.suffix == ".jsonl" else load_dataset(source).rows
     train(rows, quantum=options.quantum).save(f"{options.out}.predictor.json")
-    PartitionTable([entry_of(row, options.quantum) for row in rows], rows[-1].provenance).save(
+    PartitionTable([entry_of(row, rows, options.quantum) for row in rows], rows[-1].provenance).save(
         f"{options.out}.table.json"
     )
 
@@ -55,10 +56,10 @@ def row_of(log_path: Path) -> Row:
     return measured_row(origin, told, trials, tuple(best))
 
 
-def entry_of(row: Row, quantum: int | None) -> Entry:
+def entry_of(row: Row, rows: Sequence[Row], quantum: int | None) -> Entry:
     """What a table keeps of a search."""
     found = next(one for one in row.trials if one.sizes == row.sizes)
-    unit = quantum or common_quantum([row])
+    unit = quantum or common_quantum([one for one in rows if one.ranks == row.ranks])
     return Entry(row.context, row.sizes, row.past, found.ttft_s, found.interval_s, len(row.trials), unit)
 
 
