@@ -45,10 +45,12 @@ def predictor() -> PartitionPredictor:
     )
 
 
-def table() -> PartitionTable:
+def table(quantum: int = 1) -> PartitionTable:
     """Six contexts on 2 to 8 ranks."""
     return PartitionTable(
-        Entry(context, Partition.even(context, ranks).sizes) for context in CONTEXTS[::8] for ranks in range(2, 9)
+        Entry(context, Partition.even(context, ranks).sizes, quantum=quantum)
+        for context in CONTEXTS[::8]
+        for ranks in range(2, 9)
     )
 
 
@@ -90,13 +92,14 @@ def fresh(folder: Path, pythons: dict[str, Path], runs: int) -> dict[str, dict[s
 
 def warm() -> dict[str, float]:
     """Microseconds of an answer on eight ranks."""
-    known, trained = table(), predictor()
+    known, tiled, trained = table(), table(128), predictor()
     cases: dict[str, Callable[[], Any]] = {
         "lookup, searched": lambda: known.lookup(8192, 8),
         "lookup, interpolated": lambda: known.lookup(9999, 8),
+        "lookup, multiples of 128": lambda: tiled.lookup(9999, 8),
         "predict": lambda: trained.predict(9999, 8),
         "predict behind cached tokens": lambda: trained.predict(9999, 8, 1000),
-        "predict, multiples of 256": lambda: trained.predict(9999, 8, quantum=256),
+        "predict, multiples of 128": lambda: trained.predict(9999, 8, quantum=128),
     }
     return {
         name: median([seconds / 20_000 * 1e6 for seconds in timeit.repeat(case, number=20_000, repeat=11)])

@@ -178,7 +178,7 @@ class Partition:
         of them short where the prompt ends inside it. A quantum begun takes as long as a whole one, and the chunk
         that grows the most, as a share of itself, keeps the others waiting: those that grow the least round up.
 
-        Where that leaves a chunk without a token, or its quantum, sizes are rounded as in `from_fractions`.
+        Where a chunk has no whole token, or quantum, sizes are rounded as in `from_fractions`.
 
         Raises:
             PartitionError: as `from_fractions`.
@@ -225,6 +225,10 @@ class Partition:
         return partition
 
 
+EMPTY = 1e-300
+"""Of a chunk between two equal cuts, so that it has a growth."""
+
+
 def _nearest(cuts: Sequence[float], context: int) -> list[int]:
     sizes = []
     before = 0
@@ -237,23 +241,26 @@ def _nearest(cuts: Sequence[float], context: int) -> list[int]:
 
 
 def _dealt(cuts: Sequence[float], context: int, quantum: int) -> list[int]:
-    quanta = -(-context // quantum)
+    # One loop, and nothing that allocates more than it needs: routers ask this for every prompt.
+    quanta = left = -(-context // quantum)
     scale = context / quantum
-    ideal = []
+    sizes = []
+    growth = []
     before = 0.0
     for cut in cuts:
-        ideal.append((cut - before) * scale)
+        ideal = (cut - before) * scale
         before = cut
-    ideal.append(quanta - before * scale)
-    counts = [int(value) for value in ideal]
-    left = quanta - sum(counts)
-    if left:
-        # A chunk below one quantum goes first: without any it could not be.
-        growth = [(count + 1) / value if count else 0.0 for count, value in zip(counts, ideal, strict=True)]
-        for rank in sorted(range(len(counts)), key=growth.__getitem__)[:left]:
-            counts[rank] += 1
-    sizes = [count * quantum for count in counts]
-    sizes[-1] -= quanta * quantum - context
+        count = int(ideal)
+        left -= count
+        sizes.append(count * quantum)
+        growth.append((count + 1) / (ideal or EMPTY))
+    ideal = quanta - before * scale
+    count = int(ideal)
+    left -= count
+    sizes.append((count - quanta) * quantum + context)
+    growth.append((count + 1) / (ideal or EMPTY))
+    for rank in sorted(range(len(sizes)), key=growth.__getitem__)[:left]:
+        sizes[rank] += quantum
     return sizes
 
 

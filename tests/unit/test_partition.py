@@ -92,6 +92,8 @@ def test_a_chunk_of_few_tiles_is_not_rounded_up_beyond_the_others() -> None:
     # Boundaries to the nearest tile would give 640 tokens to one of these chunks and 384 to another.
     cuts = [0.1369, 0.2681, 0.3955, 0.5204, 0.6427, 0.7635, 0.8823]
     assert Partition.from_cuts(cuts, 4096, 128).sizes == (512,) * 8
+    # Chunks without a quantum of their own are given one.
+    assert Partition.from_cuts([0.5, 0.5, 1.0], 1024, 128).sizes == (384, 128, 384, 128)
     # The eight tokens beyond the last whole tile are one more to whoever gets them.
     assert Partition.from_cuts([index / 8 for index in range(1, 8)], 5000, 128).sizes == (*(640,) * 7, 520)
 
