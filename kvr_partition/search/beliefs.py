@@ -80,7 +80,7 @@ class Beliefs:
             # Of several ranks whose sizes were never met the one that was met worst sets the pace.
             known = [size for size, _ in self.setting.cost.steps]
             unknown = (~np.isin(table, known)).sum(axis=1)
-            shift = shift + self._step_spread * _largest_of(unknown)
+            shift = shift + self._step_spread * largest_of(unknown)
             spread = np.hypot(spread, self._step_spread * (unknown > 0))
         return simulated * np.exp(shift + self._offset), spread
 
@@ -92,7 +92,7 @@ class Beliefs:
         return [self.measured[at] for at in expected.argsort(kind="stable")]
 
 
-def _largest_of(count: Any) -> Array:
+def largest_of(count: Any) -> Array:
     """Expected largest of so many standard normal numbers, after Blom; 0 of none."""
     import numpy as np
     from scipy.special import ndtri

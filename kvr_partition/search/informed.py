@@ -18,6 +18,7 @@ from kvr_partition.partition import Partition
 from kvr_partition.schedule import Setting, best_split
 from kvr_partition.search.beliefs import Beliefs
 from kvr_partition.search.correction import LEAST_NOISE, LONE_NOISE, noise_of
+from kvr_partition.search.exchange import exchanged
 from kvr_partition.search.space import Space
 
 if TYPE_CHECKING:
@@ -105,10 +106,6 @@ def running_in(study: optuna.Study) -> set[tuple[int, ...]]:
     return {tuple(trial.user_attrs["sizes"]) for trial in trials if "sizes" in trial.user_attrs}
 
 
-_EXCHANGES = 30
-"""Exchanges of tokens between two ranks in a row, at most."""
-
-
 class InformedSampler(PartitionSampler):
     """Proposes what is expected to win most, by a schedule whose costs every measurement corrects.
 
@@ -176,36 +173,11 @@ class InformedSampler(PartitionSampler):
         return self._partition(sizes[at])
 
     def _exchanged(self, beliefs: Beliefs, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Partitions of chunk sizes that go well: two ranks exchange tokens until nothing is gained by it."""
-        import numpy as np
-
+        """Partitions of chunk sizes that go well, on the way from the best of these."""
         assert self._space is not None
-        quantum, ranks = self._space.quantum, sizes.shape[1]
-        times = beliefs.ttft_s(sizes)[0]
-        at = int(times.argmin())
-        best, best_s = sizes[at], float(times[at])
-        known = [size for size, _ in beliefs.setting.cost.steps if size % quantum == 0]
-        passed = [best]
-        for _ in range(_EXCHANGES):
-            tried = []
-            for rank in range(ranks):
-                wanted = {int(best[rank]) + sign * steps * quantum for sign in (-1, 1) for steps in (1, 2, 4)}
-                wanted |= {size for size in known if abs(size - best[rank]) <= best[rank] // 8}
-                for other in range(ranks):
-                    for size in wanted if other != rank else ():
-                        row = best.copy()
-                        row[rank], row[other] = size, best[other] + best[rank] - size
-                        tried.append(row)
-            inside = self._inside(np.array(tried))
-            if len(inside) == 0:
-                break
-            times = beliefs.ttft_s(inside)[0]
-            at = int(times.argmin())
-            if times[at] >= best_s * (1 - 1e-9):
-                break
-            best, best_s = inside[at], float(times[at])
-            passed.append(best)
-        return np.array(passed)
+        best = sizes[int(beliefs.ttft_s(sizes)[0].argmin())]
+        known = [size for size, _ in beliefs.setting.cost.steps]
+        return exchanged(best, self._space.quantum, lambda rows: beliefs.ttft_s(rows)[0], known, self._inside)
 
     def _partition(self, sizes: Any) -> Partition:
         assert self._space is not None
