@@ -5,6 +5,10 @@
 The truth has each cost term up to 15% off and every multiple of 128 tokens a step of its own, 3.5% of spread, as
 ranks on an H100 have been seen to have; three samples a measurement with 0.3% of noise. The informed sampler, with
 and without believing in steps, against the best split of the truth without its steps, which balancing can reach.
+
+Then predictors: contexts of SEARCHED are searched and trained on, and those of HELD_OUT predicted with the steps
+of the chunk sizes that were met, by boundaries in whole quanta alone, and by linear interpolation. Regret is
+against the best split that exchanging tokens finds on the truth, from each of these and the best without steps.
 """
 
 from __future__ import annotations
@@ -19,16 +23,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 from joblib import Parallel, delayed
 
 from kvr_partition.cost import ChunkCost, LinkCost
 from kvr_partition.measurement import Measurement, RankTimes, Sample, median
 from kvr_partition.partition import Partition
-from kvr_partition.schedule import Setting, best_split, simulate
+from kvr_partition.schedule import Setting, best_split, simulate, ttft
 from kvr_partition.search import correction, search
+from kvr_partition.search.exchange import exchanged
+from kvr_partition.terms import SettingTerms
+from kvr_partition.training import Row
+from kvr_partition.training.evaluation import decoded
+from kvr_partition.training.features import Query
+from kvr_partition.training.regressors import Corrected, Interpolation
 
 CONTEXT, QUANTUM = 16384, 128
+SEARCHED, HELD_OUT = (4096, 8192, 12288, 16384), (6144, 10240, 14336)
 NOISE, STEPS = 0.003, 0.035
 STEP_SPREADS = correction.STEP_SPREADS
 
@@ -101,6 +113,41 @@ def race(ranks: int, seed: int, believing: bool, budget: int) -> dict[str, Any]:
     }
 
 
+def predicted(ranks: int, seed: int, budget: int) -> list[dict[str, Any]]:
+    """Regret of each way to predict, on each context held out."""
+    warnings.simplefilter("ignore")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    # A race may have changed it in this process.
+    correction.STEP_SPREADS = STEP_SPREADS
+    land = Rugged(ranks, seed)
+    rows = []
+    for context in SEARCHED:
+        found = search(land.measure, context, ranks, budget, setting=land.told, quantum=QUANTUM)
+        trials = tuple(one.measurement for one in found.trials)
+        told = SettingTerms.of(land.told, ranks)
+        rows.append(
+            Row("simulated", "a GPU", "a model", None, "chain", ranks, context, 0, told, found.best.sizes, trials)
+        )
+    corrected, interpolation = Corrected().fit(rows), Interpolation().fit(rows)
+
+    def seconds(sizes: Any) -> Any:
+        return ttft(sizes, land.truth)
+
+    results = []
+    for context in HELD_OUT:
+        query = replace(Query.of(rows[0]), context=context)
+        splits = {
+            "steps": decoded(corrected, query, QUANTUM),
+            "boundaries": Partition.from_cuts(corrected.cuts(query), context, QUANTUM),
+            "interpolated": Partition.from_cuts(interpolation.cuts(query), context, QUANTUM),
+        }
+        starts = [*splits.values(), best_split(context, ranks, land.smooth, QUANTUM)]
+        best_s = min(float(seconds(exchanged(np.array(one.sizes), QUANTUM, seconds)[-1:])[0]) for one in starts)
+        regret = {name: land.ttft_s(one) / best_s - 1 for name, one in splits.items()}
+        results.append({"ranks": ranks, "seed": seed, "context": context, "regret": regret})
+    return results
+
+
 def main() -> None:
     """Run all races."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -134,6 +181,20 @@ def main() -> None:
                 f"{ranks} ranks, {'steps' if believing else 'smooth'}: {summary[-1]['over_balanced_mean']:+.2%} "
                 f"({min(gains):+.2%} to {max(gains):+.2%}), measured {summary[-1]['measured_median']}"
             )
+    predictions = [
+        one
+        for each in Parallel(n_jobs=options.jobs)(
+            delayed(predicted)(ranks, seed, options.budget) for ranks in (2, 4, 8) for seed in range(options.seeds)
+        )
+        for one in each
+    ]
+    regrets = []
+    for ranks in (2, 4, 8):
+        for method in ("steps", "boundaries", "interpolated"):
+            losses = [one["regret"][method] for one in predictions if one["ranks"] == ranks]
+            mean, most = sum(losses) / len(losses), max(losses)
+            regrets.append({"ranks": ranks, "method": method, "mean": mean, "max": most})
+            print(f"{ranks} ranks, predicted by {method}: regret {mean:.2%}, at most {most:.2%}")
     if options.out:
         document = {
             "command": " ".join(["python benchmarks/steps.py", *sys.argv[1:]]),
@@ -141,6 +202,8 @@ def main() -> None:
             "steps": STEPS,
             "summary": summary,
             "searches": races,
+            "predictors": regrets,
+            "predictions": predictions,
         }
         options.out.write_text(json.dumps(document, separators=(",", ":")) + "\n")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from operator import lt
 from typing import Literal
 
@@ -78,6 +79,9 @@ class Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         trained: contexts that partitions were searched at.
         quantum: boundaries are multiples of so many tokens, as the searched ones are: an odd number of rows can
             take some percent longer than an even one.
+        whole: whether every multiple of the quantum in the range is a node, and its boundaries lie on such. Where
+            chunk sizes go well or badly one by one nothing is interpolated: a context takes the node above it, and
+            the last chunk is short by what it lacks.
     """
 
     ranks: int
@@ -86,6 +90,7 @@ class Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     boundaries: tuple[tuple[tuple[float, ...], ...], ...]
     trained: tuple[int, ...]
     quantum: int = 1
+    whole: bool = False
 
     @property
     def wrong(self) -> str | None:
@@ -110,7 +115,29 @@ class Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             for cuts in rows:
                 if len(cuts) != self.ranks - 1 or not _grows((0.0, *cuts, 1.0)):
                     return f"boundaries must be {self.ranks - 1} growing shares between 0 and 1"
+        if self.whole:
+            first = self.contexts[0]
+            if any(context != first + at * self.quantum for at, context in enumerate(self.contexts)) or (
+                first % self.quantum
+            ):
+                return f"contexts must be every multiple of {self.quantum} tokens where boundaries are whole"
+            if any(min(sizes) < 1 for rows in self.sizes for sizes in rows):
+                return f"boundaries must lie on different multiples of {self.quantum} tokens"
         return None
+
+    @property
+    def sizes(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """Of a `whole` grid: ``[past shares][contexts][ranks]``, its nodes' chunk sizes."""
+        return tuple(
+            tuple(
+                tuple(
+                    (round(after * context / self.quantum) - round(before * context / self.quantum)) * self.quantum
+                    for before, after in pairwise((0.0, *cuts, 1.0))
+                )
+                for context, cuts in zip(self.contexts, rows, strict=True)
+            )
+            for rows in self.boundaries
+        )
 
 
 class Explanation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -181,6 +208,7 @@ class PartitionPredictor:
             raise PartitionError("a predictor needs a grid for one rank count at least")
         if cost.wrong is not None:
             raise PartitionError(cost.wrong)
+        self._whole = {ranks: grid.sizes for ranks, grid in self._grids.items() if grid.whole}
         self._only = next(iter(self._grids)) if len(self._grids) == 1 else None
         self._training = training
         self._cost = cost
@@ -241,6 +269,13 @@ class PartitionPredictor:
             contexts, shares = grid.contexts, grid.past_shares
             share = past / (past + context) if past else 0.0
             if contexts[0] <= context <= contexts[-1] and shares[0] <= share <= shares[-1]:
+                if grid.whole and quantum in (None, grid.quantum):
+                    node = -(-context // grid.quantum) - contexts[0] // grid.quantum
+                    row = bisect_right(shares, share) - 1
+                    if share == shares[row]:
+                        sizes = self._whole[grid.ranks][row][node]
+                        short = contexts[node] - context
+                        return Lookup(Partition.trusted((*sizes[:-1], sizes[-1] - short), past), "predicted")
                 cuts = _between(grid, context, share)
                 unit = grid.quantum if quantum is None else quantum
                 return Lookup(Partition.from_cuts(cuts, context, unit, past), "predicted")

@@ -11,7 +11,7 @@ from kvr_partition.partition import Partition
 from kvr_partition.predictor import Regret, Score
 from kvr_partition.training.dataset import Row, common_quantum
 from kvr_partition.training.features import Query
-from kvr_partition.training.regressors import REGRESSORS, SPACES
+from kvr_partition.training.regressors import REGRESSORS, SPACES, Regressor
 
 GROUPS: dict[str, Callable[[Row], Any]] = {
     "context": lambda row: row.context,
@@ -98,16 +98,28 @@ def _losses(
     regressor = REGRESSORS[method](**given).fit(train)
     losses: list[float | None] = []
     for row in test:
-        try:
-            cuts = regressor.cuts(Query.of(row))
-        except OutOfRangeError:
-            losses.append(None)
-            continue
         # Rounded as a predictor that had been trained on the others would.
         of_it = [one for one in train if one.machine == row.machine]
         unit = quantum or (common_quantum(of_it) if of_it else 1)
-        losses.append(max(0.0, row.regret(Partition.from_cuts(cuts, row.context, unit, row.past))))
+        try:
+            partition = decoded(regressor, Query.of(row), unit)
+        except OutOfRangeError:
+            losses.append(None)
+            continue
+        losses.append(max(0.0, row.regret(partition)))
     return losses
+
+
+def decoded(regressor: Regressor, query: Query, quantum: int) -> Partition:
+    """What a regressor predicts, in whole quanta.
+
+    Raises:
+        OutOfRangeError: nothing.
+    """
+    sizes = regressor.sizes(query, quantum)
+    if sizes is not None:
+        return Partition(sizes, query.past)
+    return Partition.from_cuts(regressor.cuts(query), query.context, quantum, query.past)
 
 
 def scores(outcomes: Sequence[Outcome]) -> list[Score]:

@@ -11,7 +11,7 @@ from kvr_partition.errors import OutOfRangeError, PartitionError
 from kvr_partition.predictor import Grid, PartitionPredictor, Training
 from kvr_partition.provenance import Provenance
 from kvr_partition.training.dataset import Row, common_quantum, digest
-from kvr_partition.training.evaluation import Outcome, evaluate, scores
+from kvr_partition.training.evaluation import Outcome, decoded, evaluate, scores
 from kvr_partition.training.features import Query
 from kvr_partition.training.regressors import REGRESSORS, Corrected
 
@@ -19,6 +19,9 @@ NODES_PER_OCTAVE = 8
 """Contexts of a grid; what a curve bends between two of them is far less than a token is worth."""
 
 PAST_NODES = 9
+
+MOST_WHOLE = 512
+"""Nodes of a grid that has every multiple of the quantum; each is solved by itself, in some tenths of a second."""
 
 TRUSTED = "corrected"
 """The way to predict that others have to beat."""
@@ -118,19 +121,27 @@ def _grid(regressor: Any, rows: Sequence[Row], quantum: int | None) -> Grid:
     """A regressor evaluated on nodes close enough to interpolate between, inside the searched range."""
     first = rows[0]
     contexts = sorted({row.context for row in rows})
-    shares = sorted({row.past_share for row in rows})
-    nodes = _context_nodes(contexts)
-    share_nodes = _share_nodes(shares)
-    boundaries = []
-    for share in share_nodes:
-        line = []
-        for context in nodes:
-            past = round(share / (1 - share) * context)
-            query = Query(first.machine, first.told, context, past)
-            line.append(tuple(float(cut) for cut in regressor.cuts(query)))
-        boundaries.append(tuple(line))
+    share_nodes = _share_nodes(sorted({row.past_share for row in rows}))
     unit = common_quantum(rows) if quantum is None else quantum
-    return Grid(first.ranks, tuple(nodes), tuple(share_nodes), tuple(boundaries), tuple(contexts), unit)
+
+    def asked(context: int, share: float) -> Query:
+        return Query(first.machine, first.told, context, round(share / (1 - share) * context))
+
+    every = range(contexts[0], contexts[-1] + 1, unit)
+    whole = (
+        not any(context % unit for context in contexts)
+        and len(every) * len(share_nodes) <= MOST_WHOLE
+        and regressor.sizes(asked(contexts[0], share_nodes[0]), unit) is not None
+    )
+    nodes = list(every) if whole else _context_nodes(contexts)
+
+    def cuts(query: Query) -> tuple[float, ...]:
+        if not whole:
+            return tuple(float(cut) for cut in regressor.cuts(query))
+        return tuple(boundary / query.context for boundary in decoded(regressor, query, unit).boundaries[1:-1])
+
+    boundaries = tuple(tuple(cuts(asked(context, share)) for context in nodes) for share in share_nodes)
+    return Grid(first.ranks, tuple(nodes), tuple(share_nodes), boundaries, tuple(contexts), unit, whole)
 
 
 def _context_nodes(contexts: Sequence[int]) -> list[int]:

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from kvr_partition.cost import ChunkCost
 from kvr_partition.errors import OutOfRangeError
-from kvr_partition.schedule import Setting
+from kvr_partition.partition import Partition
+from kvr_partition.schedule import Setting, ttft
+from kvr_partition.search.beliefs import largest_of
 from kvr_partition.search.correction import corrected
+from kvr_partition.search.exchange import exchanged
 from kvr_partition.training.dataset import Machine, Row
 from kvr_partition.training.features import Query, features, places, solved
 
@@ -19,6 +22,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array = NDArray[np.float64]
+
+
+LEAST_STEP = 32
+"""Tokens of a quantum below which chunk sizes differ by less than the tiles of any kernel."""
 
 
 class Regressor(Protocol):
@@ -34,6 +41,16 @@ class Regressor(Protocol):
             OutOfRangeError: nothing that was learnt answers this.
         """
 
+    def sizes(self, query: Query, quantum: int) -> tuple[int, ...] | None:
+        """The chunks where single sizes are known to go well or badly; None where boundaries tell as much."""
+
+
+class _Smooth:
+    """Knows nothing of single chunk sizes."""
+
+    def sizes(self, query: Query, quantum: int) -> tuple[int, ...] | None:
+        return None
+
 
 def growing(cuts: Sequence[float]) -> list[float]:
     """The same boundaries with every chunk at least a fiftieth of the average one."""
@@ -46,7 +63,7 @@ def growing(cuts: Sequence[float]) -> list[float]:
     return found
 
 
-class Interpolation:
+class Interpolation(_Smooth):
     """KVR-P as published: linear between the nearest searched contexts of the same machine and past share."""
 
     def fit(self, rows: Sequence[Row]) -> Interpolation:
@@ -67,7 +84,7 @@ class Interpolation:
         return [one + weight * (other - one) for one, other in zip(low.cuts, high.cuts, strict=True)]
 
 
-class CostModel:
+class CostModel(_Smooth):
     """The fitted cost model, solved anew for each context; learns nothing."""
 
     def fit(self, rows: Sequence[Row]) -> CostModel:
@@ -79,20 +96,27 @@ class CostModel:
 
 @dataclass(frozen=True)
 class _Learnt:
-    """What measurements of a machine said: its setting, and by how much that differs from what was told."""
+    """What measurements of a machine said: its setting, and by how much that differs from what was told.
+
+    Attributes:
+        setting: without steps, which boundaries are not solved with: other contexts have other sizes.
+        steps, step_spread: of the chunk sizes that were met, and how far sizes that were not may be off.
+    """
 
     machine: Machine
     setting: Setting
     terms: tuple[float, ...]
     """Logarithms, of the four cost terms and of ``kv_share``."""
     link: float
+    steps: tuple[tuple[int, float], ...]
+    step_spread: float
 
     @classmethod
     def of(cls, machine: Machine, rows: Sequence[Row]) -> _Learnt:
         told = rows[0].told.setting()
-        found = corrected(told, [trial for row in rows for trial in row.trials if trial.ok]).setting
-        # Chunks of other contexts have other sizes; what is solved for them must not hang on those few.
-        found = replace(found, cost=replace(found.cost, steps=()))
+        learnt = corrected(told, [trial for row in rows for trial in row.trials if trial.ok])
+        steps = learnt.setting.cost.steps
+        found = replace(learnt.setting, cost=replace(learnt.setting.cost, steps=()))
         ranks = machine[4]
         links = [
             _log_ratio(
@@ -101,7 +125,8 @@ class _Learnt:
             for at in range(ranks - 1)
         ]
         pairs = zip(found.cost.terms, told.cost.terms, strict=True)
-        return cls(machine, found, tuple(_log_ratio(*pair) for pair in pairs), sum(links) / len(links))
+        terms = tuple(_log_ratio(*pair) for pair in pairs)
+        return cls(machine, found, terms, sum(links) / len(links), steps, learnt.step_spread)
 
 
 def _log_ratio(value: float, base: float) -> float:
@@ -135,6 +160,24 @@ class Corrected:
     def cuts(self, query: Query) -> Sequence[float]:
         return solved(self.setting(query), query.context, query.ranks)
 
+    def sizes(self, query: Query, quantum: int) -> tuple[int, ...] | None:
+        learnt = self._learnt.get(query.machine)
+        if learnt is None or not learnt.steps or quantum < LEAST_STEP or query.context % quantum:
+            return None
+        import numpy as np
+
+        smooth = self.setting(query)
+        stepped = replace(smooth, cost=replace(smooth.cost, steps=learnt.steps))
+        known = [size for size, _ in learnt.steps]
+
+        def seconds(rows: Any) -> Array:
+            unknown = (~np.isin(rows, known)).sum(axis=1)
+            return ttft(rows, stepped) * np.exp(learnt.step_spread * largest_of(unknown))
+
+        start = Partition.from_cuts(self.cuts(query), query.context, quantum)
+        best = exchanged(np.array(start.sizes), quantum, seconds, known)[-1]
+        return tuple(int(size) for size in best)
+
     def _suggested(self, query: Query) -> Setting:
         hardware, model, bandwidth, _, _ = query.machine
         there = [one for one in self._learnt.values() if one.machine[0] == hardware]
@@ -152,7 +195,7 @@ class Corrected:
         return replace(told, cost=cost, link=link)
 
 
-class Residual:
+class Residual(_Smooth):
     """What the corrected cost model leaves, as a smooth function of context and past share on each machine.
 
     Args:
@@ -196,7 +239,7 @@ def _place_of(query: Query) -> list[float]:
     return [math.log2(query.context), 4 * query.past_share]
 
 
-class Regression:
+class Regression(_Smooth):
     """A scikit-learn regressor of features on how far a boundary is from the even split's, in average chunks.
 
     Args:

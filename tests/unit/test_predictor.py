@@ -101,6 +101,42 @@ def test_boundaries_keep_to_a_quantum(context: int, quantum: int) -> None:
     assert partition.context == context
 
 
+WHOLE = Grid(
+    3,
+    (600, 700, 800),
+    (0.0, 0.5),
+    (((1 / 3, 2 / 3), (3 / 7, 5 / 7), (3 / 8, 6 / 8)), ((1 / 3, 2 / 3), (2 / 7, 5 / 7), (2 / 8, 6 / 8))),
+    (600, 800),
+    100,
+    True,
+)
+
+
+def test_nothing_is_interpolated_between_whole_nodes() -> None:
+    one = PartitionPredictor([WHOLE], predictor().training, COST)
+    assert one.predict(700).partition.sizes == (300, 200, 200)
+    # The node above, short by what is missing.
+    assert one.predict(701).partition.sizes == (300, 300, 101)
+    assert one.predict(605).partition.sizes == (300, 200, 105)
+    assert one.predict(800).partition.sizes == (300, 300, 200)
+    behind = one.predict(700, past=700).partition
+    assert (behind.sizes, behind.past) == ((200, 300, 200), 700)
+    # Between past shares there is nothing but interpolation.
+    assert one.predict(700, past=100).partition.context == 700
+    assert one.predict(650, quantum=1).partition.context == 650
+    again = PartitionPredictor.from_json(one.to_json())
+    assert again.grids == one.grids
+    assert again.predict(701) == one.predict(701)
+
+
+@given(st.integers(600, 800), st.integers(0, 800), st.sampled_from([None, 1, 100]))
+def test_whole_nodes_give_valid_partitions(context: int, past: int, quantum: int | None) -> None:
+    one = PartitionPredictor([WHOLE], predictor().training, COST)
+    found = one.predict(context, past=past, quantum=quantum, fallback="even").partition
+    assert (found.context, found.past, found.ranks) == (context, past, 3)
+    assert min(found.sizes) >= 1
+
+
 def test_out_of_range_names_the_range() -> None:
     one = predictor()
     with pytest.raises(OutOfRangeError, match="trained for 2, 3, 8 ranks; say which"):
@@ -190,6 +226,13 @@ def test_grids_that_make_no_sense_are_refused() -> None:
         "a row for each": {"past_shares": (0.0, 0.3)},
         "2 growing shares": {"boundaries": tuple(((0.6, 0.5),) * 4 for _ in SHARES)},
     }
+    for message, change in {
+        "every multiple of 100 tokens": {"contexts": (600, 700, 900)},
+        "every multiple of 128 tokens": {"quantum": 128},
+        "different multiples of 100": {"boundaries": (((1 / 3, 0.34), (3 / 7, 5 / 7), (3 / 8, 6 / 8)),) * 2},
+    }.items():
+        with pytest.raises(PartitionError, match=message):
+            PartitionPredictor([msgspec.structs.replace(WHOLE, **change)], predictor().training, COST)
     for message, change in cases.items():
         wrong = msgspec.structs.replace(good, **change)
         with pytest.raises(PartitionError, match=message):

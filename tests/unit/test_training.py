@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import math
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +14,10 @@ import pytest
 
 from kvr_partition import Partition, PartitionError, PartitionTable
 from kvr_partition.errors import FileFormatError, OutOfRangeError
-from kvr_partition.schedule import best_split, simulate
+from kvr_partition.predictor import PartitionPredictor
+from kvr_partition.schedule import Setting, best_split, simulate
 from kvr_partition.table import Entry
+from kvr_partition.terms import SettingTerms
 from kvr_partition.training import (
     REGRESSORS,
     Dataset,
@@ -32,6 +36,7 @@ from kvr_partition.training.features import NAMES, Query, features
 from kvr_partition.training.regressors import Corrected, Interpolation, growing
 from kvr_partition.training.simulated import landscapes, searched_row
 from tests.models import provenance
+from tests.unit.test_samplers import measured
 
 CONTEXTS = (2048, 4096, 8192, 16384)
 LANDS = landscapes(ranks=(3,))
@@ -238,6 +243,54 @@ def test_predictions_keep_to_the_steps_of_the_searches() -> None:
     assert predictor.training.scores == tuple(scores(evaluate(rows(), quantum=100)))
     with pytest.raises(PartitionError, match="quantum"):
         train(rows(), provenance(ranks=3), quantum=1000)
+
+
+def rugged_row(context: int, truth: Setting) -> Row:
+    """Some splits in steps of 128 tokens, measured without noise on a machine whose chunk sizes have steps."""
+    even = context // 3 // 128 * 128
+    moves = [(more, less) for more in range(0, 5) for less in range(0, 5 - more)]
+    splits = [Partition((even + 128 * more, even, context - 2 * even - 128 * more)) for more, _ in moves[::3]]
+    splits += [
+        Partition((even + 128 * more, even - 128 * less, context - 2 * even + 128 * (less - more)))
+        for more, less in moves[1::3]
+    ]
+    trials = [measured(one, truth) for one in dict.fromkeys(splits)]
+    best = min(trials, key=lambda one: one.ttft_s)
+    row = rows()[0]
+    return msgspec.structs.replace(
+        row,
+        context=context,
+        sizes=best.sizes,
+        trials=tuple(trials),
+        told=SettingTerms.of(LANDS[4].told, 3),
+        truth=SettingTerms.of(LANDS[4].truth, 3),
+    )
+
+
+def test_a_predictor_knows_chunk_sizes_that_go_badly() -> None:
+    smooth = LANDS[4].truth
+    draw = random.Random(6)
+    steps = tuple((size, math.exp(draw.gauss(0.0, 0.04))) for size in range(128, 8192, 128))
+    truth = replace(smooth, cost=replace(smooth.cost, steps=steps))
+    searched = [rugged_row(context, truth) for context in (3072, 3456, 3840, 4608, 5376, 6144)]
+    trained = train(searched, provenance(ranks=3), method="corrected")
+    plain = train(searched, provenance(ranks=3), method="corrected", quantum=16)
+    (grid,) = trained.grids
+    assert (grid.whole, grid.quantum) == (True, 128)
+    assert grid.contexts == tuple(range(3072, 6145, 128))
+    assert not plain.grids[0].whole
+
+    def lost(predictor: PartitionPredictor) -> float:
+        times = [
+            simulate(predictor.predict(context, quantum=128).partition, truth).ttft_s
+            for context in range(3200, 6144, 128)
+        ]
+        return sum(times)
+
+    assert lost(trained) < lost(plain) * 0.99
+    # Where steps were not found, boundaries say everything.
+    even_ground = train([rugged_row(context, smooth) for context in (3072, 6144)], provenance(ranks=3))
+    assert not even_ground.grids[0].whole
 
 
 def test_one_machine_at_a_time() -> None:
