@@ -114,7 +114,7 @@ def decoded(regressor: Regressor, query: Query, quantum: int) -> Partition:
     """What a regressor predicts, in whole quanta.
 
     Raises:
-        OutOfRangeError: nothing.
+        OutOfRangeError: as `Regressor.cuts`.
     """
     sizes = regressor.sizes(query, quantum)
     if sizes is not None:
