@@ -87,7 +87,7 @@ PARTS = (
         90, gpus=2, folder_out=True,
     ),
     Part("llama-7b/cold.json", "prefill.py", "--model llama-7b --cold --ranks= --one-rank=", 80, folder_out=True),
-    predicted("llama-7b", 4, 140),
+    predicted("llama-7b", 4, 180),
     Part(
         "llama-7b/simulated-sm-2.json", "simulated.py",
         "--model llama-7b --backend sm --dtype float16 --context 8192 --steps 11 --samples 5 --budget 4", 120,
@@ -101,15 +101,15 @@ PARTS = (
     # What stock Falcon keeps of its attention leaves room for one rank and for TSP at no more than this.
     *(prefill("falcon-7b", ranks, 60, context=4096) for ranks in (8, 4, 2)),
     Part("llama-7b/sm-products.json", "sm_products.py", "--ranks 4,8", 90),
-    predicted("llama-3.1-8b", 4, 140),
-    predicted("falcon-7b", 4, 140),
+    predicted("llama-3.1-8b", 4, 180),
+    predicted("falcon-7b", 4, 180),
     predicted("llama-7b", 2, 140),
-    predicted("llama-7b", 8, 300, "12288", "--budget 5"),
+    predicted("llama-7b", 8, 240, "12288", "--budget 5"),
     Part("llama-7b/one-rank.json", "prefill.py", "--model llama-7b --ranks= --one-rank 4096,16384,32768", 60,
          folder_out=True),
     Part("falcon-7b/one-rank.json", "prefill.py", "--model falcon-7b --ranks= --one-rank 4096,16384", 30,
          folder_out=True),
-    prefill("llama-7b", 8, 450, f"{HELD} --budget 8"),
+    prefill("llama-7b", 8, 330, f"{HELD} --budget 8"),
     prefill("llama-7b", 4, 260, HELD),
     prefill("llama-7b", 2, 170, HELD),
 )  # fmt: skip

@@ -165,19 +165,16 @@ def guessed_setting(group: RankGroup, context: int, measure: Callable[[Candidate
     Raises:
         RankError: neither could be timed.
     """
-    shared = group.ranks if group.backend == "sm" else 1
-    alone = measure(Candidate.single(context))
-    alone_s = alone.ttft_s
+    found = alone = measure(Candidate.single(context))
     if not alone.ok:
-        even = measure(Candidate("kvr", Partition.even(context, group.ranks)))
-        if not even.ok:
-            raise RankError(f"there is nothing to guess costs from: {alone.failure}; {even.failure}")
-        alone_s = _computed_s(even) / shared
+        found = measure(Candidate("kvr", Partition.even(context, group.ranks)))
+        if not found.ok:
+            raise RankError(f"there is nothing to guess costs from: {alone.failure}; {found.failure}")
     counted = group.operations
     if group.log is not None and group.log.operations is None:
         group.log.append(OperationsLine(group.run, counted.per_token, counted.per_pair, counted.before_kv))
     return Setting(
-        _guessed_cost(counted, context, alone_s * shared),
+        _guessed_cost(counted, found, group.backend, group.ranks),
         len(group.windows),
         group.entry_bytes,
         topology="fanout" if group.topology == "fanout" else "chain",
@@ -196,25 +193,22 @@ def guessed_setting_of_log(
     Raises:
         FitError: the log has nothing to guess from.
     """
-    shared = origin.ranks if origin.backend == "sm" else 1
     guesses = [one for one in log.measurements("guess") if one.ok]
     if not guesses:
         raise FitError("neither one rank nor an even split was timed to guess costs from")
-    found = guesses[-1]
-    alone_s = found.ttft_s if found.method == "single" else _computed_s(found) / shared
-    return _setting_of(origin, _guessed_cost(counted, found.partition.context, alone_s * shared))
+    return _setting_of(origin, _guessed_cost(counted, guesses[-1], origin.backend, origin.ranks))
 
 
-def _computed_s(measurement: Measurement) -> float:
-    """What all ranks together compute."""
-    return math.fsum(
-        median([sample.ranks[rank].compute_s for sample in measurement.samples])
-        for rank in range(len(measurement.sizes))
-    )
-
-
-def _guessed_cost(counted: Operations | OperationsLine, context: int, seconds: float) -> ChunkCost:
-    """Of a rank that takes so long for a whole context; a rank with a part of a GPU is so much slower than it."""
+def _guessed_cost(counted: Operations | OperationsLine, found: Measurement, backend: str, ranks: int) -> ChunkCost:
+    """Of what one rank takes for a whole context, or all together compute for it."""
+    if found.method == "single":
+        # A rank with a part of a GPU is so much slower than all of it.
+        seconds = found.ttft_s * (ranks if backend == "sm" else 1)
+    else:
+        seconds = math.fsum(
+            median([sample.ranks[rank].compute_s for sample in found.samples]) for rank in range(ranks)
+        )
+    context = found.partition.context
     per_operation = seconds / (context * counted.per_token + context * context / 2 * counted.per_pair)
     pair = counted.per_pair * per_operation
     return ChunkCost(0.0, counted.per_token * per_operation, pair, pair, counted.before_kv)
