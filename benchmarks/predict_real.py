@@ -4,8 +4,8 @@
         --contexts 4096,8192,16384 --held-out 6144,12288 --out data/h100-sxm/llama-7b/predict-sm-4.json
 
 Each context of --contexts is searched and the predictor trained on those alone. Each of --held-out is searched
-then, and what the search found, what the predictor says, what linear interpolation says and the even split are
-timed side by side. In the end the predictor is trained anew on everything and written beside, with all rows.
+then, and what the search found, what the predictor says, what boundaries of a cost without steps of chunk sizes say,
+what linear interpolation says and the even split are timed side by side. In the end the predictor is trained anew on everything and written beside, with all rows.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from kvr_partition.search.correction import noise_of
 from kvr_partition.table import Entry, PartitionTable
 from kvr_partition.training import Dataset, Row, measured_row, train
 from kvr_partition.training.features import Query
-from kvr_partition.training.regressors import Interpolation
+from kvr_partition.training.regressors import Corrected, Interpolation
 from profiler import Candidate, MeasurementLog, RankGroup, SamplingPlan
 from profiler.calibrate import guessed_setting, measured_setting
 
@@ -109,16 +109,20 @@ def main() -> None:
 
         rows += [searched(context) for context in contexts]
         predictor = train(rows, group.provenance)
-        interpolation = Interpolation().fit(rows)
+        without_steps, interpolation = Corrected().fit(rows), Interpolation().fit(rows)
         for context in held_out:
             row = searched(context)
             rows.append(row)
             found = predictor.predict(context, past=options.past).partition
-            between = Partition.from_cuts(interpolation.cuts(Query.of(row)), context, past=options.past)
+
+            def rounded(cuts: Sequence[float], context: int = context) -> Partition:
+                return Partition.from_cuts(cuts, context, options.quantum, options.past)
+
             splits = {
                 "KVR-S": row.partition,
                 "KVR-P": found,
-                "interpolated": between,
+                "without steps": rounded(without_steps.cuts(Query.of(row))),
+                "interpolated": rounded(interpolation.cuts(Query.of(row))),
                 "KVR-E": Partition.even(context, options.ranks, past=options.past),
             }
             candidates = {name: Candidate("kvr", split) for name, split in splits.items()}
