@@ -4,8 +4,11 @@
         --contexts 4096,8192,16384 --held-out 6144,12288 --out data/h100-sxm/llama-7b/predict-sm-4.json
 
 Each context of --contexts is searched and the predictor trained on those alone. Each of --held-out is searched
-then, and what the search found, what the predictor says, what boundaries of a cost without steps of chunk sizes say,
-what linear interpolation says and the even split are timed side by side. In the end the predictor is trained anew on everything and written beside, with all rows.
+then, and timed side by side: what the search found, what the predictor says, what it says of a cost with only the
+steps of chunk sizes that these searches met and of one without steps, linear interpolation and the even split. In
+the end the predictor is trained anew on everything and written beside, with all rows.
+
+``--replay`` needs no ranks: it takes every measurement from the log of a run that was cut short, and ends that.
 """
 
 from __future__ import annotations
@@ -13,8 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +36,12 @@ from kvr_partition.search import search
 from kvr_partition.search.correction import noise_of
 from kvr_partition.table import Entry, PartitionTable
 from kvr_partition.training import Dataset, Row, measured_row, train
+from kvr_partition.training.evaluation import decoded
 from kvr_partition.training.features import Query
 from kvr_partition.training.regressors import Corrected, Interpolation
 from profiler import Candidate, MeasurementLog, RankGroup, SamplingPlan
-from profiler.calibrate import guessed_setting, measured_setting
+from profiler.calibrate import guessed_setting, measured_setting, setting_of_log
+from profiler.sizes import likely_sizes, time_sizes, with_steps
 
 
 def main() -> None:
@@ -53,6 +61,7 @@ def main() -> None:
     parser.add_argument(
         "--profile", action="store_true", help="time chunks and links first; else guess from one rank"
     )
+    parser.add_argument("--replay", action="store_true", help="measure nothing, go by the log beside --out")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -65,18 +74,30 @@ def main() -> None:
     entries: list[Entry] = []
     compared: list[dict[str, Any]] = []
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        MeasurementLog(options.out.with_suffix(".jsonl")) as log,
-        RankGroup(
-            model_folder(options.model),
-            options.ranks,
-            backend=options.backend,
-            dtype=options.dtype,
-            log=log,
-            timeout_s=300,
-        ) as group,
-    ):
-        told = _told(group, max(contexts) + options.past, log, few, options.profile)
+    with ExitStack() as stack:
+        log = stack.enter_context(MeasurementLog(options.out.with_suffix(".jsonl")))
+        group: RankGroup | Replayed
+        if options.replay:
+            group = Replayed(log)
+            told = setting_of_log(log, group.provenance)
+        else:
+            group = stack.enter_context(
+                RankGroup(
+                    model_folder(options.model),
+                    options.ranks,
+                    backend=options.backend,
+                    dtype=options.dtype,
+                    log=log,
+                    timeout_s=300,
+                )
+            )
+            told = _told(group, max(contexts) + options.past, log, few, options.profile)
+            if group.tile_rows > 1:
+                began = time.monotonic()
+                sizes = likely_sizes(told, [*contexts, *held_out], options.ranks, options.quantum)
+                time_sizes(group, sizes, log)
+                told = replace(told, cost=with_steps(told.cost, log))
+                print(f"  {len(sizes)} sizes timed in {time.monotonic() - began:.1f} s", flush=True)
 
         def confirmed(context: int, splits: Sequence[Partition]) -> list[Measurement]:
             candidates = [Candidate("kvr", split) for split in splits]
@@ -109,6 +130,7 @@ def main() -> None:
 
         rows += [searched(context) for context in contexts]
         predictor = train(rows, group.provenance)
+        met = Corrected().fit([_untold(row) for row in rows])
         without_steps, interpolation = Corrected().fit(rows), Interpolation().fit(rows)
         for context in held_out:
             row = searched(context)
@@ -121,6 +143,7 @@ def main() -> None:
             splits = {
                 "KVR-S": row.partition,
                 "KVR-P": found,
+                "steps met": decoded(met, Query.of(_untold(row)), options.quantum),
                 "without steps": rounded(without_steps.cuts(Query.of(row))),
                 "interpolated": rounded(interpolation.cuts(Query.of(row))),
                 "KVR-E": Partition.even(context, options.ranks, past=options.past),
@@ -166,6 +189,33 @@ def main() -> None:
         "scores": msgspec.to_builtins(final.training.scores),
     }
     options.out.write_text(json.dumps(document, indent=1) + "\n")
+
+
+class Replayed:
+    """What a group has measured, by its log."""
+
+    def __init__(self, log: MeasurementLog) -> None:
+        self._log = log
+        self.provenance = next(iter(log.provenance.values()))
+
+    def measure_many(
+        self, candidates: Sequence[Candidate], *, plan: SamplingPlan, purpose: str
+    ) -> list[Measurement]:
+        """As measured then."""
+        return [self.measure(one.partition, plan=plan, purpose=purpose) for one in candidates]
+
+    def measure(self, partition: Partition, *, plan: SamplingPlan, purpose: str) -> Measurement:
+        """As measured then."""
+        found = self._log.finished(purpose, "kvr", partition)
+        if found is None:
+            raise SystemExit(f"{self._log.path} has no {purpose} of {partition} with {plan.least} samples")
+        return found
+
+
+def _untold(row: Row) -> Row:
+    """The same, but told nothing of chunk sizes."""
+    told = msgspec.structs.replace(row.told, cost=msgspec.structs.replace(row.told.cost, steps=()))
+    return msgspec.structs.replace(row, told=told)
 
 
 def _over(one: Measurement, searched: Measurement) -> dict[str, float]:

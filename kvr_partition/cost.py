@@ -183,6 +183,26 @@ class ChunkCost:
         return cls(fixed, token, own, prefix, _kv_share(timed, fixed, token))
 
 
+def steps_of(timed: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    """`ChunkCost.steps` from what chunks of several sizes take behind the same prefix.
+
+    Args:
+        timed: ``(tokens, seconds)`` of each size, of the whole model or of some layers.
+
+    Returns:
+        Each size, in order, and how many times as long it takes as a smooth cost fitted to all of them says.
+    """
+    import numpy as np
+    from scipy.optimize import nnls
+
+    ordered = sorted(timed)
+    seconds = np.array([taken for _, taken in ordered])
+    terms = np.array([[1.0, size, size * size / 2] for size, _ in ordered]) / seconds[:, None]
+    scale = np.linalg.norm(terms, axis=0)
+    expected = terms / scale @ nnls(terms / scale, np.ones(len(ordered)))[0]
+    return tuple((size, float(1 / share)) for (size, _), share in zip(ordered, expected, strict=True))
+
+
 def _kv_share(timed: Sequence[TimedChunk], fixed: float, token: float) -> float:
     """Share of a layer's fixed and per-token time before its KV is ready; 0 where that was not timed."""
     shares = sorted(

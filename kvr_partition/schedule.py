@@ -171,7 +171,7 @@ class _Run:
         if ease is not None:
             slow = slow * ease
         if cost.steps:
-            slow = slow * _steps(cost, chunks)
+            slow = slow * step_of(cost, chunks)
         work = (cost.fixed_s + cost.per_token_s * chunks) * slow
         own = cost.per_own_pair_s * chunks * chunks * slow * (1.0 if setting.dense else 0.5)
         prefix = cost.per_prefix_pair_s * chunks * starts * slow
@@ -260,10 +260,12 @@ class _Run:
         return float(nbytes[0]) * self.setting.link_between(source, target).seconds_per_byte
 
 
-def _steps(cost: ChunkCost, chunks: Array) -> Array:
+def step_of(cost: ChunkCost, chunks: Array) -> Array:
     """`ChunkCost.step` of many chunks at once."""
     import numpy as np
 
+    if not cost.steps:
+        return np.ones_like(chunks)
     sizes, factors = (np.array(column) for column in zip(*cost.steps, strict=True))
     at = np.searchsorted(sizes, chunks).clip(max=len(sizes) - 1)
     found: Array = np.where(sizes[at] == chunks, factors[at], 1.0)

@@ -11,14 +11,15 @@ if TYPE_CHECKING:
     from kvr_partition.schedule import Setting
 
 
-class ChunkTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """`ChunkCost`, in seconds."""
+class ChunkTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """`ChunkCost`, in seconds; steps as shares."""
 
     fixed_s: float
     per_token_s: float
     per_own_pair_s: float
     per_prefix_pair_s: float
     kv_share: float
+    steps: tuple[tuple[int, float], ...] = ()
 
     @classmethod
     def of(cls, cost: ChunkCost) -> ChunkTerms:
@@ -29,6 +30,7 @@ class ChunkTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             float(cost.per_own_pair_s),
             float(cost.per_prefix_pair_s),
             float(cost.kv_share),
+            tuple((int(size), float(factor)) for size, factor in cost.steps),
         )
 
     @property
@@ -37,7 +39,12 @@ class ChunkTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         from kvr_partition.cost import ChunkCost
 
         return ChunkCost(
-            self.fixed_s, self.per_token_s, self.per_own_pair_s, self.per_prefix_pair_s, self.kv_share
+            self.fixed_s,
+            self.per_token_s,
+            self.per_own_pair_s,
+            self.per_prefix_pair_s,
+            self.kv_share,
+            self.steps,
         )
 
     @property
@@ -46,6 +53,9 @@ class ChunkTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         terms = (self.fixed_s, self.per_token_s, self.per_own_pair_s, self.per_prefix_pair_s)
         if min(terms) < 0 or max(terms[1:]) == 0 or not 0 <= self.kv_share < 1:
             return "its cost must not be negative, must grow with the chunk, and kv_share lies in [0, 1)"
+        sizes = [size for size, _ in self.steps]
+        if sizes != sorted(set(sizes)) or any(size < 1 or factor <= 0 for size, factor in self.steps):
+            return "steps need sizes that grow, and factors above 0"
         return None
 
 

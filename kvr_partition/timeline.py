@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -36,6 +37,22 @@ class RankTimeline:
     layers: tuple[LayerTimes, ...]
     tail_s: float
     first_kv_s: float | None = None
+
+    @classmethod
+    def of_stamps(cls, seconds: Sequence[float], transfer_s: Sequence[float]) -> RankTimeline:
+        """From a clock's stamps: the start, for each layer its KV ready, its wait begun and over, and the end.
+
+        Args:
+            seconds: one each, ``2 + 3 · layers``.
+            transfer_s: of each layer.
+        """
+        layers = []
+        last = seconds[0]
+        for position, sent in enumerate(transfer_s):
+            wait_begins, wait_ends = seconds[2 + 3 * position], seconds[3 + 3 * position]
+            layers.append(LayerTimes(wait_begins - last, wait_ends - wait_begins, sent))
+            last = wait_ends
+        return cls(tuple(layers), seconds[-1] - last, seconds[1] - seconds[0])
 
     @property
     def compute_s(self) -> float:

@@ -15,6 +15,7 @@ from kvr_partition.schedule import FREE_LINK, Setting
 from profiler.measure import Candidate
 from profiler.models import Operations
 from profiler.ranks import RankGroup
+from profiler.sizes import with_steps
 from profiler.store import ChunkLine, LinkLine, MeasurementLog, OperationsLine
 
 LEAST_SAMPLES, MOST_SAMPLES = 3, 7
@@ -97,8 +98,8 @@ def calibrate(
 
 
 def _together(log: MeasurementLog) -> list[ChunkLine]:
-    """Chunks that count, timed with all ranks at work."""
-    return [line for line in log.chunks if not line.warmup and not line.alone]
+    """Whole chunks that count, timed with all ranks at work."""
+    return [line for line in log.chunks if not line.warmup and not line.alone and line.layers is None]
 
 
 def _timed(log: MeasurementLog, chunk: int, prefix: int, layers: int) -> TimedChunk:
@@ -139,6 +140,8 @@ def _alone_speed(log: MeasurementLog) -> float:
     ratios = []
     before: ChunkLine | None = None
     for line in log.chunks:
+        if line.layers is not None:
+            continue
         same = before is not None and (line.chunk, line.prefix) == (before.chunk, before.prefix)
         if line.alone and not line.warmup and before is not None and same:
             ratios.append(before.seconds[0] / line.seconds[0])
@@ -196,7 +199,8 @@ def guessed_setting_of_log(
     guesses = [one for one in log.measurements("guess") if one.ok]
     if not guesses:
         raise FitError("neither one rank nor an even split was timed to guess costs from")
-    return _setting_of(origin, _guessed_cost(counted, guesses[-1], origin.backend, origin.ranks))
+    cost = _guessed_cost(counted, guesses[-1], origin.backend, origin.ranks)
+    return _setting_of(origin, with_steps(cost, log))
 
 
 def _guessed_cost(counted: Operations | OperationsLine, found: Measurement, backend: str, ranks: int) -> ChunkCost:
@@ -229,7 +233,7 @@ def setting_of_log(log: MeasurementLog, origin: Provenance) -> Setting:
             raise
         return guessed_setting_of_log(log, origin, log.operations)
     return replace(
-        _setting_of(origin, cost),
+        _setting_of(origin, with_steps(cost, log)),
         link=link,
         speeds=rank_speeds(log, origin.ranks),
         alone_speed=_alone_speed(log),

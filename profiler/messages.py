@@ -76,13 +76,15 @@ class PlanAhead(msgspec.Struct, frozen=True, tag=True):
 class TimeChunk(msgspec.Struct, frozen=True, tag=True):
     """Every rank at once times ``chunk`` tokens behind ``prefix`` tokens, without links.
 
-    Or ``alone`` the first rank, while all others are idle.
+    Or ``alone`` the first rank, while all others are idle. Or no more than ``layers`` layers, from when the KV of
+    the first one is ready to when that of the last one's successor is.
     """
 
     chunk: int
     prefix: int
     cold: bool = False
     alone: bool = False
+    layers: int | None = None
 
 
 class TimeLink(msgspec.Struct, frozen=True, tag=True):
@@ -145,7 +147,7 @@ class PlanDone(msgspec.Struct, frozen=True, tag=True):
 
 
 class ChunkDone(msgspec.Struct, frozen=True, tag=True):
-    """Seconds for the chunk, and until the KV of its first layer was ready."""
+    """Seconds for the chunk, or for some layers, and until the KV of its first layer was ready."""
 
     seconds: float
     first_kv_s: float

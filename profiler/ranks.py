@@ -394,21 +394,26 @@ class RankGroup:
         return slowest.built, slowest.seconds
 
     def time_chunk(
-        self, chunk: int, prefix: int, *, cold: bool = False, alone: bool = False
+        self, chunk: int, prefix: int, *, cold: bool = False, alone: bool = False, layers: int | None = None
     ) -> list[tuple[float, float]]:
         """Time a chunk behind a prefix, on all ranks at once, without links.
 
         Args:
             cold: as in `sample`.
             alone: on the first rank only, while all others are idle.
+            layers: only so many layers, which takes so much less time; less than the model has.
 
         Returns:
             For each timed rank the seconds it took, and those until the KV of its first layer was ready.
 
         Raises:
             RankError: it failed.
+            UnsupportedError: the model has no such layers.
         """
-        replies = self._ask(messages.TimeChunk(chunk, prefix, cold, alone))
+        most = len(self.windows) - 1
+        if layers is not None and not 1 <= layers <= most:
+            raise UnsupportedError(f"{layers} layers of {self.geometry.name} cannot be timed; 1 to {most} can")
+        replies = self._ask(messages.TimeChunk(chunk, prefix, cold, alone, layers))
         return [(reply.seconds, reply.first_kv_s) for reply in replies if isinstance(reply, messages.ChunkDone)]
 
     def time_links(self, nbytes: int, repeats: int) -> list[tuple[float, ...]]:

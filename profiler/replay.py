@@ -63,19 +63,19 @@ class Replayer:
         self._foreign: torch.Tensor | None = None
 
     def run(self, recording: Recording, limits: LinkLimits) -> ReplayTimes:
-        """One replay."""
+        """One replay; of some layers only, whose ranks have no token, it ends when all work is done."""
         replay = _Replay(self, recording, limits)
         torch.cuda.synchronize()
         began = time.perf_counter()
         replay.enqueue()
         enqueued = time.perf_counter()
-        finishing = next(at for at, rank in enumerate(recording.ranks) if rank.result.first_token is not None)
-        token = recording.ranks[finishing].result.first_token
-        assert token is not None
-        with torch.cuda.stream(self.streams[finishing]):
-            recording.host_token.copy_(token, non_blocking=True)
-            done = torch.cuda.current_stream().record_event()
-        done.synchronize()
+        for stream, rank in zip(self.streams, recording.ranks, strict=False):
+            token = rank.result.first_token
+            if token is not None:
+                with torch.cuda.stream(stream):
+                    recording.host_token.copy_(token, non_blocking=True)
+                    torch.cuda.current_stream().record_event().synchronize()
+                break
         ended = time.perf_counter()
         done_at = []
         for stream in self.streams[: len(recording.ranks)]:

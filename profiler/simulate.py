@@ -36,13 +36,14 @@ class Simulated:
         match requests[0]:
             case messages.Prefill() as request:
                 return self._prefill(request)
-            case messages.TimeChunk(chunk=chunk, prefix=prefix, alone=alone):
+            case messages.TimeChunk(chunk=chunk, prefix=prefix, alone=alone, layers=layers):
                 setting = self._profile.setting()
+                share = 1.0 if layers is None else layers / setting.layers
                 timed, eased = (1, setting.alone_speed) if alone else (ranks, 1.0)
                 first = setting.cost.kv_share * (setting.cost.fixed_s + setting.cost.per_token_s * chunk)
                 return [
                     messages.ChunkDone(
-                        setting.cost.seconds(chunk, prefix) * setting.slowness(rank) / eased,
+                        share * setting.cost.seconds(chunk, prefix) * setting.slowness(rank) / eased,
                         first / setting.layers * setting.slowness(rank) / eased,
                     )
                     for rank in range(timed)

@@ -16,6 +16,7 @@ import gc
 import time
 from typing import Any
 
+import msgspec
 import torch
 
 from kvr_partition.measurement import RankTimes
@@ -30,6 +31,7 @@ from kvr_partition.runtime.prefill import PrefillResult, chunk_cache, run_chunk
 from kvr_partition.runtime.verify import run_reference, run_single
 from profiler import messages
 from profiler.green import split_sms
+from profiler.layers import run_layers
 from profiler.matmul import GroupProducts, chosen_products
 from profiler.recording import (
     GATHERED_LAYERS,
@@ -43,7 +45,7 @@ from profiler.recording import (
     aligned,
 )
 from profiler.replay import Replayer
-from profiler.worker import Worker, verified
+from profiler.worker import Worker, chunk_done, verified
 
 
 class SMWorker(Worker):
@@ -144,12 +146,12 @@ class SMWorker(Worker):
 
     def _timed_chunk(self, request: messages.TimeChunk) -> messages.Reply:
         chunks = Partition((request.chunk,) * self._setup.ranks)
-        recording = self._recorded_as(f"chunk behind {request.prefix}", chunks, prefix=request.prefix)
+        named = f"chunk behind {request.prefix}, {request.layers or 'all'} layers"
+        recording = self._recorded_as(named, chunks, msgspec.structs.replace(request, alone=False))
         if request.alone:
             recording = dataclasses.replace(recording, ranks=recording.ranks[:1])
         self._replayer.run(recording, LinkLimits())
-        timelines = [one.result.timeline for one in recording.ranks]
-        return messages.Many(tuple(messages.ChunkDone(one.compute_s, one.first_kv_s or 0.0) for one in timelines))
+        return messages.Many(tuple(chunk_done(request, one.result) for one in recording.ranks))
 
     def _timed_link(self, request: messages.TimeLink) -> messages.Reply:
         """All links of the chain at once, as in a prefill: they share the memory."""
@@ -174,23 +176,25 @@ class SMWorker(Worker):
         method = "kvr-" + self._setup.topology if request.method == "kvr" else request.method
         return self._recorded_as(method, request.partition)
 
-    def _recorded_as(self, method: str, partition: Partition, prefix: int | None = None) -> Recording:
+    def _recorded_as(
+        self, method: str, partition: Partition, timed: messages.TimeChunk | None = None
+    ) -> Recording:
         known = self._recordings.pop((method, partition), None)
         if known is None:
-            self._reserve(method, partition, prefix)
+            self._reserve(method, partition, timed)
             while len(self._recordings) >= self._KEPT:
                 self._recordings.pop(next(iter(self._recordings)))
-            known = self._record(method, partition, prefix)
+            known = self._record(method, partition, timed)
         self._recordings[method, partition] = known
         return known
 
-    def _reserve(self, method: str, partition: Partition, prefix: int | None) -> None:
+    def _reserve(self, method: str, partition: Partition, timed: messages.TimeChunk | None) -> None:
         """Make room for the rows of a recording; growing drops all recordings, whose rows lie there."""
         entry = self._entry_bytes()
         if method in GATHERING:
             need = partition.ranks * GATHERED_LAYERS * self._place(partition.context)
-        elif prefix is not None:
-            need = sum(partition.ranks * aligned((prefix + partition.sizes[0]) * one) for one in entry)
+        elif timed is not None:
+            need = sum(partition.ranks * aligned((timed.prefix + timed.chunk) * one) for one in entry)
         else:
             need = sum(aligned(end * one) for one in entry for end in partition.ends)
         if need > self._arena.buffer.numel():
@@ -230,17 +234,19 @@ class SMWorker(Worker):
         buffer, dtype = self._arena.buffer, self._model.dtype
         buffer[: buffer.numel() // dtype.itemsize * dtype.itemsize].view(dtype).normal_()
 
-    def _record(self, method: str, partition: Partition, prefix: int | None) -> Recording:
-        ids = self._tokens(partition.context if prefix is None else sum(partition.sizes), seed=1)
-        with self._attention(method if prefix is None else "kvr"), planning(), torch.no_grad():
-            self._rehearse(method, partition, ids, prefix)
+    def _record(self, method: str, partition: Partition, timed: messages.TimeChunk | None) -> Recording:
+        ids = self._tokens(partition.context, seed=1)
+        with self._attention(method if timed is None else "kvr"), planning(), torch.no_grad():
+            self._rehearse(method, partition, ids, timed)
             self._arena.begin()
-            recorded = [self._record_rank(rank, method, partition, ids, prefix) for rank in range(partition.ranks)]
+            recorded = [self._record_rank(rank, method, partition, ids, timed) for rank in range(partition.ranks)]
         topology: Topology = "fanout" if method == "kvr-fanout" else "chain"
         host_token = torch.empty((self._setup.batch, 1), dtype=torch.long, pin_memory=True)
         return Recording(method, partition, recorded, topology, ids, host_token)
 
-    def _rehearse(self, method: str, partition: Partition, ids: torch.Tensor, prefix: int | None) -> None:
+    def _rehearse(
+        self, method: str, partition: Partition, ids: torch.Tensor, timed: messages.TimeChunk | None
+    ) -> None:
         """Run all ranks once for real, at once and each by itself, with whatever prefix is in the rows.
 
         Kernels load, plans and workspaces are made, none of which a graph can hold.
@@ -249,11 +255,11 @@ class SMWorker(Worker):
         for rank in range(partition.ranks):
             with torch.cuda.stream(self._replayer.streams[rank]), self._chosen_products(choosing=True):
                 execution = Execution(to_host=False, empty=self._empty)
-                self._run_rank(rank, method, partition, ids, prefix, None, execution)
+                self._run_rank(rank, method, partition, ids, timed, None, execution)
         torch.cuda.synchronize()
 
     def _record_rank(
-        self, rank: int, method: str, partition: Partition, ids: torch.Tensor, prefix: int | None
+        self, rank: int, method: str, partition: Partition, ids: torch.Tensor, timed: messages.TimeChunk | None
     ) -> RecordedRank:
         stream = self._replayer.streams[rank]
         with torch.cuda.stream(stream), self._chosen_products(choosing=False):
@@ -262,7 +268,7 @@ class SMWorker(Worker):
             execution = Execution(clock=lambda _: clock, to_host=False, empty=self._empty)
             recorder.begin()
             try:
-                result, links, gather = self._run_rank(rank, method, partition, ids, prefix, recorder, execution)
+                result, links, gather = self._run_rank(rank, method, partition, ids, timed, recorder, execution)
             except BaseException:
                 recorder.abandon()
                 raise
@@ -275,7 +281,7 @@ class SMWorker(Worker):
         method: str,
         partition: Partition,
         ids: torch.Tensor,
-        prefix: int | None,
+        timed: messages.TimeChunk | None,
         recorder: Recorder | None,
         execution: Execution,
     ) -> tuple[PrefillResult, RecordedLinks | None, RecordedGather | None]:
@@ -286,16 +292,20 @@ class SMWorker(Worker):
             result = gathered(self._model, ids, method, gather, execution)
             return result, None, gather
         start, end = partition.starts[rank], partition.ends[rank]
-        links = None if recorder is None or method == "bound" or prefix is not None else RecordedLinks(recorder)
         chunk = ids[:, start - partition.past : end - partition.past]
-        cache = chunk_cache(self._model, chunk, prefix=start if prefix is None else prefix, execution=execution)
+        prefix = start if timed is None else timed.prefix
+        cache = chunk_cache(self._model, chunk, prefix=prefix, execution=execution)
+        if timed is not None and timed.layers is not None:
+            result = run_layers(self._model, chunk, cache, timed.layers, depth=self._depth, execution=execution)
+            return result, None, None
+        links = None if recorder is None or method == "bound" or timed is not None else RecordedLinks(recorder)
         result = run_chunk(
             self._model,
             chunk,
             cache,
             rank=rank,
             # A timed chunk ends with logits on every rank, as the last chunk of a prefill does.
-            ranks=ranks if prefix is None else rank + 1,
+            ranks=ranks if timed is None else rank + 1,
             links=NoLinks() if links is None else links,
             depth=self._depth,
             execution=execution,

@@ -71,7 +71,7 @@ class MeasurementLine(
 class ChunkLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="chunk", tag_field="type"):
     """A chunk timed on all ranks at once, without links; one figure a rank, in seconds.
 
-    Timed ``alone``, the first rank's only, while all others were idle.
+    Timed ``alone``, the first rank's only, while all others were idle. With ``layers``, only so many layers of it.
     """
 
     run: str
@@ -82,6 +82,7 @@ class ChunkLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ch
     first_kv_s: tuple[float, ...] = ()
     """Until the first layer's KV was ready; empty in older logs."""
     alone: bool = False
+    layers: int | None = None
 
 
 class LinkLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="link", tag_field="type"):
@@ -169,7 +170,7 @@ class MeasurementLog:
 
     @property
     def chunks(self) -> list[ChunkLine]:
-        """All timed chunks."""
+        """All timed chunks, whole or in part."""
         return list(self._chunks)
 
     @property

@@ -30,6 +30,7 @@ from kvr_partition.runtime.prefill import PrefillResult, chunk_cache, run_chunk
 from kvr_partition.runtime.support import Depth, runahead_attention
 from kvr_partition.runtime.verify import SingleRun, compare, run_reference, run_single
 from profiler import messages
+from profiler.layers import run_layers
 from profiler.models import build_model, build_tensor_parallel, open_model
 
 
@@ -254,9 +255,8 @@ class Worker:
             self._barrier()
             if request.alone and self._setup.rank:
                 return messages.Idle()
-            result = self._chunk(request.chunk, request.prefix)
-        timeline = result.timeline
-        return messages.ChunkDone(timeline.compute_s, timeline.first_kv_s or 0.0)
+            result = self._chunk(request)
+        return chunk_done(request, result)
 
     def _timed_link(self, request: messages.TimeLink) -> messages.Reply:
         """There and back again, halved: clocks of two ranks need not agree to a microsecond."""
@@ -286,9 +286,11 @@ class Worker:
         if self._device.type == "cuda":
             torch.cuda.synchronize()
 
-    def _chunk(self, chunk: int, prefix: int) -> PrefillResult:
-        ids = self._tokens(chunk, seed=0)
-        cache = random_prefix(chunk_cache(self._model, ids, prefix=prefix))
+    def _chunk(self, request: messages.TimeChunk) -> PrefillResult:
+        ids = self._tokens(request.chunk, seed=0)
+        cache = random_prefix(chunk_cache(self._model, ids, prefix=request.prefix))
+        if request.layers is not None:
+            return run_layers(self._model, ids, cache, request.layers, depth=self._depth)
         return run_chunk(self._model, ids, cache, rank=0, ranks=1, links=NoLinks(), depth=self._depth)
 
     def _generate(self, request: messages.Generate, stream: Callable[[messages.Reply], None]) -> messages.Reply:
@@ -331,6 +333,14 @@ class Worker:
             dist.barrier()
         if self._device.type == "cuda":
             torch.cuda.synchronize()
+
+
+def chunk_done(request: messages.TimeChunk, result: PrefillResult) -> messages.ChunkDone:
+    """The answer that a timed chunk makes."""
+    timeline = result.timeline
+    first_kv_s = timeline.first_kv_s or 0.0
+    seconds = timeline.compute_s if request.layers is None else timeline.compute_s - first_kv_s
+    return messages.ChunkDone(seconds, first_kv_s)
 
 
 def random_prefix(cache: RunaheadCache) -> RunaheadCache:

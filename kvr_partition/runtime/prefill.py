@@ -29,7 +29,7 @@ from kvr_partition.runtime.support import (
     replaced_attention,
 )
 from kvr_partition.table import PartitionTable
-from kvr_partition.timeline import LayerTimes, RankTimeline
+from kvr_partition.timeline import RankTimeline
 
 
 @dataclass(frozen=True)
@@ -218,12 +218,12 @@ def run_chunk(
         logits=logits,
         cache=cache,
         kv_bytes=links.sent_bytes,
-        _timeline=lambda: _timeline(clock.seconds(), transfer_s),
+        _timeline=lambda: RankTimeline.of_stamps(clock.seconds(), transfer_s),
     )
 
 
 class _ChunkRun:
-    """What happens in each layer while a chunk runs. Stamps per layer: KV ready, wait begins, wait ends."""
+    """What happens in each layer while a chunk runs. Stamps as in `RankTimeline.of_stamps`."""
 
     def __init__(self, cache: RunaheadCache, links: Links, stamp: Callable[[], int]) -> None:
         self._position = {index: position for position, (index, _) in enumerate(cache.kv_layers)}
@@ -349,13 +349,3 @@ def decode(
         **options,
     )
     return whole[:, input_ids.shape[1] :]
-
-
-def _timeline(seconds: list[float], transfer_s: list[float]) -> RankTimeline:
-    layers = []
-    last = seconds[0]
-    for position, sent in enumerate(transfer_s):
-        wait_begins, wait_ends = seconds[2 + 3 * position], seconds[3 + 3 * position]
-        layers.append(LayerTimes(wait_begins - last, wait_ends - wait_begins, sent))
-        last = wait_ends
-    return RankTimeline(tuple(layers), seconds[-1] - last, seconds[1] - seconds[0])

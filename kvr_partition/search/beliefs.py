@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ class Beliefs:
     _process: Any
     _offset: float
     _step_spread: float = 0.0
+    _met: tuple[int, ...] = ()
 
     @classmethod
     def after(cls, setting: Setting, context: int, measurements: Sequence[Measurement]) -> Beliefs:
@@ -65,7 +67,7 @@ class Beliefs:
             process.fit(_places(sizes), residual - offset)
             if best is None or process.log_marginal_likelihood_value_ > best[0].log_marginal_likelihood_value_:
                 best = process, offset
-        return cls(found.setting, context, timed, best[0], best[1], found.step_spread)
+        return cls(found.setting, context, timed, best[0], best[1], found.step_spread, found.met)
 
     def ttft_s(self, sizes: Any) -> tuple[Array, Array]:
         """Expected TTFT in seconds of partitions ``[n, ranks]``, and its relative uncertainty."""
@@ -77,12 +79,16 @@ class Beliefs:
             return simulated, np.full(len(table), TERM_SPREAD)
         shift, spread = self._process.predict(_places(table), return_std=True)
         if self._step_spread:
-            # Of several ranks whose sizes were never met the one that was met worst sets the pace.
-            known = [size for size, _ in self.setting.cost.steps]
-            unknown = (~np.isin(table, known)).sum(axis=1)
-            shift = shift + self._step_spread * largest_of(unknown)
-            spread = np.hypot(spread, self._step_spread * (unknown > 0))
-        return simulated * np.exp(shift + self._offset), spread
+            unknown = ~np.isin(table, self._met).all(axis=1)
+            spread = np.hypot(spread, self._step_spread * unknown)
+        return simulated * self.surprised(table) * np.exp(shift + self._offset), spread
+
+    def surprised(self, sizes: Any) -> Array:
+        """By what factor chunk sizes that were never met delay partitions ``[n, ranks]``, as one has to expect."""
+        import numpy as np
+
+        factors: Array = np.exp(self._step_spread * surprise(sizes, self._met))
+        return factors
 
     def ranked(self) -> list[Measurement]:
         """What was measured, the one expected to be fastest first: a lucky sample does not win by itself."""
@@ -92,14 +98,43 @@ class Beliefs:
         return [self.measured[at] for at in expected.argsort(kind="stable")]
 
 
-def largest_of(count: Any) -> Array:
-    """Expected largest of so many standard normal numbers, after Blom; 0 of none."""
-    import numpy as np
-    from scipy.special import ndtri
+def surprise(sizes: Any, met: Iterable[int]) -> Array:
+    """How much later the slowest of some ranks is than expected, if sizes that were never met have steps.
 
-    some = np.maximum(np.asarray(count, dtype=float), 1.0)
-    largest: Array = np.where(np.asarray(count) > 1, ndtri((some - 0.375) / (some + 0.25)), 0.0)
-    return largest
+    Ranks of a good split are equally fast, as far as one knows; of those whose sizes are a surprise the one that
+    likes its size the least then sets the pace. Ranks of the same size share their surprise, and ranks without
+    one are no faster than expected: one rank of an unknown size can only delay the others.
+
+    Args:
+        sizes: of partitions, ``[n, ranks]``.
+        met: chunk sizes whose steps are known.
+
+    Returns:
+        ``[n]``, in standard deviations of a step.
+    """
+    import numpy as np
+
+    table = np.asarray(sizes, dtype=float)
+    unknown = ~np.isin(table, list(met))
+    ordered = np.sort(np.where(unknown, table, -1.0), axis=1)
+    different = (np.diff(ordered, axis=1, prepend=-1.0) > 0).sum(axis=1)
+    alone, beside = _largest(table.shape[1])
+    found: Array = np.where(unknown.all(axis=1), alone[different], beside[different])
+    return found
+
+
+@functools.cache
+def _largest(most: int) -> tuple[Array, Array]:
+    """Expected largest of 0 to ``most`` standard normal numbers, of them alone and of them and zero."""
+    import numpy as np
+    from scipy.special import ndtr
+
+    places = np.linspace(-8.0, 8.0, 3201)
+    below = ndtr(places)[None, :] ** np.arange(1, most + 1)[:, None]
+    step, above = places[1] - places[0], places >= 0
+    beside = (1 - below[:, above]).sum(axis=1) * step - step / 2 * (1 - below[:, above][:, 0])
+    alone = beside - below[:, ~above].sum(axis=1) * step - step / 2 * below[:, above][:, 0]
+    return np.concatenate([[0.0], alone]), np.concatenate([[0.0], beside])
 
 
 def _places(sizes: Array) -> Array:

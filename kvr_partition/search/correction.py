@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvr_partition.cost import ChunkCost, LinkCost
 from kvr_partition.measurement import Measurement, median
-from kvr_partition.schedule import Setting, ease, ttft
+from kvr_partition.schedule import Setting, ease, step_of, ttft
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,12 +59,14 @@ class Corrected:
     Attributes:
         setting: the one that best explains how long ranks computed and links carried.
         drift: of each measurement the logarithm of how much slower the whole machine was than on average.
-        step_spread: how far, as a share, chunks of one size are off from what is smooth in the size.
+        step_spread: how far, as a share, chunks of one size are off from what was told of their size.
+        met: the chunk sizes that were measured, whose steps are known.
     """
 
     setting: Setting
     drift: tuple[float, ...]
     step_spread: float = 0.0
+    met: tuple[int, ...] = ()
 
 
 def corrected(setting: Setting, measurements: Sequence[Measurement]) -> Corrected:
@@ -82,7 +84,7 @@ def corrected(setting: Setting, measurements: Sequence[Measurement]) -> Correcte
     told = _with_links(found.setting, timed)
     known = dict(zip(map(id, timed), found.drift, strict=True))
     drift = tuple(known.get(id(one), 0.0) for one in measurements)
-    return Corrected(_with_kv_share(told, timed, found.drift), drift, found.step_spread)
+    return Corrected(_with_kv_share(told, timed, found.drift), drift, found.step_spread, found.met)
 
 
 def _with_costs(setting: Setting, timed: Sequence[Measurement]) -> Corrected:
@@ -102,7 +104,7 @@ def _with_costs(setting: Setting, timed: Sequence[Measurement]) -> Corrected:
     noise = np.array([noise_of(one) for one in timed])[:, None]
     ranks = sizes.shape[1]
     slowness = np.log([setting.slowness(rank) for rank in range(ranks)])
-    known = np.log(took) - slowness - np.log(_eases(timed, setting))[:, None]
+    known = np.log(took) - slowness - np.log(_eases(timed, setting))[:, None] - np.log(step_of(cost, sizes))
     different, which = np.unique(sizes, return_inverse=True)
     which = which.reshape(sizes.shape)
 
@@ -138,14 +140,16 @@ def _with_costs(setting: Setting, timed: Sequence[Measurement]) -> Corrected:
         spreads = _likeliest(linear[some], shares[some], which[some], noise[some], _usual(timed))
     cost_terms, slow, drift, steps = solved(spreads)
     fixed, token, own_pair, prefix_pair = (float(one) for one in prices * np.exp(cost_terms))
-    factors = tuple((int(size), float(math.exp(step))) for size, step in zip(different, steps, strict=False))
+    factors = dict(cost.steps)
+    for size, step in zip(map(int, different), steps, strict=False):
+        factors[size] = factors.get(size, 1.0) * math.exp(step)
     told = replace(
         setting,
-        cost=ChunkCost(fixed, token, own_pair, prefix_pair, cost.kv_share, factors),
+        cost=ChunkCost(fixed, token, own_pair, prefix_pair, cost.kv_share, tuple(sorted(factors.items()))),
         speeds=tuple(float(one) for one in np.exp(-(slowness + slow))),
     )
     drifted = tuple(float(one) for one in drift) if len(drift) else (0.0,) * len(timed)
-    return Corrected(told, drifted, spreads.step)
+    return Corrected(told, drifted, spreads.step, tuple(map(int, different)))
 
 
 @dataclass(frozen=True)

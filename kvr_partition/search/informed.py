@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from kvr_partition.errors import PartitionError
 from kvr_partition.measurement import Measurement
 from kvr_partition.partition import Partition
-from kvr_partition.schedule import Setting, best_split
+from kvr_partition.schedule import Setting, best_split, ttft
 from kvr_partition.search.beliefs import Beliefs
 from kvr_partition.search.correction import LEAST_NOISE, LONE_NOISE, noise_of
 from kvr_partition.search.exchange import exchanged
@@ -140,10 +140,9 @@ class InformedSampler(PartitionSampler):
 
         assert self._space is not None
         assert self._setting is not None
-        space, context = self._space, self._space.context
-        ranks = len(space.ranges) + 1
+        context = self._space.context
         beliefs = Beliefs.after(self._setting, context, measured)
-        solved = best_split(context, ranks, beliefs.setting, quantum=space.quantum)
+        solved = self._solved(beliefs)
         taken = {one.sizes for one in measured} | (running or set())
         ranked = beliefs.ranked()
         noise = sorted(noise_of(one) for one in ranked)[len(ranked) // 2] if ranked else LONE_NOISE
@@ -171,6 +170,22 @@ class InformedSampler(PartitionSampler):
             solved_s = float(beliefs.ttft_s([solved.sizes])[0][0])
             return solved if solved.sizes not in taken and solved_s < best_s * (1 - LEAST_NOISE) else None
         return self._partition(sizes[at])
+
+    def _solved(self, beliefs: Beliefs) -> Partition:
+        """The best split of a setting, and of its steps where sizes are told to have any."""
+        import numpy as np
+
+        assert self._space is not None
+        space, setting = self._space, beliefs.setting
+        found = best_split(space.context, len(space.ranges) + 1, setting, quantum=space.quantum)
+        if not setting.cost.steps or space.context % space.quantum:
+            return found
+
+        def seconds(rows: Any) -> Array:
+            return ttft(rows, setting) * beliefs.surprised(rows)
+
+        known = [size for size, _ in setting.cost.steps]
+        return self._partition(exchanged(np.array(found.sizes), space.quantum, seconds, known, self._inside)[-1])
 
     def _exchanged(self, beliefs: Beliefs, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
         """Partitions of chunk sizes that go well, on the way from the best of these."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kvr_partition.schedule import Setting, best_split
@@ -105,6 +105,6 @@ def places(ranks: int) -> list[float]:
 
 @functools.lru_cache(maxsize=100_000)
 def solved(setting: Setting, context: int, ranks: int) -> tuple[float, ...]:
-    """Boundaries of a setting's best split as shares of the context."""
-    found = best_split(context, ranks, setting)
+    """Boundaries of a setting's best split as shares of the context, whatever steps single sizes have."""
+    found = best_split(context, ranks, replace(setting, cost=replace(setting.cost, steps=())))
     return tuple(boundary / context for boundary in found.boundaries[1:-1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -11,7 +11,7 @@ from kvr_partition.cost import ChunkCost
 from kvr_partition.errors import OutOfRangeError
 from kvr_partition.partition import Partition
 from kvr_partition.schedule import Setting, ttft
-from kvr_partition.search.beliefs import largest_of
+from kvr_partition.search.beliefs import surprise
 from kvr_partition.search.correction import corrected
 from kvr_partition.search.exchange import exchanged
 from kvr_partition.training.dataset import Machine, Row
@@ -84,7 +84,30 @@ class Interpolation(_Smooth):
         return [one + weight * (other - one) for one, other in zip(low.cuts, high.cuts, strict=True)]
 
 
-class CostModel(_Smooth):
+def _in_steps(
+    cuts: Sequence[float],
+    query: Query,
+    quantum: int,
+    setting: Setting,
+    met: Iterable[int] = (),
+    step_spread: float = 0.0,
+) -> tuple[int, ...] | None:
+    """The best chunks where single sizes have steps, near some boundaries; None where none have."""
+    if not setting.cost.steps or quantum < LEAST_STEP or query.context % quantum:
+        return None
+    import numpy as np
+
+    def seconds(rows: Any) -> Array:
+        found: Array = ttft(rows, setting) * np.exp(step_spread * surprise(rows, met))
+        return found
+
+    start = Partition.from_cuts(cuts, query.context, quantum)
+    known = [size for size, _ in setting.cost.steps]
+    best = exchanged(np.array(start.sizes), quantum, seconds, known)[-1]
+    return tuple(int(size) for size in best)
+
+
+class CostModel:
     """The fitted cost model, solved anew for each context; learns nothing."""
 
     def fit(self, rows: Sequence[Row]) -> CostModel:
@@ -93,6 +116,9 @@ class CostModel(_Smooth):
     def cuts(self, query: Query) -> Sequence[float]:
         return solved(query.told.setting(query.past), query.context, query.ranks)
 
+    def sizes(self, query: Query, quantum: int) -> tuple[int, ...] | None:
+        return _in_steps(self.cuts(query), query, quantum, query.told.setting(query.past))
+
 
 @dataclass(frozen=True)
 class _Learnt:
@@ -100,7 +126,8 @@ class _Learnt:
 
     Attributes:
         setting: without steps, which boundaries are not solved with: other contexts have other sizes.
-        steps, step_spread: of the chunk sizes that were met, and how far sizes that were not may be off.
+        steps: of chunk sizes, as told or as measured.
+        met, step_spread: the sizes that were measured, and how far others may be off.
     """
 
     machine: Machine
@@ -109,6 +136,7 @@ class _Learnt:
     """Logarithms, of the four cost terms and of ``kv_share``."""
     link: float
     steps: tuple[tuple[int, float], ...]
+    met: tuple[int, ...]
     step_spread: float
 
     @classmethod
@@ -126,7 +154,7 @@ class _Learnt:
         ]
         pairs = zip(found.cost.terms, told.cost.terms, strict=True)
         terms = tuple(_log_ratio(*pair) for pair in pairs)
-        return cls(machine, found, terms, sum(links) / len(links), steps, learnt.step_spread)
+        return cls(machine, found, terms, sum(links) / len(links), steps, learnt.met, learnt.step_spread)
 
 
 def _log_ratio(value: float, base: float) -> float:
@@ -162,21 +190,11 @@ class Corrected:
 
     def sizes(self, query: Query, quantum: int) -> tuple[int, ...] | None:
         learnt = self._learnt.get(query.machine)
-        if learnt is None or not learnt.steps or quantum < LEAST_STEP or query.context % quantum:
+        if learnt is None:
             return None
-        import numpy as np
-
-        smooth = self.setting(query)
-        stepped = replace(smooth, cost=replace(smooth.cost, steps=learnt.steps))
-        known = [size for size, _ in learnt.steps]
-
-        def seconds(rows: Any) -> Array:
-            unknown = (~np.isin(rows, known)).sum(axis=1)
-            return ttft(rows, stepped) * np.exp(learnt.step_spread * largest_of(unknown))
-
-        start = Partition.from_cuts(self.cuts(query), query.context, quantum)
-        best = exchanged(np.array(start.sizes), quantum, seconds, known)[-1]
-        return tuple(int(size) for size in best)
+        setting = self.setting(query)
+        stepped = replace(setting, cost=replace(setting.cost, steps=learnt.steps))
+        return _in_steps(self.cuts(query), query, quantum, stepped, learnt.met, learnt.step_spread)
 
     def _suggested(self, query: Query) -> Setting:
         hardware, model, bandwidth, _, _ = query.machine

@@ -1,0 +1,96 @@
+"""Which chunk sizes kernels like: a few layers of every size, timed before any partition is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from kvr_partition.cost import ChunkCost, steps_of
+from kvr_partition.schedule import Setting, best_split
+from profiler.ranks import RankGroup
+from profiler.store import ChunkLine, MeasurementLog
+
+LAYERS, ROUNDS = 4, 4
+"""What is timed of each size, after a first round that does not count."""
+
+TOGETHER = 16
+"""Sizes that take turns: ranks that record what they do keep only so many recordings."""
+
+MOST_SIZES = 96
+"""Steps of a quantum are worth less, the larger the chunk."""
+
+MARGIN, LEAST_MARGIN = 0.15, 2
+"""Chunks of a good split may be so much larger or smaller than those of a guess: a share, and quanta at least."""
+
+LEAST_SIZES = 5
+"""Sizes that a smooth cost, which steps are told from, is fitted to, at least."""
+
+
+def likely_sizes(setting: Setting, contexts: Sequence[int], ranks: int, quantum: int) -> tuple[int, ...]:
+    """Multiples of the quantum that chunks may have in good splits of these contexts, and of any between them.
+
+    Args:
+        setting: what chunks cost, about.
+        quantum: doubled while there would be more than `MOST_SIZES`.
+
+    Raises:
+        PartitionError: a context too short for so many ranks.
+    """
+    smooth = replace(setting, past=0, cost=replace(setting.cost, steps=()))
+    least = min(best_split(min(contexts), ranks, smooth, quantum).sizes)
+    most = max(best_split(max(contexts), ranks, smooth, quantum).sizes)
+    while True:
+        low = max(1, math.floor(min(least * (1 - MARGIN), least - LEAST_MARGIN * quantum) / quantum))
+        high = math.ceil(max(most * (1 + MARGIN), most + LEAST_MARGIN * quantum) / quantum)
+        if high - low < MOST_SIZES:
+            return tuple(at * quantum for at in range(low, min(high, max(contexts) // quantum) + 1))
+        quantum *= 2
+
+
+def time_sizes(
+    group: RankGroup,
+    sizes: Sequence[int],
+    log: MeasurementLog,
+    on_chunk: Callable[[int], None] | None = None,
+) -> None:
+    """Time `LAYERS` layers of chunks of these sizes into a log, in turn, all ranks at once.
+
+    What the log already has is not timed again.
+
+    Args:
+        on_chunk: told of each timed chunk.
+
+    Raises:
+        RankError: timing failed.
+    """
+    layers = min(LAYERS, len(group.windows) - 1)
+    if layers < 1:
+        return
+    run = group.run
+    known: dict[int, int] = {}
+    for line in log.chunks:
+        if line.layers == layers and not line.warmup:
+            known[line.chunk] = known.get(line.chunk, 0) + 1
+    # The longest first: what ranks set aside for it is enough for all.
+    missing = sorted((size for size in sizes if known.get(size, 0) < ROUNDS), reverse=True)
+    for first in range(0, len(missing), TOGETHER):
+        for turn in range(1 + ROUNDS):
+            for size in missing[first : first + TOGETHER]:
+                seconds = tuple(one for one, _ in group.time_chunk(size, 0, layers=layers))
+                log.append(ChunkLine(run, size, 0, turn == 0, seconds, layers=layers))
+                if on_chunk is not None:
+                    on_chunk(size)
+
+
+def with_steps(cost: ChunkCost, log: MeasurementLog) -> ChunkCost:
+    """A cost with the steps that `time_sizes` found; as it was where too few sizes were timed."""
+    times: dict[int, list[float]] = {}
+    for line in log.chunks:
+        if line.layers is not None and not line.warmup:
+            each = math.fsum(line.seconds) / len(line.seconds) / line.layers
+            times.setdefault(line.chunk, []).append(each)
+    if len(times) < LEAST_SIZES:
+        return cost
+    # Whatever disturbs so short a run only makes it longer.
+    return replace(cost, steps=steps_of([(size, min(taken)) for size, taken in times.items()]))
