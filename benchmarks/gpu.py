@@ -68,15 +68,12 @@ def prefill(model: str, ranks: int, seconds: int, more: str = "", context: int =
     )
 
 
-def predicted(
-    model: str, ranks: int, seconds: int, contexts: str = "4096,8192,16384", held_out: str = "6144,12288",
-    more: str = "",
-) -> Part:  # fmt: skip
+def predicted(model: str, ranks: int, seconds: int, held_out: str = "6144,12288", more: str = "") -> Part:
     """KVR-P against KVR-S on contexts left out, and the predictor that comes with the model."""
     return Part(
-        f"{model}/predict-sm-{ranks}.json",
+        f"{model}/profiled-sm-{ranks}.json",
         "predict_real.py",
-        f"--model {model} --ranks {ranks} --contexts {contexts} --held-out {held_out} --final 15 {more}",
+        f"--model {model} --ranks {ranks} --contexts 4096,8192,16384 --held-out {held_out} --final 11 {more}",
         seconds,
     )
 
@@ -90,7 +87,7 @@ PARTS = (
         90, gpus=2, folder_out=True,
     ),
     Part("llama-7b/cold.json", "prefill.py", "--model llama-7b --cold --ranks= --one-rank=", 80, folder_out=True),
-    predicted("llama-7b", 4, 195),
+    predicted("llama-7b", 4, 240),
     Part(
         "llama-7b/simulated-sm-2.json", "simulated.py",
         "--model llama-7b --backend sm --dtype float16 --context 8192 --steps 11 --samples 5 --budget 4", 120,
@@ -104,11 +101,10 @@ PARTS = (
     # What stock Falcon keeps of its attention leaves room for one rank and for TSP at no more than this.
     *(prefill("falcon-7b", ranks, 60, context=4096) for ranks in (8, 4, 2)),
     Part("llama-7b/sm-products.json", "sm_products.py", "--ranks 4,8", 90),
-    predicted("llama-3.1-8b", 4, 180),
-    predicted("falcon-7b", 4, 180),
-    predicted("llama-7b", 2, 155),
-    # Contexts between those searched have chunks of sizes that these have met.
-    predicted("llama-7b", 8, 350, "4096,8192,10240,16384", "12288,14336", "--budget 5"),
+    predicted("llama-3.1-8b", 4, 260),
+    predicted("falcon-7b", 4, 250),
+    predicted("llama-7b", 2, 200),
+    predicted("llama-7b", 8, 430, held_out="12288,10240", more="--budget 5"),
     Part("llama-7b/one-rank.json", "prefill.py", "--model llama-7b --ranks= --one-rank 4096,16384,32768", 60,
          folder_out=True),
     Part("falcon-7b/one-rank.json", "prefill.py", "--model falcon-7b --ranks= --one-rank 4096,16384", 30,

@@ -162,9 +162,8 @@ def main() -> None:
     """Draw all of them."""
     mpl.use("agg")
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "kvr-partition", "font.family": "sans-serif"})
-    for ranks in (2, 4):
+    for ranks in (2, 4, 8):
         compared("h100-sxm/llama-7b", f"sm-{ranks}-ranks", f"H100, {ranks} ranks")
-    compared("h100-sxm/llama-7b", "sm-8-ranks-timed-kernels", "H100, 8 ranks, a short search")
     compared("h100-sxm/llama-7b", "cuda-2-ranks", "Two H100s over NVLink")
     compared("h100-sxm/falcon-7b", "sm-8-ranks", "Falcon 7B, H100, 8 ranks")
     compared("h100-sxm/llama-3.1-8b", "sm-4-ranks", "Llama 3.1 8B, H100, 4 ranks")

@@ -20,7 +20,6 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ from kvr_partition.training.features import Query
 from kvr_partition.training.regressors import Corrected, Interpolation
 from profiler import Candidate, MeasurementLog, RankGroup, SamplingPlan
 from profiler.calibrate import guessed_setting, measured_setting, setting_of_log
-from profiler.sizes import likely_sizes, time_sizes, with_steps
+from profiler.sizes import tell_sizes
 
 
 def main() -> None:
@@ -92,12 +91,9 @@ def main() -> None:
                 )
             )
             told = _told(group, max(contexts) + options.past, log, few, options.profile)
-            if group.tile_rows > 1:
-                began = time.monotonic()
-                sizes = likely_sizes(told, [*contexts, *held_out], options.ranks, options.quantum)
-                time_sizes(group, sizes, log)
-                told = replace(told, cost=with_steps(told.cost, log))
-                print(f"  {len(sizes)} sizes timed in {time.monotonic() - began:.1f} s", flush=True)
+            began = time.monotonic()
+            told = tell_sizes(group, told, [*contexts, *held_out], options.quantum, log)
+            print(f"  {len(told.cost.steps)} sizes timed in {time.monotonic() - began:.1f} s", flush=True)
 
         def confirmed(context: int, splits: Sequence[Partition]) -> list[Measurement]:
             candidates = [Candidate("kvr", split) for split in splits]

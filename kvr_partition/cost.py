@@ -12,6 +12,9 @@ MAX_CONDITION = 100.0
 MAX_RESIDUAL = 0.25
 MAX_STANDARD_ERROR = 0.05
 
+LEAST_STEP = 32
+"""Tokens of a quantum below which chunk sizes differ by less than the tiles of any kernel."""
+
 
 class FitError(KVRError):
     """The timed chunks do not determine a cost model; the message says what is missing."""

@@ -12,7 +12,7 @@ from kvr_partition.cost import LinkCost
 from kvr_partition.errors import FileFormatError
 from kvr_partition.provenance import Provenance
 from kvr_partition.schedule import Setting
-from kvr_partition.terms import ChunkTerms, LinkTerms
+from kvr_partition.terms import LinkTerms, SteppedTerms
 
 SCHEMA = "kvr-partition/profile/1"
 
@@ -20,7 +20,7 @@ SCHEMA = "kvr-partition/profile/1"
 class ChunkSample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A chunk behind a prefix, timed on all ranks at once; seconds of each rank.
 
-    Timed ``alone``, it is the first rank's while all others are idle.
+    Timed ``alone``, it is the first rank's while all others are idle; with ``layers``, of so many layers only.
     """
 
     chunk: int
@@ -28,6 +28,7 @@ class ChunkSample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seconds: tuple[float, ...]
     first_kv_s: tuple[float, ...]
     alone: bool = False
+    layers: int | None = None
 
 
 class LinkSample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,7 +56,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     context: int
     layers: int
     entry_bytes: int
-    cost: ChunkTerms
+    cost: SteppedTerms
     speeds: tuple[float, ...]
     links: tuple[LinkTerms, ...]
     chunk_samples: tuple[ChunkSample, ...]
@@ -79,7 +80,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             context,
             setting.layers,
             setting.entry_bytes,
-            ChunkTerms.of(setting.cost),
+            SteppedTerms.of(setting.cost),
             setting.speeds or (1.0,) * ranks,
             tuple(LinkTerms.of(setting.link_between(rank, rank + 1)) for rank in range(ranks - 1)),
             chunks,

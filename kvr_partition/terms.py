@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 import msgspec
 
@@ -11,27 +11,19 @@ if TYPE_CHECKING:
     from kvr_partition.schedule import Setting
 
 
-class ChunkTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """`ChunkCost`, in seconds; steps as shares."""
+class ChunkTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`ChunkCost`, in seconds."""
 
     fixed_s: float
     per_token_s: float
     per_own_pair_s: float
     per_prefix_pair_s: float
     kv_share: float
-    steps: tuple[tuple[int, float], ...] = ()
 
     @classmethod
-    def of(cls, cost: ChunkCost) -> ChunkTerms:
+    def of(cls, cost: ChunkCost) -> Self:
         """The terms of a cost."""
-        return cls(
-            float(cost.fixed_s),
-            float(cost.per_token_s),
-            float(cost.per_own_pair_s),
-            float(cost.per_prefix_pair_s),
-            float(cost.kv_share),
-            tuple((int(size), float(factor)) for size, factor in cost.steps),
-        )
+        return cls(*map(float, cost.terms))
 
     @property
     def cost(self) -> ChunkCost:
@@ -39,12 +31,7 @@ class ChunkTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
         from kvr_partition.cost import ChunkCost
 
         return ChunkCost(
-            self.fixed_s,
-            self.per_token_s,
-            self.per_own_pair_s,
-            self.per_prefix_pair_s,
-            self.kv_share,
-            self.steps,
+            self.fixed_s, self.per_token_s, self.per_own_pair_s, self.per_prefix_pair_s, self.kv_share
         )
 
     @property
@@ -53,10 +40,34 @@ class ChunkTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_d
         terms = (self.fixed_s, self.per_token_s, self.per_own_pair_s, self.per_prefix_pair_s)
         if min(terms) < 0 or max(terms[1:]) == 0 or not 0 <= self.kv_share < 1:
             return "its cost must not be negative, must grow with the chunk, and kv_share lies in [0, 1)"
+        return None
+
+
+class SteppedTerms(ChunkTerms, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """The same, with the steps of chunk sizes."""
+
+    steps: tuple[tuple[int, float], ...] = ()
+
+    @classmethod
+    def of(cls, cost: ChunkCost) -> Self:
+        """The terms and steps of a cost."""
+        steps = tuple((int(size), float(factor)) for size, factor in cost.steps)
+        return msgspec.structs.replace(super().of(cost), steps=steps)
+
+    @property
+    def cost(self) -> ChunkCost:
+        """What they are the terms of."""
+        from dataclasses import replace
+
+        return replace(super().cost, steps=self.steps)
+
+    @property
+    def wrong(self) -> str | None:
+        """Why no chunk can cost that, or None."""
         sizes = [size for size, _ in self.steps]
         if sizes != sorted(set(sizes)) or any(size < 1 or factor <= 0 for size, factor in self.steps):
             return "steps need sizes that grow, and factors above 0"
-        return None
+        return super().wrong
 
 
 class LinkTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -81,7 +92,7 @@ class LinkTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class SettingTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`schedule.Setting` without past and noise; a link from each rank to the next."""
 
-    cost: ChunkTerms
+    cost: SteppedTerms
     layers: int
     entry_bytes: int
     links: tuple[LinkTerms, ...]
@@ -94,7 +105,7 @@ class SettingTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def of(cls, setting: Setting, ranks: int) -> SettingTerms:
         """The terms of a setting for so many ranks."""
         return cls(
-            ChunkTerms.of(setting.cost),
+            SteppedTerms.of(setting.cost),
             setting.layers,
             setting.entry_bytes,
             tuple(LinkTerms.of(setting.link_between(rank, rank + 1)) for rank in range(ranks - 1)),

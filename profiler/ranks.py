@@ -248,7 +248,8 @@ class RankGroup:
     @property
     def tile_rows(self) -> int:
         """Rows of a chunk that kernels take at once: a chunk with some left over takes as long as with all."""
-        return GPU_TILE if self.backend in ("sm", "cuda") else 1
+        backend = self.backend if self.profile is None else self.profile.provenance.backend
+        return GPU_TILE if backend in ("sm", "cuda") else 1
 
     @property
     def shares_hardware(self) -> bool:

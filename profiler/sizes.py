@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from kvr_partition.cost import ChunkCost, steps_of
+from kvr_partition.cost import LEAST_STEP, ChunkCost, steps_of
 from kvr_partition.schedule import Setting, best_split
 from profiler.ranks import RankGroup
 from profiler.store import ChunkLine, MeasurementLog
@@ -17,8 +17,8 @@ LAYERS, ROUNDS = 4, 4
 TOGETHER = 16
 """Sizes that take turns: ranks that record what they do keep only so many recordings."""
 
-MOST_SIZES = 96
-"""Steps of a quantum are worth less, the larger the chunk."""
+FINEST = 64
+"""A quantum more is worth less than what is off otherwise, in a chunk of more than so many of them."""
 
 MARGIN, LEAST_MARGIN = 0.15, 2
 """Chunks of a good split may be so much larger or smaller than those of a guess: a share, and quanta at least."""
@@ -27,12 +27,42 @@ LEAST_SIZES = 5
 """Sizes that a smooth cost, which steps are told from, is fitted to, at least."""
 
 
-def likely_sizes(setting: Setting, contexts: Sequence[int], ranks: int, quantum: int) -> tuple[int, ...]:
-    """Multiples of the quantum that chunks may have in good splits of these contexts, and of any between them.
+def tell_sizes(
+    group: RankGroup,
+    setting: Setting,
+    contexts: Sequence[int],
+    quantum: int,
+    log: MeasurementLog,
+    on_chunk: Callable[[int], None] | None = None,
+) -> Setting:
+    """A setting with the steps of all chunk sizes that good splits of some contexts may have, timed.
+
+    The same setting where kernels take single rows, or the quantum is too fine to matter to them.
 
     Args:
         setting: what chunks cost, about.
-        quantum: doubled while there would be more than `MOST_SIZES`.
+        contexts: the contexts, and all between them, that it is for.
+        quantum: what boundaries are multiples of.
+        on_chunk: told of each timed chunk.
+
+    Raises:
+        RankError: timing failed.
+        PartitionError: a context too short for so many ranks.
+    """
+    if group.tile_rows == 1 or quantum < LEAST_STEP:
+        return setting
+    time_sizes(group, likely_sizes(setting, contexts, group.ranks, quantum), log, on_chunk)
+    return replace(setting, cost=with_steps(setting.cost, log))
+
+
+def likely_sizes(setting: Setting, contexts: Sequence[int], ranks: int, quantum: int) -> tuple[int, ...]:
+    """Multiples of the quantum that chunks may have in good splits of these contexts, and of any between them.
+
+    From `FINEST` quanta on every other one, from twice as many on every fourth, and so on.
+
+    Args:
+        setting: what chunks cost, about.
+        quantum: what boundaries are multiples of.
 
     Raises:
         PartitionError: a context too short for so many ranks.
@@ -40,12 +70,10 @@ def likely_sizes(setting: Setting, contexts: Sequence[int], ranks: int, quantum:
     smooth = replace(setting, past=0, cost=replace(setting.cost, steps=()))
     least = min(best_split(min(contexts), ranks, smooth, quantum).sizes)
     most = max(best_split(max(contexts), ranks, smooth, quantum).sizes)
-    while True:
-        low = max(1, math.floor(min(least * (1 - MARGIN), least - LEAST_MARGIN * quantum) / quantum))
-        high = math.ceil(max(most * (1 + MARGIN), most + LEAST_MARGIN * quantum) / quantum)
-        if high - low < MOST_SIZES:
-            return tuple(at * quantum for at in range(low, min(high, max(contexts) // quantum) + 1))
-        quantum *= 2
+    low = max(1, math.floor(min(least * (1 - MARGIN), least - LEAST_MARGIN * quantum) / quantum))
+    high = math.ceil(max(most * (1 + MARGIN), most + LEAST_MARGIN * quantum) / quantum)
+    each = range(low, min(high, max(contexts) // quantum) + 1)
+    return tuple(at * quantum for at in each if at % (1 << (at // FINEST).bit_length()) == 0)
 
 
 def time_sizes(

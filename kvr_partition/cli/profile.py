@@ -11,9 +11,13 @@ Example:
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from kvr_partition.cli.options import add_output, add_ranks, make_group, need_at_least
+
+SHORTER = 4
+"""Contexts down to so small a part of the longest are asked for, as far as single chunk sizes matter."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -36,8 +40,11 @@ def run(options: argparse.Namespace) -> None:
     from contextlib import ExitStack
 
     from kvr_partition.cli.show import Progress, print_json, print_table
+    from kvr_partition.cost import LEAST_STEP
     from kvr_partition.profile import ChunkSample, LinkSample, Profile
+    from kvr_partition.search.space import default_quantum
     from profiler.calibrate import LEAST_SAMPLES, chunk_design, measured_setting
+    from profiler.sizes import tell_sizes
     from profiler.store import MeasurementLog
 
     work = LEAST_SAMPLES * len(chunk_design(options.context, group.ranks))
@@ -50,12 +57,16 @@ def run(options: argparse.Namespace) -> None:
         stack.enter_context(group)
         progress.doing("timing chunks and links")
         setting = measured_setting(group, options.context, log, lambda chunk, prefix: progress.advance(1.0))
+        shortest = max(options.context // SHORTER, group.ranks * LEAST_STEP)
+        quantum = default_quantum(shortest, group.ranks, group.tile_rows)
+        progress.doing("timing chunk sizes")
+        setting = tell_sizes(group, setting, [min(shortest, options.context), options.context], quantum, log)
         profile = Profile.of(
             setting,
             options.context,
             group.provenance,
             tuple(
-                ChunkSample(line.chunk, line.prefix, line.seconds, line.first_kv_s, line.alone)
+                ChunkSample(line.chunk, line.prefix, line.seconds, line.first_kv_s, line.alone, line.layers)
                 for line in log.chunks
                 if not line.warmup
             ),
@@ -86,6 +97,15 @@ def run(options: argparse.Namespace) -> None:
         carries = "" if link is None or not link.seconds_per_byte else f"{1e-9 / link.seconds_per_byte:.3g} GB/s"
         rows.append([str(rank), f"{speed:.3f}", "" if link is None else f"{link.latency_s * 1e6:.3g} µs", carries])
     print_table(["rank", "speed", "latency to the next", "bandwidth"], rows)
+    if cost.steps:
+        low, high = (f"{size} tokens {factor - 1:+.1%}" for size, factor in _extremes(cost.steps))
+        print(f"\nAgainst a smooth cost, chunk sizes take {low} to {high} ({len(cost.steps)} timed)")
     print(f"\nWritten to {options.out}. Next:")
     print(f"  kvr-partition compare --context {options.context} --ranks {group.ranks} "
           f"--dtype {group.dtype} --backend simulate --profile {options.out}")  # fmt: skip
+
+
+def _extremes(steps: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], tuple[int, float]]:
+    """The sizes that are liked the most and the least."""
+    ordered = sorted(steps, key=lambda step: step[1])
+    return ordered[0], ordered[-1]

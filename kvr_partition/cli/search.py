@@ -321,8 +321,22 @@ class _Session:
                     self._group, longest, lambda candidate: self._measure([candidate], "guess")[0]
                 )
                 self.costs_known = True
+        if self._setting is not None:
+            self._setting = self._with_steps(self._setting)
         self._progress.doing("measuring the first partitions")
         return self._setting
+
+    def _with_steps(self, setting: Setting) -> Setting:
+        """What single chunk sizes take, where kernels like some better than others."""
+        from profiler.sizes import tell_sizes
+
+        self._progress.doing("timing chunk sizes")
+        quantum = min(self._quantum(context) for context in self._contexts)
+        try:
+            return tell_sizes(self._group, setting, self._contexts, quantum, self._out.log)
+        except RankError as error:
+            self._progress.say(f"  going on without knowing what single chunk sizes take: {error}")
+            return setting
 
     def _finish_phase(self, context: int, *, searched: bool) -> None:
         budget = self._options.budget if searched else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,12 @@ DRIFT_SPREADS = (0.0, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
 STEP_SPREADS = (0.0, 0.01, 0.02, 0.04, 0.08)
 SCATTER_SPREADS = (0.0, 0.01, 0.02, 0.04)
 """What is tried of how far the whole machine drifts, chunks of a size are off alike, and all else scatters."""
+
+TOLD_WEIGHTS, USUAL_WEIGHT, WEIGHT_SPREAD = (0.0, 0.25, 0.5, 0.75, 1.0), 0.5, 0.35
+"""What is tried of how much of the steps that were told shows in a prefill; what is usual, and how far others are.
+
+Ranks that share a GPU get into each other's way otherwise when all take the same chunk at once.
+"""
 
 USUAL_DRIFT, USUAL_SCATTER, USUAL_STEP = 3.0, 2.0, 0.05
 """A machine drifts and scatters from one measurement to the next by so many times what it does from one sample to
@@ -79,12 +85,18 @@ def corrected(setting: Setting, measurements: Sequence[Measurement]) -> Correcte
     """
     timed = [one for one in measurements if one.ok and len(one.samples[0].ranks) == len(one.sizes)]
     if not timed:
-        return Corrected(setting, (0.0,) * len(measurements))
+        return Corrected(_with_steps(setting, USUAL_WEIGHT), (0.0,) * len(measurements))
     found = _with_costs(setting, timed)
     told = _with_links(found.setting, timed)
     known = dict(zip(map(id, timed), found.drift, strict=True))
     drift = tuple(known.get(id(one), 0.0) for one in measurements)
     return Corrected(_with_kv_share(told, timed, found.drift), drift, found.step_spread, found.met)
+
+
+def _with_steps(setting: Setting, weight: float) -> Setting:
+    """The same, with so much of its steps."""
+    steps = tuple((size, factor**weight) for size, factor in setting.cost.steps)
+    return replace(setting, cost=replace(setting.cost, steps=steps))
 
 
 def _with_costs(setting: Setting, timed: Sequence[Measurement]) -> Corrected:
@@ -104,11 +116,12 @@ def _with_costs(setting: Setting, timed: Sequence[Measurement]) -> Corrected:
     noise = np.array([noise_of(one) for one in timed])[:, None]
     ranks = sizes.shape[1]
     slowness = np.log([setting.slowness(rank) for rank in range(ranks)])
-    known = np.log(took) - slowness - np.log(_eases(timed, setting))[:, None] - np.log(step_of(cost, sizes))
+    all_known = np.log(took) - slowness - np.log(_eases(timed, setting))[:, None]
+    told_steps = np.log(step_of(cost, sizes))
     different, which = np.unique(sizes, return_inverse=True)
     which = which.reshape(sizes.shape)
 
-    def solved(spreads: _Spreads) -> tuple[Array, Array, Array, Array]:
+    def solved(known: Array, spreads: _Spreads) -> tuple[Array, Array, Array, Array]:
         count = len(timed) if spreads.drift else 0
         ends = np.cumsum([4, ranks, count])
 
@@ -128,19 +141,29 @@ def _with_costs(setting: Setting, timed: Sequence[Measurement]) -> Corrected:
         cost_terms, slow, drift, steps = np.split(least_squares(unlikely, np.zeros(unknowns)).x, ends)
         return cost_terms, slow, drift, steps
 
-    spreads = _Spreads()
-    if len(timed) > 1 and ranks > 1:
+    def likeliest(weight: float, tried: Iterable[_Spreads]) -> tuple[float, _Spreads, float]:
+        known = all_known - weight * told_steps
         # Linear in the logarithms of the terms, nearly, around what explains the times at first sight.
-        near = solved(spreads)[0]
+        near = solved(known, _Spreads())[0]
         each = terms * np.exp(near)
         shares = each / each.sum(axis=-1, keepdims=True)
         linear = known - np.log(each.sum(axis=-1)) + shares @ near
         # Some of very many measurements say as much.
         some = slice(None, None, max(1, sizes.size // MOST_TIMES))
-        spreads = _likeliest(linear[some], shares[some], which[some], noise[some], _usual(timed))
-    cost_terms, slow, drift, steps = solved(spreads)
+        evidence, spreads = _likeliest(linear[some], shares[some], which[some], noise[some], _usual(timed), tried)
+        return evidence - 0.5 * ((weight - USUAL_WEIGHT) / WEIGHT_SPREAD) ** 2, spreads, weight
+
+    spreads, weight = _Spreads(), USUAL_WEIGHT
+    if len(timed) > 1 and ranks > 1:
+        every = itertools.product(DRIFT_SPREADS, STEP_SPREADS, SCATTER_SPREADS)
+        best = likeliest(weight, itertools.starmap(_Spreads, every))
+        if told_steps.any():
+            near_best = [replace(best[1], step=step) for step in STEP_SPREADS]
+            best = max((likeliest(one, near_best) for one in TOLD_WEIGHTS), key=lambda found: found[0])
+        _, spreads, weight = best
+    cost_terms, slow, drift, steps = solved(all_known - weight * told_steps, spreads)
     fixed, token, own_pair, prefix_pair = (float(one) for one in prices * np.exp(cost_terms))
-    factors = dict(cost.steps)
+    factors = dict(_with_steps(setting, weight).cost.steps)
     for size, step in zip(map(int, different), steps, strict=False):
         factors[size] = factors.get(size, 1.0) * math.exp(step)
     told = replace(
@@ -167,8 +190,10 @@ class _Spreads:
     scatter: float = 0.0
 
 
-def _likeliest(known: Array, shares: Array, which: Any, noise: Array, usual: float) -> _Spreads:
-    """The spreads under which times like these are likeliest.
+def _likeliest(
+    known: Array, shares: Array, which: Any, noise: Array, usual: float, tried: Iterable[_Spreads]
+) -> tuple[float, _Spreads]:
+    """Those of some spreads under which times like these are likeliest.
 
     A wrong cost makes one rank late when its chunk grows, and another early whose chunk then shrinks; drift makes
     all ranks of a measurement late together, and a step all chunks of a size, in whatever measurement. All are
@@ -180,6 +205,9 @@ def _likeliest(known: Array, shares: Array, which: Any, noise: Array, usual: flo
         which: ``[measurements, ranks]``, number of the chunk's size.
         noise: ``[measurements, 1]``, relative standard error.
         usual: relative standard deviation from one sample to the next.
+
+    Returns:
+        The logarithm of how likely the times are then, and the spreads.
     """
     import numpy as np
     from scipy.linalg import cho_solve, cholesky
@@ -212,8 +240,7 @@ def _likeliest(known: Array, shares: Array, which: Any, noise: Array, usual: flo
         # What is unusual is unlikely, but not impossible.
         return likely - math.fsum(math.log1p(one * one) for one in unusual)
 
-    tried = itertools.product(DRIFT_SPREADS, STEP_SPREADS, SCATTER_SPREADS)
-    return max((_Spreads(*one) for one in tried), key=evidence)
+    return max(((evidence(one), one) for one in tried), key=lambda one: one[0])
 
 
 def _usual(timed: Sequence[Measurement]) -> float:

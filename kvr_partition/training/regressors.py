@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from kvr_partition.cost import ChunkCost
+from kvr_partition.cost import LEAST_STEP, ChunkCost
 from kvr_partition.errors import OutOfRangeError
 from kvr_partition.partition import Partition
 from kvr_partition.schedule import Setting, ttft
@@ -22,10 +22,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Array = NDArray[np.float64]
-
-
-LEAST_STEP = 32
-"""Tokens of a quantum below which chunk sizes differ by less than the tiles of any kernel."""
 
 
 class Regressor(Protocol):

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from kvr_partition import load
-from kvr_partition.profile import load_profile
+from kvr_partition import PartitionPredictor, PartitionTable, load
+from kvr_partition.cost import ChunkCost, LinkCost
+from kvr_partition.profile import Profile, load_profile
+from kvr_partition.schedule import Setting, best_split, simulate
+from kvr_partition.training import load_dataset
+from profiler.models import open_model
 from profiler.store import MeasurementLog
 from tests.cli.program import one_error, program
-from tests.models import write_folder
+from tests.models import provenance, write_folder
 from tests.unit.test_profile import profile_of
 
 
@@ -65,6 +72,35 @@ def test_a_search_on_the_simulator_says_so_everywhere(simulated: Path) -> None:
     # The second rank is the fastest, and work per token grows.
     assert sizes[1] > sizes[2]
     assert sizes[0] > sizes[2]
+
+
+def test_a_search_where_kernels_like_some_sizes_tells_a_predictor_of_all(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "llama", "llama-gqa", num_hidden_layers=6, max_position_embeddings=32768)
+    draw = random.Random(2)
+    steps = tuple((size, math.exp(draw.gauss(0.0, 0.05))) for size in range(128, 8192, 128))
+    links = (LinkCost.of(2e11, 1e-5),) * 2
+    setting = Setting(ChunkCost(1e-3, 2e-5, 2e-9, 1.5e-9, 0.25, steps), 6, 512, link=links)
+    origin = provenance(ranks=3, model=open_model(folder).geometry, backend="sm")
+    Profile.of(setting, 16384, origin).save(tmp_path / "profile.json")
+    done = run(f"search {ON} --contexts 6144,12288 --budget 4 --samples 1 --out out --quiet", tmp_path)
+    assert done.returncode == 0, done.stderr
+    with MeasurementLog(tmp_path / "out" / "measurements.jsonl") as log:
+        timed = {line.chunk for line in log.chunks if line.layers}
+    table = load(tmp_path / "out" / "table.json")
+    assert isinstance(table, PartitionTable)
+    found = {context: table.lookup(context, ranks=3).partition for context in (6144, 12288)}
+    assert {size for one in found.values() for size in one.sizes} <= timed
+    done = run("train out --method corrected --out my.json --dataset rows.json --quiet", tmp_path)
+    assert done.returncode == 0, done.stderr
+    for row in load_dataset(tmp_path / "rows.json").rows:
+        assert {size for size, _ in row.told.cost.steps} == timed
+    predictor = load(tmp_path / "my.json")
+    assert isinstance(predictor, PartitionPredictor)
+    for context in (7680, 9216, 10752):
+        predicted = predictor.predict(context).partition
+        smooth = replace(setting, cost=replace(setting.cost, steps=()))
+        balanced = best_split(context, 3, smooth, quantum=128)
+        assert simulate(predicted, setting).ttft_s < simulate(balanced, setting).ttft_s
 
 
 def test_compare_on_the_simulator(simulated: Path) -> None:

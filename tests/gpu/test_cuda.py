@@ -130,6 +130,8 @@ def test_sm_partition_ranks_equal_the_single_run(name: str, ranks: int, tmp_path
             assert group.sample(Candidate("bound", Partition(uneven))).kv_bytes == 0
             assert [seconds > 0 for seconds, _ in group.time_chunk(100, 50)] == [True] * ranks
             assert [seconds > 0 for seconds, _ in group.time_chunk(100, 50, alone=True)] == [True]
+            part = [seconds for seconds, _ in group.time_chunk(100, 50, layers=1)]
+            assert [seconds > 0 for seconds in part] == [True] * ranks
 
 
 def test_sm_partition_ranks_survive_a_candidate_that_does_not_fit(tmp_path: Path) -> None:
