@@ -6,6 +6,7 @@ python benchmarks/plot.py
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,21 +129,27 @@ def regrets_by_ranks() -> None:
     save(figure, "simulated-predictor-by-ranks")
 
 
-def against_search(file: str, name: str) -> None:
-    """TTFT over that of the searched split, compared turn by turn, with intervals."""
-    held_out = json.loads((ROOT / "data" / file).read_text())["held_out"]
-    figure, axes = plt.subplots(figsize=(5.2, 2.9))
-    shown = {"KVR-P": COLOURS["KVR"], "interpolated": "#d99a3c", "KVR-E": "#8c8c8c"}
-    for shift, (method, shade) in enumerate(shown.items()):
-        for at, one in enumerate(held_out):
-            over = {key: value * 100 for key, value in one["methods"][method]["over_searched"].items()}
+def against_search(
+    name: str, *files: tuple[str, str], methods: Sequence[str] = ("KVR-P", "interpolated", "KVR-E")
+) -> None:
+    """TTFT over that of the searched split, compared turn by turn, with intervals; files by what they are of."""
+    cases = [
+        (f"{what}{one['context']:,} tokens", one["methods"])
+        for what, file in files
+        for one in json.loads((ROOT / "data" / file).read_text())["held_out"]
+    ]
+    figure, axes = plt.subplots(figsize=(max(5.2, 1.9 * len(cases)), 2.9))
+    shades = {"KVR-P": COLOURS["KVR"], "steps met": "#6a9f58", "interpolated": "#d99a3c", "KVR-E": "#8c8c8c"}
+    for shift, method in enumerate(methods):
+        for at, (_, found) in enumerate(cases):
+            over = {key: value * 100 for key, value in found[method]["over_searched"].items()}
             axes.errorbar(
-                at + 0.18 * (shift - 1), over["median"],
+                at + 0.18 * (shift - (len(methods) - 1) / 2), over["median"],
                 yerr=[[over["median"] - over["low"]], [over["high"] - over["median"]]],
-                fmt="o", color=shade, capsize=2, markersize=4, label=method if at == 0 else None,
+                fmt="o", color=shades[method], capsize=2, markersize=4, label=method if at == 0 else None,
             )  # fmt: skip
     axes.axhline(0, color="#8c8c8c", linewidth=0.6)
-    axes.set_xticks(range(len(held_out)), [f"{one['context']:,} tokens" for one in held_out], fontsize=8)
+    axes.set_xticks(range(len(cases)), [what for what, _ in cases], fontsize=8)
     axes.set_ylabel("TTFT over KVR-S, %", fontsize=8)
     axes.legend(fontsize=8, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -172,7 +179,15 @@ def main() -> None:
     cold_starts()
     regrets()
     regrets_by_ranks()
-    against_search("epyc-2-cores/quickstart-llama/predict-cpu-2.json", "epyc-2-cores-quickstart-llama-predict")
+    against_search(
+        "epyc-2-cores-quickstart-llama-predict", ("", "epyc-2-cores/quickstart-llama/predict-cpu-2.json")
+    )
+    against_search(
+        "h100-sxm-predict",
+        ("Llama 7B, 8 ranks\n", "h100-sxm/llama-7b/profiled-sm-8.json"),
+        ("Falcon 7B, 4 ranks\n", "h100-sxm/falcon-7b/profiled-sm-4.json"),
+        methods=("KVR-P", "steps met", "interpolated", "KVR-E"),
+    )
 
 
 if __name__ == "__main__":
