@@ -1,7 +1,7 @@
 """The predictor and the table that come with a model, from what was measured on some hardware.
 
     python benchmarks/bundle.py --quantum 128 --out models/llama-7b/h100-sxm \\
-        data/h100-sxm/llama-7b/predict-sm-4-quantum-64.rows.json data/h100-sxm/llama-7b/predict-sm-8.rows.json
+        data/h100-sxm/llama-7b/predict-sm-{2,4,8}.rows.json
 
 Sources are rows that benchmarks/predict_real.py wrote, and logs of benchmarks/prefill.py, whose searches are rows
 too. Two files are written, OUT.predictor.json and OUT.table.json.
