@@ -92,7 +92,7 @@ def main() -> None:
             )
             told = _told(group, max(contexts) + options.past, log, few, options.profile)
             began = time.monotonic()
-            told = tell_sizes(group, told, [*contexts, *held_out], options.quantum, log)
+            told = tell_sizes(group, told, dict.fromkeys([*contexts, *held_out], options.quantum), log)
             print(f"  {len(told.cost.steps)} sizes timed in {time.monotonic() - began:.1f} s", flush=True)
 
         def confirmed(context: int, splits: Sequence[Partition]) -> list[Measurement]:

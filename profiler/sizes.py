@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from kvr_partition.cost import LEAST_STEP, ChunkCost, steps_of
@@ -30,28 +30,28 @@ LEAST_SIZES = 5
 def tell_sizes(
     group: RankGroup,
     setting: Setting,
-    contexts: Sequence[int],
-    quantum: int,
+    quanta: Mapping[int, int],
     log: MeasurementLog,
     on_chunk: Callable[[int], None] | None = None,
 ) -> Setting:
     """A setting with the steps of all chunk sizes that good splits of some contexts may have, timed.
 
-    The same setting where kernels take single rows, or the quantum is too fine to matter to them.
+    The same setting where kernels take single rows, or every quantum is too fine to matter to them.
 
     Args:
         setting: what chunks cost, about.
-        contexts: the contexts, and all between them, that it is for.
-        quantum: what boundaries are multiples of.
+        quanta: by context, what boundaries are multiples of; it is for contexts between as well.
         on_chunk: told of each timed chunk.
 
     Raises:
         RankError: timing failed.
         PartitionError: a context too short for so many ranks.
     """
-    if group.tile_rows == 1 or quantum < LEAST_STEP:
+    coarse = {context: quantum for context, quantum in quanta.items() if quantum >= LEAST_STEP}
+    if group.tile_rows == 1 or not coarse:
         return setting
-    time_sizes(group, likely_sizes(setting, contexts, group.ranks, quantum), log, on_chunk)
+    sizes = likely_sizes(setting, list(coarse), group.ranks, min(coarse.values()))
+    time_sizes(group, sizes, log, on_chunk)
     return replace(setting, cost=with_steps(setting.cost, log))
 
 

@@ -40,7 +40,6 @@ def run(options: argparse.Namespace) -> None:
     from contextlib import ExitStack
 
     from kvr_partition.cli.show import Progress, print_json, print_table
-    from kvr_partition.cost import LEAST_STEP
     from kvr_partition.profile import ChunkSample, LinkSample, Profile
     from kvr_partition.search.space import default_quantum
     from profiler.calibrate import LEAST_SAMPLES, chunk_design, measured_setting
@@ -57,10 +56,10 @@ def run(options: argparse.Namespace) -> None:
         stack.enter_context(group)
         progress.doing("timing chunks and links")
         setting = measured_setting(group, options.context, log, lambda chunk, prefix: progress.advance(1.0))
-        shortest = max(options.context // SHORTER, group.ranks * LEAST_STEP)
-        quantum = default_quantum(shortest, group.ranks, group.tile_rows)
         progress.doing("timing chunk sizes")
-        setting = tell_sizes(group, setting, [min(shortest, options.context), options.context], quantum, log)
+        contexts = (max(options.context // SHORTER, group.ranks), options.context)
+        quanta = {context: default_quantum(context, group.ranks, group.tile_rows) for context in contexts}
+        setting = tell_sizes(group, setting, quanta, log)
         profile = Profile.of(
             setting,
             options.context,

@@ -331,9 +331,9 @@ class _Session:
         from profiler.sizes import tell_sizes
 
         self._progress.doing("timing chunk sizes")
-        quantum = min(self._quantum(context) for context in self._contexts)
+        quanta = {context: self._quantum(context) for context in self._contexts}
         try:
-            return tell_sizes(self._group, setting, self._contexts, quantum, self._out.log)
+            return tell_sizes(self._group, setting, quanta, self._out.log)
         except RankError as error:
             self._progress.say(f"  going on without knowing what single chunk sizes take: {error}")
             return setting

@@ -74,14 +74,36 @@ def test_a_search_on_the_simulator_says_so_everywhere(simulated: Path) -> None:
     assert sizes[0] > sizes[2]
 
 
-def test_a_search_where_kernels_like_some_sizes_tells_a_predictor_of_all(tmp_path: Path) -> None:
-    folder = write_folder(tmp_path / "llama", "llama-gqa", num_hidden_layers=6, max_position_embeddings=32768)
+def rugged(folder: Path, spread: float) -> Setting:
+    """A folder with a model and a profile of three ranks on a GPU whose kernels like some sizes better."""
+    model = write_folder(folder / "llama", "llama-gqa", num_hidden_layers=6, max_position_embeddings=32768)
     draw = random.Random(2)
-    steps = tuple((size, math.exp(draw.gauss(0.0, 0.05))) for size in range(128, 8192, 128))
+    steps = tuple((size, math.exp(draw.gauss(0.0, spread))) for size in range(128, 8192, 128))
     links = (LinkCost.of(2e11, 1e-5),) * 2
     setting = Setting(ChunkCost(1e-3, 2e-5, 2e-9, 1.5e-9, 0.25, steps), 6, 512, link=links)
-    origin = provenance(ranks=3, model=open_model(folder).geometry, backend="sm")
-    Profile.of(setting, 16384, origin).save(tmp_path / "profile.json")
+    origin = provenance(ranks=3, model=open_model(model).geometry, backend="sm")
+    Profile.of(setting, 16384, origin).save(folder / "profile.json")
+    return setting
+
+
+def test_a_profile_says_which_sizes_kernels_like(tmp_path: Path) -> None:
+    true = dict(rugged(tmp_path, 0.02).cost.steps)
+    done = run(f"profile {ON} --context 12288 --out mine.json", tmp_path)
+    assert done.returncode == 0, done.stderr
+    profile = load_profile(tmp_path / "mine.json")
+    found = dict(profile.cost.steps)
+    assert {one.chunk for one in profile.chunk_samples if one.layers} == set(found)
+    assert min(found) <= 12288 // 4 // 3
+    assert max(found) >= 12288 // 3
+    worst, best = (end(found, key=lambda size: found[size]) for end in (max, min))
+    assert found[worst] / found[best] == pytest.approx(true[worst] / true[best], rel=0.1)
+    (line,) = [one for one in done.stdout.splitlines() if one.startswith("Against a smooth cost")]
+    assert f"{best} tokens {found[best] - 1:+.1%} to {worst} tokens {found[worst] - 1:+.1%}" in line
+    assert run(f"compare {ON.replace('profile.json', 'mine.json')} --context 6144", tmp_path).returncode == 0
+
+
+def test_a_search_where_kernels_like_some_sizes_tells_a_predictor_of_all(tmp_path: Path) -> None:
+    setting = rugged(tmp_path, 0.05)
     done = run(f"search {ON} --contexts 6144,12288 --budget 4 --samples 1 --out out --quiet", tmp_path)
     assert done.returncode == 0, done.stderr
     with MeasurementLog(tmp_path / "out" / "measurements.jsonl") as log:

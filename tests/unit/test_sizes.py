@@ -151,21 +151,21 @@ def test_what_is_told_of_sizes_stands_in_the_log(gpu_like: RankGroup, tmp_path: 
         assert group.tile_rows == 128
         plain = measured_setting(group, 4096, log)
         assert not plain.cost.steps
-        setting = tell_sizes(group, plain, [2048, 4096], 128, log)
+        setting = tell_sizes(group, plain, {2048: 128, 4096: 128, 64: 1}, log)
         assert setting.cost.terms == plain.cost.terms
         assert len(setting.cost.steps) > 5
         assert setting_of_log(log, group.provenance) == setting
         # Timing whole chunks again does not take parts of them for whole.
         assert measured_setting(group, 4096, log) == plain
         # Steps finer than any kernel's tiles say nothing of kernels.
-        assert tell_sizes(group, plain, [2048, 4096], 16, log) == plain
+        assert tell_sizes(group, plain, {2048: 16, 4096: 16}, log) == plain
 
 
 def test_cpus_take_single_rows(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "llama", "llama-gqa")
     with MeasurementLog(tmp_path / "log.jsonl") as log, RankGroup(folder, 2, log=log) as group:
         guess = guessed_setting(group, 64, lambda one: group.measure_many([one], purpose="guess")[0])
-        assert tell_sizes(group, guess, [64], 32, log) == guess
+        assert tell_sizes(group, guess, {64: 32}, log) == guess
         assert not log.chunks
         (first, _), (second, _) = group.time_chunk(32, 16, layers=2)
         assert min(first, second) > 0
