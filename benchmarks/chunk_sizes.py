@@ -3,7 +3,7 @@
     python benchmarks/chunk_sizes.py --model llama-7b --ranks 8 --sizes 256:2688:128 \\
         --out data/h100-sxm/llama-7b/chunk-sizes-sm-8.json
 
-Prints what each size takes over a smooth cost fitted to all of them, behind each prefix.
+Prints what a token of each size takes in a layer, behind each prefix.
 """
 
 from __future__ import annotations

@@ -5,8 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from kvr_partition.errors import KVRError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Array = NDArray[np.float64]
 
 MAX_CONDITION = 100.0
 MAX_RESIDUAL = 0.25
@@ -54,14 +61,12 @@ class LinkCost:
             FitError: messages of one size only, or times that do not grow with it.
         """
         import numpy as np
-        from scipy.optimize import nnls
 
         sizes = {nbytes for nbytes, _ in timed}
         if len(sizes) < 2 or max(sizes) < 4 * min(sizes):
             raise FitError("a link's latency and bandwidth need messages of two sizes at least 4x apart")
         terms = np.array([[1.0, nbytes] for nbytes, _ in timed]) / np.array([[seconds] for _, seconds in timed])
-        scale = np.linalg.norm(terms, axis=0)
-        latency, per_byte = nnls(terms / scale, np.ones(len(timed)))[0] / scale
+        latency, per_byte = _prices(terms)
         if per_byte == 0:
             raise FitError("messages take equally long whatever their size; send larger ones")
         return cls(float(latency), float(per_byte))
@@ -196,14 +201,22 @@ def steps_of(timed: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...
         Each size, in order, and how many times as long it takes as a smooth cost fitted to all of them says.
     """
     import numpy as np
-    from scipy.optimize import nnls
 
     ordered = sorted(timed)
     seconds = np.array([taken for _, taken in ordered])
     terms = np.array([[1.0, size, size * size / 2] for size, _ in ordered]) / seconds[:, None]
-    scale = np.linalg.norm(terms, axis=0)
-    expected = terms / scale @ nnls(terms / scale, np.ones(len(ordered)))[0]
+    expected = terms @ _prices(terms)
     return tuple((size, float(1 / share)) for (size, _), share in zip(ordered, expected, strict=True))
+
+
+def _prices(terms: Array) -> Array:
+    """What a unit of each term takes, never less than nothing; terms ``[times, n]`` are divided by their time."""
+    import numpy as np
+    from scipy.optimize import nnls
+
+    scale = np.linalg.norm(terms, axis=0)
+    prices: Array = nnls(terms / scale, np.ones(len(terms)))[0] / scale
+    return prices
 
 
 def _kv_share(timed: Sequence[TimedChunk], fixed: float, token: float) -> float:

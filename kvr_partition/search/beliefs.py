@@ -127,14 +127,14 @@ def surprise(sizes: Any, met: Iterable[int]) -> Array:
 def _largest(most: int) -> tuple[Array, Array]:
     """Expected largest of 0 to ``most`` standard normal numbers, of them alone and of them and zero."""
     import numpy as np
+    from scipy.integrate import trapezoid
     from scipy.special import ndtr
 
-    places = np.linspace(-8.0, 8.0, 3201)
-    below = ndtr(places)[None, :] ** np.arange(1, most + 1)[:, None]
-    step, above = places[1] - places[0], places >= 0
-    beside = (1 - below[:, above]).sum(axis=1) * step - step / 2 * (1 - below[:, above][:, 0])
-    alone = beside - below[:, ~above].sum(axis=1) * step - step / 2 * below[:, above][:, 0]
-    return np.concatenate([[0.0], alone]), np.concatenate([[0.0], beside])
+    places, count = np.linspace(0.0, 8.0, 1601), np.arange(most + 1)[:, None]
+    beside = trapezoid(1 - ndtr(places) ** count, places)
+    # Of none there is no largest; zero stands for it.
+    alone = np.where(count[:, 0] > 0, beside - trapezoid(ndtr(-places) ** count, places), 0.0)
+    return alone, beside
 
 
 def _places(sizes: Array) -> Array:

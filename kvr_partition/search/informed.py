@@ -15,10 +15,10 @@ from optuna.trial import FrozenTrial, TrialState
 from kvr_partition.errors import PartitionError
 from kvr_partition.measurement import Measurement
 from kvr_partition.partition import Partition
-from kvr_partition.schedule import Setting, best_split, ttft
+from kvr_partition.schedule import Setting, best_split
 from kvr_partition.search.beliefs import Beliefs
 from kvr_partition.search.correction import LEAST_NOISE, LONE_NOISE, noise_of
-from kvr_partition.search.exchange import exchanged
+from kvr_partition.search.exchange import exchanged, settled
 from kvr_partition.search.space import Space
 
 if TYPE_CHECKING:
@@ -173,19 +173,12 @@ class InformedSampler(PartitionSampler):
 
     def _solved(self, beliefs: Beliefs) -> Partition:
         """The best split of a setting, and of its steps where sizes are told to have any."""
-        import numpy as np
-
         assert self._space is not None
         space, setting = self._space, beliefs.setting
         found = best_split(space.context, len(space.ranges) + 1, setting, quantum=space.quantum)
         if not setting.cost.steps or space.context % space.quantum:
             return found
-
-        def seconds(rows: Any) -> Array:
-            return ttft(rows, setting) * beliefs.surprised(rows)
-
-        known = [size for size, _ in setting.cost.steps]
-        return self._partition(exchanged(np.array(found.sizes), space.quantum, seconds, known, self._inside)[-1])
+        return settled(found, space.quantum, setting, beliefs.surprised, self._inside)
 
     def _exchanged(self, beliefs: Beliefs, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
         """Partitions of chunk sizes that go well, on the way from the best of these."""

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from kvr_partition.cost import LEAST_STEP, ChunkCost
 from kvr_partition.errors import OutOfRangeError
 from kvr_partition.partition import Partition
-from kvr_partition.schedule import Setting, ttft
+from kvr_partition.schedule import Setting
 from kvr_partition.search.beliefs import surprise
 from kvr_partition.search.correction import corrected
-from kvr_partition.search.exchange import exchanged
+from kvr_partition.search.exchange import settled
 from kvr_partition.training.dataset import Machine, Row
 from kvr_partition.training.features import Query, features, places, solved
 
@@ -93,14 +93,12 @@ def _in_steps(
         return None
     import numpy as np
 
-    def seconds(rows: Any) -> Array:
-        found: Array = ttft(rows, setting) * np.exp(step_spread * surprise(rows, met))
-        return found
+    def delayed(sizes: Any) -> Array:
+        factors: Array = np.exp(step_spread * surprise(sizes, met))
+        return factors
 
     start = Partition.from_cuts(cuts, query.context, quantum)
-    known = [size for size, _ in setting.cost.steps]
-    best = exchanged(np.array(start.sizes), quantum, seconds, known)[-1]
-    return tuple(int(size) for size in best)
+    return settled(start, quantum, setting, delayed).sizes
 
 
 class CostModel:
