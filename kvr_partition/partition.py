@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
 from typing import NoReturn
@@ -34,11 +35,11 @@ class Partition:
     past: int
 
     def __init__(self, sizes: Iterable[int], past: int = 0) -> None:
-        checked = tuple(_whole(size, f"size of rank {rank}", 1) for rank, size in enumerate(sizes))
+        checked = tuple(whole(size, f"size of rank {rank}", 1) for rank, size in enumerate(sizes))
         if not checked:
             raise PartitionError("a partition needs at least one chunk; got no sizes")
         object.__setattr__(self, "sizes", checked)
-        object.__setattr__(self, "past", _whole(past, "past", 0))
+        object.__setattr__(self, "past", whole(past, "past", 0))
 
     @classmethod
     def trusted(cls, sizes: tuple[int, ...], past: int = 0) -> Partition:
@@ -115,7 +116,7 @@ class Partition:
         Raises:
             PartitionError: more ranks than the context has quanta.
         """
-        ranks = _whole(ranks, "ranks", 1)
+        ranks = whole(ranks, "ranks", 1)
         return cls.from_fractions((1.0,) * ranks, context, quantum=quantum, past=past)
 
     @classmethod
@@ -135,8 +136,8 @@ class Partition:
         Raises:
             PartitionError: negative, NaN or infinite shares, shares that are all zero, or a context too short.
         """
-        context = _whole(context, "context", 1)
-        quantum = _whole(quantum, "quantum", 1)
+        context = whole(context, "context", 1)
+        quantum = whole(quantum, "quantum", 1)
         ranks = len(fractions)
         if ranks == 0:
             raise PartitionError("a partition needs at least one chunk; got no fractions")
@@ -183,8 +184,12 @@ class Partition:
         Raises:
             PartitionError: as `from_fractions`.
         """
-        if quantum < 1:
-            raise PartitionError(f"quantum must be at least 1; got {quantum}")
+        if not (type(context) is type(quantum) is type(past) is int) or quantum < 1:
+            context, quantum, past = (
+                whole(context, "context", 1),
+                whole(quantum, "quantum", 1),
+                whole(past, "past", 0),
+            )
         sizes = _nearest(cuts, context) if quantum == 1 else _dealt(cuts, context, quantum)
         if min(sizes) > 0:
             return cls.trusted(tuple(sizes), past)
@@ -264,9 +269,21 @@ def _dealt(cuts: Sequence[float], context: int, quantum: int) -> list[int]:
     return sizes
 
 
-def _whole(value: object, what: str, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise PartitionError(f"{what} must be a whole number; got {value!r}")
-    if value < least:
-        raise PartitionError(f"{what} must be at least {least}; got {value}")
-    return value
+def whole(value: object, what: str, least: int) -> int:
+    """A whole number of any kind (numpy's and torch's too) as a plain one.
+
+    Raises:
+        PartitionError: a truth value, a fraction, something else, or less than ``least``.
+    """
+    if type(value) is int:
+        number = value
+    else:
+        try:
+            if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
+                raise TypeError
+            number = operator.index(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            raise PartitionError(f"{what} must be a whole number; got {value!r}") from None
+    if number < least:
+        raise PartitionError(f"{what} must be at least {least}; got {number}")
+    return number

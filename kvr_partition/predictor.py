@@ -13,7 +13,7 @@ import msgspec
 
 from kvr_partition import jsonfile
 from kvr_partition.errors import FileFormatError, OutOfRangeError, PartitionError
-from kvr_partition.partition import Partition
+from kvr_partition.partition import Partition, whole
 from kvr_partition.provenance import Provenance
 from kvr_partition.table import Lookup
 from kvr_partition.terms import ChunkTerms
@@ -264,8 +264,10 @@ class PartitionPredictor:
         """
         if ranks is None:
             ranks = self._only
+        if type(context) is not int or type(past) is not int:
+            context, past = whole(context, "context", 1), whole(past, "past", 0)
         grid = None if ranks is None else self._grids.get(ranks)
-        if grid is not None and past >= 0 and type(context) is int and type(past) is int:
+        if grid is not None and past >= 0:
             contexts, shares = grid.contexts, grid.past_shares
             share = past / (past + context) if past else 0.0
             if contexts[0] <= context <= contexts[-1] and shares[0] <= share <= shares[-1]:
@@ -283,6 +285,7 @@ class PartitionPredictor:
 
     def explain(self, context: int, ranks: int | None = None, past: int = 0) -> Explanation:
         """What there is to expect of `predict` with the same arguments."""
+        context, past = whole(context, "context", 1), whole(past, "past", 0)
         ranks = self._only if ranks is None else ranks
         method = self._training.method
         reason = self._why_not(context, ranks, past)

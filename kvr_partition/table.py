@@ -12,7 +12,7 @@ import msgspec
 
 from kvr_partition import jsonfile
 from kvr_partition.errors import FileFormatError, OutOfRangeError, PartitionError
-from kvr_partition.partition import Partition
+from kvr_partition.partition import Partition, whole
 from kvr_partition.provenance import Provenance
 
 SCHEMA = "kvr-partition/table/1"
@@ -88,7 +88,9 @@ class PartitionTable:
         # Inner boundaries as shares of the context, and by how much they grow until the next context.
         self._cuts: dict[tuple[int, int], list[list[tuple[float, float]]]] = {}
         self._quanta: dict[tuple[int, int], list[int]] = {}
-        ordered = sorted(entries, key=lambda entry: (entry.ranks, entry.past, entry.context))
+        ordered = sorted(
+            (_plain(entry) for entry in entries), key=lambda entry: (entry.ranks, entry.past, entry.context)
+        )
         for entry in ordered:
             partition = entry.partition
             if partition.context != entry.context:
@@ -151,8 +153,11 @@ class PartitionTable:
 
         Raises:
             OutOfRangeError: no such rank count or past, or a context outside the searched range.
+            PartitionError: numbers that are no whole ones.
         """
         ranks = self._one_rank_count() if ranks is None else ranks
+        if not (type(context) is type(ranks) is type(past) is int):
+            context, ranks, past = whole(context, "context", 1), whole(ranks, "ranks", 1), whole(past, "past", 0)
         series = self._series.get((ranks, past))
         if series is None:
             raise OutOfRangeError(self._absent(ranks, past))
@@ -228,3 +233,17 @@ class PartitionTable:
 
 def _several(values: Iterable[int]) -> str:
     return ", ".join(str(value) for value in values)
+
+
+def _plain(entry: Entry) -> Entry:
+    """The same entry with whole numbers of the kind that files hold."""
+    given = (entry.context, *entry.sizes, entry.past, entry.quantum)
+    if all(type(number) is int for number in given):
+        return entry
+    return msgspec.structs.replace(
+        entry,
+        context=whole(entry.context, "context", 1),
+        sizes=entry.partition.sizes,
+        past=whole(entry.past, "past", 0),
+        quantum=whole(entry.quantum, "quantum", 1),
+    )
