@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import msgspec
@@ -28,8 +29,11 @@ class Deviation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     single: float
 
     def within(self, dtype: str) -> bool:
-        """Whether the split costs no more than rounding: twice the single run's distance, plus one epsilon."""
-        return self.split <= 2 * self.single + EPSILON[dtype]
+        """Whether the split costs no more than rounding: twice the single run's distance, plus one epsilon.
+
+        Distances that are not finite hold nothing.
+        """
+        return math.isfinite(self.single) and self.split <= 2 * self.single + EPSILON[dtype]
 
 
 class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -181,14 +181,39 @@ class Many(msgspec.Struct, frozen=True, tag=True):
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """The request failed on this rank."""
+    """The request failed on this rank; see `RankError` for what the fields say."""
 
     kind: str
     message: str
-    traceback: str
+    traceback: str = ""
+    phase: str = ""
+    culprit: int | None = None
+    """The rank at fault, where this one knows; a victim names another one."""
 
 
-Request = Setup | Prefill | Verify | PlanAhead | TimeChunk | TimeLink | Generate | Close
+class Ping(msgspec.Struct, frozen=True, tag=True):
+    """Whether the process still runs, and what it is at; answered while it is busy."""
+
+    number: int
+
+
+class Pong(msgspec.Struct, frozen=True, tag=True):
+    """What the process of a rank is at, in words that follow "it is", and the rank that it waits for, if any."""
+
+    number: int
+    doing: str
+    waits_for: int | None
+
+
+class Renew(msgspec.Struct, frozen=True, tag=True):
+    """Agree anew after a failure, if all ranks are still there."""
+
+
+class Renewed(msgspec.Struct, frozen=True, tag=True):
+    """The group has links again on which nothing of the failed request can arrive."""
+
+
+Request = Setup | Prefill | Verify | PlanAhead | TimeChunk | TimeLink | Generate | Ping | Renew | Close
 Reply = (
     Ready
     | PrefillDone
@@ -200,8 +225,21 @@ Reply = (
     | Token
     | GenerateDone
     | Many
+    | Pong
+    | Renewed
     | Failed
 )
+
+PHASES: dict[type, str] = {
+    Prefill: "prefill",
+    Verify: "verification",
+    PlanAhead: "warm-up",
+    TimeChunk: "timing of a chunk",
+    TimeLink: "timing of links",
+    Generate: "prefill",
+    Renew: "renewal",
+}
+"""What is under way while ranks serve a request."""
 
 _encoder = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
@@ -209,9 +247,8 @@ _replies: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
 
 
 def encode(message: Any) -> bytes:
-    """A message with its length in front."""
-    body = _encoder.encode(message)
-    return len(body).to_bytes(4, "big") + body
+    """A message as bytes, without its length."""
+    return _encoder.encode(message)
 
 
 def decode_request(body: bytes) -> Request:
@@ -222,22 +259,3 @@ def decode_request(body: bytes) -> Request:
 def decode_reply(body: bytes) -> Reply:
     """A reply from the body of a message."""
     return _replies.decode(body)
-
-
-class Inbox:
-    """Puts received bytes together to message bodies."""
-
-    def __init__(self) -> None:
-        self._bytes = bytearray()
-
-    def feed(self, data: bytes) -> list[bytes]:
-        """The message bodies that are complete with this data."""
-        self._bytes += data
-        bodies = []
-        while len(self._bytes) >= 4:
-            end = 4 + int.from_bytes(self._bytes[:4], "big")
-            if len(self._bytes) < end:
-                break
-            bodies.append(bytes(self._bytes[4:end]))
-            del self._bytes[:end]
-        return bodies

@@ -11,8 +11,43 @@ import socket
 import sys
 import threading
 
+from kvr_partition.frames import Frames, framed
+from kvr_partition.runtime.channel import Doing
 from profiler import messages
 from profiler.worker import Worker, failed
+
+
+class _Process:
+    """What the thread that listens and the one that works share."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self.requests: queue.SimpleQueue[messages.Request] = queue.SimpleQueue()
+        self.worker: Worker | None = None
+        self._control = control
+        self._sending = threading.Lock()
+
+    def send(self, reply: messages.Reply) -> None:
+        """Tell the driver something."""
+        with self._sending:
+            self._control.sendall(framed(messages.encode(reply)))
+
+    def listen(self) -> None:
+        """Queue requests; when the driver is gone, be gone too, whatever the rank is doing."""
+        frames = Frames()
+        while True:
+            try:
+                data = self._control.recv(1 << 16)
+            except OSError:
+                data = b""
+            if not data:
+                os._exit(1)
+            for body in frames.feed(data):
+                request = messages.decode_request(body)
+                if isinstance(request, messages.Ping):
+                    doing = Doing("starting") if self.worker is None else self.worker.doing
+                    self.send(messages.Pong(request.number, doing.what, doing.waits_for))
+                else:
+                    self.requests.put(request)
 
 
 def main() -> None:
@@ -22,25 +57,19 @@ def main() -> None:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     _die_with_parent()
-    control = socket.socket(fileno=int(sys.argv[1]))
-    requests: queue.SimpleQueue[messages.Request] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(control, requests), daemon=True).start()
-
-    def send(reply: messages.Reply) -> None:
-        control.sendall(messages.encode(reply))
-
-    setup = requests.get()
+    process = _Process(socket.socket(fileno=int(sys.argv[1])))
+    threading.Thread(target=process.listen, daemon=True).start()
+    setup = process.requests.get()
     assert isinstance(setup, messages.Setup)
     try:
-        worker = _worker_for(setup)
+        process.worker = _worker_for(setup)
     except Exception as error:
-        send(failed(error))
+        process.send(failed(error, setup.rank, "start"))
         return
-    send(worker.ready())
-    while not isinstance(request := requests.get(), messages.Close):
-        send(worker.serve(request, send))
+    process.send(process.worker.ready())
+    while not isinstance(request := process.requests.get(), messages.Close):
+        process.send(process.worker.serve(request, process.send))
     # Leaving through the interpreter would wait for peers that may already be gone.
-    control.close()
     os._exit(0)
 
 
@@ -50,20 +79,6 @@ def _worker_for(setup: messages.Setup) -> Worker:
 
         return SMWorker(setup)
     return Worker(setup)
-
-
-def _listen(control: socket.socket, requests: queue.SimpleQueue[messages.Request]) -> None:
-    """Queue requests; when the driver is gone, be gone too, whatever the rank is doing."""
-    inbox = messages.Inbox()
-    while True:
-        try:
-            data = control.recv(1 << 16)
-        except OSError:
-            data = b""
-        if not data:
-            os._exit(1)
-        for body in inbox.feed(data):
-            requests.put(messages.decode_request(body))
 
 
 def _die_with_parent() -> None:

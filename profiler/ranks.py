@@ -14,7 +14,7 @@ import msgspec
 
 from kvr_partition._version import __version__
 from kvr_partition.certificate import Certificate
-from kvr_partition.errors import PartitionError, RankError, UnsupportedError
+from kvr_partition.errors import PartitionError, UnsupportedError
 from kvr_partition.measurement import Measurement, Sample
 from kvr_partition.methods import BASELINES
 from kvr_partition.partition import Partition
@@ -477,9 +477,8 @@ class RankGroup:
         try:
             return self._transport.exchange([request] * self.ranks, on_token)
         except BaseException as error:
-            # After an error, or an interrupt in the middle of one, the ranks are out of step. Those that share a
-            # process are not, and memory that did not suffice is free again.
-            if not (self.backend == "sm" and isinstance(error, RankError) and error.kind == "out-of-memory"):
+            # After an error, or an interrupt in the middle of a request, ranks may be out of step.
+            if not self._transport.survives(error):
                 self.close()
             raise
 

@@ -58,6 +58,9 @@ class Simulated:
                     f"simulated ranks hold no model, so {type(other).__name__.lower()} needs another --backend"
                 )
 
+    def survives(self, error: BaseException) -> bool:
+        return True
+
     def close(self) -> None:
         pass
 

@@ -24,10 +24,11 @@ from kvr_partition.methods import GATHERING
 from kvr_partition.partition import Partition
 from kvr_partition.runtime import probe, single
 from kvr_partition.runtime.baselines import gathered
+from kvr_partition.runtime.decoding import top_is_finite
 from kvr_partition.runtime.execution import Execution
 from kvr_partition.runtime.kernels import planning
 from kvr_partition.runtime.links import LinkLimits, NoLinks, Topology
-from kvr_partition.runtime.prefill import PrefillResult, chunk_cache, run_chunk
+from kvr_partition.runtime.prefill import PrefillResult, chunk_cache, not_finite, run_chunk
 from kvr_partition.runtime.verify import run_reference, run_single
 from profiler import messages
 from profiler.green import split_sms
@@ -91,6 +92,7 @@ class SMWorker(Worker):
             times = self._replayer.run(recording, limits)
         finally:
             gc.enable()
+        _check_finite(recording)
         replies = []
         for rank, recorded in enumerate(recording.ranks):
             timeline = recorded.result.timeline
@@ -137,6 +139,7 @@ class SMWorker(Worker):
         self._fill_past(recording, request.token_seed)
         limits = LinkLimits(request.bandwidth, request.noise, self._setup.noise_seed)
         self._replayer.run(recording, limits)
+        _check_finite(recording)
         alone, reference = run_single(self._model, ids), run_reference(self._model, ids)
         found = [
             verified(recorded.result, partition, request.method, alone, reference) for recorded in recording.ranks
@@ -317,6 +320,18 @@ class SMWorker(Worker):
 
     def _empty(self, shape: tuple[int, int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return self._arena.empty(shape, dtype=dtype, device=device)
+
+
+def _check_finite(recording: Recording) -> None:
+    """Refuse a first token of NaN.
+
+    Raises:
+        NotFiniteError: the logits are not finite.
+    """
+    for recorded in recording.ranks:
+        logits = recorded.result.logits
+        if logits is not None and not top_is_finite(logits.max(-1).values):
+            raise not_finite(recorded.result.cache, recording.partition)
 
 
 def _wire_bytes(recording: Recording, rank: int) -> int:

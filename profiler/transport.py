@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import selectors
 import signal
@@ -13,12 +14,21 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
-from kvr_partition.errors import KVRError, RankError, UnsupportedError
+from kvr_partition.errors import RankError, UnsupportedError, named_ranks
+from kvr_partition.frames import Frames, framed
 from profiler import messages
+from profiler.messages import PHASES
+
+if TYPE_CHECKING:
+    from kvr_partition.runtime.agreement import Agreement
+    from profiler.worker import Worker
+
+ANSWER_S = 2.0
+"""Seconds within which a process that still runs answers."""
 
 
 class Transport(Protocol):
@@ -28,6 +38,9 @@ class Transport(Protocol):
         self, requests: Sequence[messages.Request], on_token: Callable[[messages.Token], None] | None = None
     ) -> list[messages.Reply]:
         """Send each rank its request and wait for every rank's reply; raises `RankError`."""
+
+    def survives(self, error: BaseException) -> bool:
+        """Whether the next request may follow after this error; otherwise the ranks are to be ended."""
 
     def close(self) -> None:
         """End all ranks; never raises, leaves nothing running."""
@@ -45,7 +58,8 @@ class Spawned:
         self._folder = tempfile.TemporaryDirectory(prefix="kvr-ranks-")
         self._processes: list[subprocess.Popen[bytes]] = []
         self._sockets: list[socket.socket] = []
-        self._inboxes = [messages.Inbox() for _ in setups]
+        self._frames = [Frames() for _ in setups]
+        self._pings = 0
         # A file as meeting point cannot collide with anyone's port.
         rendezvous = (Path(self._folder.name) / "rendezvous").as_uri()
         try:
@@ -78,7 +92,8 @@ class Spawned:
         self._processes.append(process)
         self._sockets.append(ours)
         scratch = self._folder.name
-        ours.sendall(messages.encode(msgspec.structs.replace(setup, rendezvous=rendezvous, scratch=scratch)))
+        whole = msgspec.structs.replace(setup, rendezvous=rendezvous, scratch=scratch)
+        ours.sendall(framed(messages.encode(whole)))
 
     @property
     def pids(self) -> list[int]:
@@ -88,30 +103,31 @@ class Spawned:
     def exchange(
         self, requests: Sequence[messages.Request], on_token: Callable[[messages.Token], None] | None = None
     ) -> list[messages.Reply]:
+        phase = PHASES.get(type(requests[0]), "request") if requests else "start"
         for rank, request in enumerate(requests[: len(self._sockets)]):
             try:
-                self._sockets[rank].sendall(messages.encode(request))
+                self._sockets[rank].sendall(framed(messages.encode(request)))
             except OSError:
-                raise self._lost(rank) from None
+                raise worst({rank: self._death(rank, phase)}) from None
         replies: dict[int, messages.Reply] = {}
         failures: dict[int, messages.Failed] = {}
         deadline = time.monotonic() + self._timeout_s
-        with selectors.DefaultSelector() as selector:
-            for rank, control in enumerate(self._sockets):
-                selector.register(control, selectors.EVENT_READ, rank)
-            while len(replies) + len(failures) < len(self._sockets):
+        with self._selector() as selector:
+            while len(replies | failures) < len(self._sockets):
                 ready = selector.select(max(0.0, deadline - time.monotonic()))
                 if not ready:
                     if failures:
                         break
-                    raise self._timed_out([r for r in range(len(self._sockets)) if r not in replies])
+                    raise self._timed_out([r for r in range(len(self._sockets)) if r not in replies], phase)
                 for key, _ in ready:
                     rank = key.data
-                    data = self._receive(rank)
-                    if not data:
+                    bodies = self._receive(rank)
+                    if bodies is None:
                         selector.unregister(key.fileobj)
-                        failures[rank] = self._death(rank)
-                    for body in self._inboxes[rank].feed(data):
+                        # What it said last tells more than how it ended.
+                        failures.setdefault(rank, self._death(rank, phase))
+                        bodies = []
+                    for body in bodies:
                         reply = messages.decode_reply(body)
                         if isinstance(reply, messages.Token):
                             # Decoding may take as long as it likes, as long as it goes on.
@@ -124,18 +140,22 @@ class Spawned:
                             replies[rank] = reply
                     if failures:
                         # Others may yet say what really happened; the first to notice is often a victim.
-                        deadline = min(deadline, time.monotonic() + 2.0)
+                        deadline = min(deadline, time.monotonic() + 2 * ANSWER_S)
         if failures:
-            raise _worst(failures)
+            raise worst(failures)
         answers = [replies[rank] for rank in range(len(self._sockets))]
         return [
             each for reply in answers for each in (reply.replies if isinstance(reply, messages.Many) else (reply,))
         ]
 
+    def survives(self, error: BaseException) -> bool:
+        # Ranks that share a process are never out of step, and memory that did not suffice is free again.
+        return self._shared and isinstance(error, RankError) and error.kind in ("out-of-memory", "not-finite")
+
     def close(self) -> None:
         for control in self._sockets:
             with contextlib.suppress(OSError):
-                control.sendall(messages.encode(messages.Close()))
+                control.sendall(framed(messages.encode(messages.Close())))
         until = time.monotonic() + 1.0
         for process in self._processes:
             try:
@@ -147,11 +167,19 @@ class Spawned:
             control.close()
         self._folder.cleanup()
 
-    def _receive(self, rank: int) -> bytes:
+    def _selector(self) -> selectors.BaseSelector:
+        selector = selectors.DefaultSelector()
+        for rank, control in enumerate(self._sockets):
+            selector.register(control, selectors.EVENT_READ, rank)
+        return selector
+
+    def _receive(self, rank: int) -> list[bytes] | None:
+        """The messages that have come from a rank; None when its socket has closed."""
         try:
-            return self._sockets[rank].recv(1 << 16)
+            data = self._sockets[rank].recv(1 << 16)
         except OSError:
-            return b""
+            data = b""
+        return self._frames[rank].feed(data) if data else None
 
     def _output(self, rank: int) -> Path:
         return Path(self._folder.name) / f"rank{rank}.txt"
@@ -161,40 +189,80 @@ class Spawned:
             return self._output(rank).read_text(errors="replace")[-8000:]
         return ""
 
-    def _death(self, rank: int) -> messages.Failed:
+    def _death(self, rank: int, phase: str) -> messages.Failed:
         try:
             code = self._processes[rank].wait(2.0)
         except subprocess.TimeoutExpired:
-            return messages.Failed("lost", "closed its control socket", self._printed(rank))
+            return messages.Failed(
+                "died", f"rank {rank} closed its control socket", self._printed(rank), phase, rank
+            )
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        return messages.Failed("died", how, self._printed(rank))
+        return messages.Failed("died", f"rank {rank} {how}", self._printed(rank), phase, rank)
 
-    def _lost(self, rank: int) -> RankError:
-        return _worst({rank: self._death(rank)})
-
-    def _timed_out(self, silent: list[int]) -> RankError:
-        # Have the hanging ranks write down where they are before they are ended.
-        for rank in silent:
+    def _timed_out(self, late: list[int], phase: str) -> RankError:
+        """The error about the rank that all others wait for: it does not answer, or waits for nobody."""
+        answers = self._ask(late)
+        silent = [rank for rank in late if rank not in answers]
+        # Have the late ranks write down where they are before they are ended.
+        for rank in late:
             with contextlib.suppress(OSError):
                 self._processes[rank].send_signal(signal.SIGUSR1)
         time.sleep(0.5)
-        names = ", ".join(str(rank) for rank in silent)
+        printed = "\n".join(f"rank {rank}:\n{self._printed(rank)}" for rank in late)
+        if silent:
+            reason = f"{named_ranks(silent)} did not answer within {self._timeout_s:g} s: stopped, or hanging"
+            culprit = silent[0]
+        else:
+            waiting = {rank: pong for rank, pong in answers.items() if pong.waits_for is not None}
+            culprit = next((rank for rank in late if rank not in waiting), late[0])
+            reason = f"rank {culprit} did not answer within {self._timeout_s:g} s; it is {answers[culprit].doing}"
         return RankError(
-            f"rank {names} did not answer within {self._timeout_s:g} s; the group was ended "
-            "(raise --timeout if the work is this long)",
-            rank=silent[0],
+            f"{reason}; the group was ended (raise --timeout if the work is this long)",
+            rank=culprit,
             kind="timeout",
-            traceback="\n".join(f"rank {rank}:\n{self._printed(rank)}" for rank in silent),
+            phase=phase,
+            traceback=printed,
         )
 
+    def _ask(self, ranks: Sequence[int]) -> dict[int, messages.Pong]:
+        """What the processes of some ranks are at; one that is stopped or holds the interpreter does not say."""
+        self._pings += 1
+        ping = framed(messages.encode(messages.Ping(self._pings)))
+        answers: dict[int, messages.Pong] = {}
+        deadline = time.monotonic() + ANSWER_S
+        for rank in ranks:
+            with contextlib.suppress(OSError):
+                self._sockets[rank].sendall(ping)
+        with self._selector() as selector:
+            while len(answers) < len(ranks) and (left := deadline - time.monotonic()) > 0:
+                for key, _ in selector.select(left):
+                    bodies = self._receive(key.data)
+                    if bodies is None:
+                        selector.unregister(key.fileobj)
+                    for body in bodies or ():
+                        reply = messages.decode_reply(body)
+                        if isinstance(reply, messages.Pong) and reply.number == self._pings:
+                            answers[key.data] = reply
+        return answers
 
-def _worst(failures: dict[int, messages.Failed]) -> RankError:
-    """The failure that explains the others: a death before an error before a lost link."""
-    order = {"died": 0, "out-of-memory": 1, "error": 2}
-    rank, failure = min(failures.items(), key=lambda item: (order.get(item[1].kind, 3), item[0]))
-    says = {"out-of-memory": "ran out of memory: ", "error": "failed: "}.get(failure.kind, "")
-    kind = "lost" if failure.kind == "died" else failure.kind
-    return RankError(f"rank {rank} {says}{failure.message}", rank=rank, kind=kind, traceback=failure.traceback)
+
+def worst(failures: dict[int, messages.Failed]) -> RankError:
+    """The failure that explains the others: a death, then what a rank says of itself, then what others say."""
+
+    def order(item: tuple[int, messages.Failed]) -> tuple[int, int, int]:
+        rank, failure = item
+        kinds = {"died": 0, "out-of-memory": 1, "not-finite": 1, "error": 2, "start": 2}
+        victim = failure.culprit is not None and failure.culprit != rank
+        return (0 if failure.kind == "died" else 2 if victim else 1, kinds.get(failure.kind, 3), rank)
+
+    rank, failure = min(failures.items(), key=order)
+    phase = failure.phase
+    if failure.kind == "died":
+        # Those that noticed know best what was under way.
+        seen = (other.phase for other in failures.values() if other.culprit == rank and other.kind != "died")
+        phase = next(seen, phase)
+    kind = failure.kind if failure.kind != "died" else "start" if phase == "start" else "lost"
+    return RankError(failure.message, rank=failure.culprit, kind=kind, phase=phase, traceback=failure.traceback)
 
 
 def in_torchrun() -> bool:
@@ -208,31 +276,81 @@ def is_follower() -> bool:
 
 
 class Joined:
-    """The driver inside a ``torchrun`` world: it is rank 0 and leads the others over a gloo group."""
+    """The driver inside a ``torchrun`` world: it is rank 0 and leads the others over their channel."""
 
-    def __init__(self, worker: Any, control: Any) -> None:
+    def __init__(self, worker: Worker, agreement: Agreement) -> None:
         self._worker = worker
-        self._control = control
+        self._agreement = agreement
+        assert agreement.channel is not None
+        self._channel = agreement.channel
+        self._asked = 0
+        self._broken: RankError | None = None
 
     def exchange(
         self, requests: Sequence[messages.Request], on_token: Callable[[messages.Token], None] | None = None
     ) -> list[messages.Reply]:
-        if requests:
-            _broadcast(self._control, messages.encode(requests[0])[4:])
-            own = [self._worker.serve(requests[0], lambda _: None)]
-        else:
-            own = [self._worker.ready()]
-        bodies = _gather(self._control, messages.encode(own[0])[4:])
-        replies = [messages.decode_reply(body) for body in bodies]
-        failures = {rank: reply for rank, reply in enumerate(replies) if isinstance(reply, messages.Failed)}
+        if self._broken is not None:
+            raise RankError(
+                f"this torchrun world has lost a rank: {self._broken}; start it anew",
+                rank=self._broken.rank,
+                kind=self._broken.kind,
+                phase=self._broken.phase,
+            )
+        tell = on_token or (lambda _: None)
+        number, self._asked = self._asked, self._asked + 1
+        phase = PHASES.get(type(requests[0]), "request") if requests else "start"
+        for rank, request in enumerate(requests[1:], start=1):
+            self._channel.tell(f"request {number}", messages.encode(request), to=rank)
+        own = self._worker.serve(requests[0], lambda reply: _stream(reply, tell)) if requests else None
+        replies: dict[int, messages.Reply] = {0: self._worker.ready() if own is None else own}
+        missing = set(range(1, self._agreement.ranks))
+        while missing:
+            failed = any(isinstance(reply, messages.Failed) for reply in replies.values())
+            try:
+                # Once one has failed, the others are about to, or never will.
+                heard = self._channel.hear_any(
+                    f"reply {number}", phase, missing, timeout_s=4 * ANSWER_S if failed else None
+                )
+            except RankError as error:
+                for rank in missing:
+                    replies[rank] = failed_with(error)
+                break
+            for rank, body in heard.items():
+                reply = messages.decode_reply(body)
+                if isinstance(reply, messages.Token):
+                    tell(reply)
+                else:
+                    replies[rank] = reply
+                    missing.discard(rank)
+        failures = {rank: reply for rank, reply in replies.items() if isinstance(reply, messages.Failed)}
         if failures:
-            raise _worst(failures)
-        return replies
+            raise worst(failures)
+        return [replies[rank] for rank in range(self._agreement.ranks)]
+
+    def survives(self, error: BaseException) -> bool:
+        if not isinstance(error, Exception):
+            return False  # an interrupt ends the program
+        # Nobody but torchrun can start a rank anew. Those that are all there agree anew; else the world is broken.
+        try:
+            self.exchange([messages.Renew()] * self._agreement.ranks)
+        except RankError as worse:
+            if self._broken is None:
+                self._broken = error if isinstance(error, RankError) else worse
+        return True
 
     def close(self) -> None:
-        with contextlib.suppress(Exception):  # the others may be gone, which is what closing is for
-            _broadcast(self._control, messages.encode(messages.Close())[4:])
-        self._worker.leave(self._control)
+        self._channel.tell(f"request {self._asked}", messages.encode(messages.Close()))
+        self._worker.leave()
+
+
+def _stream(reply: messages.Reply, tell: Callable[[messages.Token], None]) -> None:
+    if isinstance(reply, messages.Token):
+        tell(reply)
+
+
+def failed_with(error: RankError) -> messages.Failed:
+    """A `RankError` as the reply of a rank that gave none."""
+    return messages.Failed(error.kind, str(error), error.traceback, error.phase, error.rank)
 
 
 def join(
@@ -245,12 +363,8 @@ def join(
 
     Raises:
         UnsupportedError: the world has another size.
-        KVRError: on a follower: what failed there.
+        RankError: a rank could not start, or, on a follower, the driver is gone.
     """
-    from datetime import timedelta
-
-    import torch.distributed as dist
-
     from profiler.worker import Worker
 
     world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
@@ -261,46 +375,22 @@ def join(
     local = os.environ.get("LOCAL_RANK", "0")
     devices = [f"cuda:{local}" if backend == "cuda" else "cpu"] * world
     worker = Worker(setups("env://", devices)[rank])
-    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    agreement = worker.agreement
+    assert agreement is not None
+    assert agreement.channel is not None
     if rank == 0:
-        return Joined(worker, control)
-    _gather(control, messages.encode(worker.ready())[4:])
+        return Joined(worker, agreement)
+    channel = agreement.channel
+    channel.tell("reply 0", messages.encode(worker.ready()), to=0)
+    asked = 1
     while True:
-        request = messages.decode_request(_broadcast(control, None))
+        # The driver may take as long as it likes between two requests.
+        body = channel.hear(f"request {asked}", "waiting for the driver", [0], timeout_s=math.inf)[0]
+        request = messages.decode_request(body)
         if isinstance(request, messages.Close):
-            worker.leave(control)
+            worker.leave()
             raise SystemExit(0)
-        reply = worker.serve(request, lambda _: None)
-        _gather(control, messages.encode(reply)[4:])
-        if isinstance(reply, messages.Failed):
-            raise KVRError(reply.message)
-
-
-def _broadcast(control: Any, body: bytes | None) -> bytes:
-    import torch
-    import torch.distributed as dist
-
-    length = torch.tensor([len(body or b"")])
-    dist.broadcast(length, src=0, group=control)
-    data = (
-        torch.frombuffer(bytearray(body), dtype=torch.uint8)
-        if body
-        else torch.empty(int(length), dtype=torch.uint8)
-    )
-    dist.broadcast(data, src=0, group=control)
-    return bytes(data.numpy().tobytes())
-
-
-def _gather(control: Any, body: bytes) -> list[bytes]:
-    import torch
-    import torch.distributed as dist
-
-    world = dist.get_world_size(control)
-    lengths = [torch.zeros(1, dtype=torch.long) for _ in range(world)]
-    dist.all_gather(lengths, torch.tensor([len(body)]), group=control)
-    most = int(max(lengths))
-    padded = torch.zeros(most, dtype=torch.uint8)
-    padded[: len(body)] = torch.frombuffer(bytearray(body), dtype=torch.uint8)
-    parts = [torch.zeros(most, dtype=torch.uint8) for _ in range(world)]
-    dist.all_gather(parts, padded, group=control)
-    return [bytes(part.numpy().tobytes()[: int(length)]) for part, length in zip(parts, lengths, strict=True)]
+        answer_to = f"reply {asked}"
+        reply = worker.serve(request, lambda token, to=answer_to: channel.tell(to, messages.encode(token), to=0))  # type: ignore[misc]
+        channel.tell(answer_to, messages.encode(reply), to=0)
+        asked += 1

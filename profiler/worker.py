@@ -23,7 +23,9 @@ from kvr_partition.errors import KVRError, RankError
 from kvr_partition.measurement import RankTimes
 from kvr_partition.partition import Partition
 from kvr_partition.runtime import decode, link_group, prefill, probe, single, tsp, warm_up, zigzag
+from kvr_partition.runtime.agreement import agreement_of, as_rank_error, is_link_error
 from kvr_partition.runtime.cache import RunaheadCache
+from kvr_partition.runtime.channel import IDLE, Doing
 from kvr_partition.runtime.kernels import planning
 from kvr_partition.runtime.links import LinkLimits, NoLinks, Topology
 from kvr_partition.runtime.prefill import PrefillResult, chunk_cache, run_chunk
@@ -58,6 +60,8 @@ class Worker:
             )
         # Baselines keep the world's own group, which may take all the SMs it likes.
         self._links = link_group() if setup.backend == "cuda" and self._world > 1 else None
+        self.agreement = agreement_of(self._links) if self._world > 1 else None
+        self._phase = "start"
         folder = open_model(setup.model)
         self._model = build_model(folder, dtype=setup.dtype, device=setup.device, seed=setup.seed)
         self._has_weights = folder.has_weights
@@ -84,17 +88,28 @@ class Worker:
             driver=driver_version() if on_cuda else None,
         )
 
-    def leave(self, control: Any) -> None:
+    @property
+    def doing(self) -> Doing:
+        """What this rank is at; asked by another thread."""
+        if self.agreement is not None and self.agreement.channel is not None:
+            doing = self.agreement.channel.doing
+            if doing is not IDLE:
+                return doing
+        return Doing(f"in its {self._phase}")
+
+    def leave(self) -> None:
         """Take down what joining the world set up.
 
         A process group that is still there when the interpreter ends can abort the process: its threads
         ask for an interpreter that no longer answers.
         """
         with contextlib.suppress(Exception):  # peers that are gone cannot be told
-            dist.destroy_process_group(None if self._made_world else control)
+            if self._made_world:
+                dist.destroy_process_group()
 
     def serve(self, request: messages.Request, stream: Callable[[messages.Reply], None]) -> messages.Reply:
         """Answer one request; an error is an answer too. ``stream`` takes what comes before the answer."""
+        self._phase = messages.PHASES.get(type(request), "request")
         try:
             match request:
                 case messages.Prefill():
@@ -109,15 +124,32 @@ class Worker:
                     return self._timed_link(request)
                 case messages.Generate():
                     return self._generate(request, stream)
+                case messages.Renew():
+                    if self.agreement is not None:
+                        self.agreement.renew()
+                    return messages.Renewed()
                 case _:
                     raise TypeError(f"a rank has no answer to {type(request).__name__}")
         except Exception as error:
-            answer = failed(error)
+            answer = failed(self._explained(error), self._setup.rank, self._phase)
+        finally:
+            self._phase = "wait for a request"
         if answer.kind == "out-of-memory" and self._device.type == "cuda":
             # Only now that nothing refers to the error any more, nothing refers to what it was raised among.
             gc.collect()
             torch.cuda.empty_cache()
         return answer
+
+    def _explained(self, error: Exception) -> BaseException:
+        """The error, or what is known of it: who broke a link, or in which layer a prefill failed."""
+        agreement = self.agreement
+        if agreement is None or isinstance(error, RankError):
+            return error
+        if agreement.failure is not None:
+            known = agreement.failure.with_traceback(error.__traceback__)
+            known.__cause__ = error
+            return known
+        return agreement.explain(None, error, self._phase) if is_link_error(error) else error
 
     def _timed_prefill(self, request: messages.Prefill) -> messages.Reply:
         run = self._runner(request)
@@ -308,11 +340,14 @@ class Worker:
                 topology=self._setup.topology,  # type: ignore[arg-type]
             )
         if result.first_token is not None:
-            first = int(result.first_token[0, 0])
-            stream(messages.Token(first, time.perf_counter() - began))
-            if first not in _end_tokens(self._model):
-                streamer = _TokenStreamer(lambda token: stream(messages.Token(token, time.perf_counter() - began)))
-                decode(self._model, input_ids, result, request.max_new_tokens, streamer=streamer)
+            self._phase = "decode"
+            if self.agreement is not None and self.agreement.channel is not None:
+                self.agreement.channel.doing = Doing("decoding")
+            stream(messages.Token(int(result.first_token[0, 0]), time.perf_counter() - began))
+            streamer = _TokenStreamer(lambda token: stream(messages.Token(token, time.perf_counter() - began)))
+            decode(self._model, input_ids, result, request.max_new_tokens, streamer=streamer)
+            if self.agreement is not None and self.agreement.channel is not None:
+                self.agreement.channel.doing = IDLE
         return messages.GenerateDone()
 
     def _tokens(self, count: int, seed: int) -> torch.Tensor:
@@ -329,8 +364,8 @@ class Worker:
     def _barrier(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize()
-        if self._world > 1:
-            dist.barrier()
+        if self.agreement is not None:
+            self.agreement.barrier()
         if self._device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -363,17 +398,13 @@ def verified(
     return messages.VerifyDone(tuple(deviations), same)
 
 
-def failed(error: BaseException) -> messages.Failed:
+def failed(error: BaseException, rank: int, phase: str) -> messages.Failed:
     """The answer that an error makes."""
-    kind = "error"
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        kind = "out-of-memory"
-    elif isinstance(error, RankError):
-        kind = error.kind
-    elif isinstance(error, dist.DistBackendError) or "gloo" in str(error):
-        kind = "lost"
-    message = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return messages.Failed(kind, message, "".join(traceback.format_exception(error)))
+    told = as_rank_error(error, rank, phase)
+    kind = "start" if phase == "start" and told.kind in ("error", "lost") else told.kind
+    return messages.Failed(
+        kind, str(told), "".join(traceback.format_exception(error)), told.phase or phase, told.rank
+    )
 
 
 def cpu_name() -> str:
@@ -417,8 +448,3 @@ def _no_garbage_collection() -> Any:
         yield
     finally:
         gc.enable()
-
-
-def _end_tokens(model: Any) -> set[int]:
-    end = model.generation_config.eos_token_id
-    return set() if end is None else set(end) if isinstance(end, list) else {end}

@@ -1,9 +1,11 @@
 """Run a prefill on real ranks: KV-Runahead, and the baselines it is compared with."""
 
+from kvr_partition.runtime.agreement import renew
 from kvr_partition.runtime.baselines import single, tsp, zigzag
+from kvr_partition.runtime.decoding import check_generation, decode
 from kvr_partition.runtime.group_links import link_group
 from kvr_partition.runtime.links import LinkLimits
-from kvr_partition.runtime.prefill import PrefillResult, decode, prefill, warm_up
+from kvr_partition.runtime.prefill import PrefillResult, prefill, warm_up
 from kvr_partition.runtime.support import ModelSupport, check_config, check_context, probe
 
 __all__ = [
@@ -12,10 +14,12 @@ __all__ = [
     "PrefillResult",
     "check_config",
     "check_context",
+    "check_generation",
     "decode",
     "link_group",
     "prefill",
     "probe",
+    "renew",
     "single",
     "tsp",
     "warm_up",

@@ -14,12 +14,15 @@ from transformers.cache_utils import Cache, DynamicCache
 from kvr_partition.errors import PartitionError, UnsupportedError
 from kvr_partition.methods import GatheringMethod
 from kvr_partition.partition import Partition
+from kvr_partition.runtime.agreement import agreement_of, is_link_error
 from kvr_partition.runtime.attention import attend_chunk
 from kvr_partition.runtime.cache import LayerKV, RunaheadCache, RunaheadLayer
+from kvr_partition.runtime.decoding import Greedy, check_generation, top_is_finite
 from kvr_partition.runtime.execution import AT_ONCE, Execution
 from kvr_partition.runtime.gather import Gather, GroupGather, Runs
 from kvr_partition.runtime.links import NO_LIMITS, LinkLimits, visible_prefix
-from kvr_partition.runtime.prefill import PrefillResult
+from kvr_partition.runtime.padding import read_padding
+from kvr_partition.runtime.prefill import PrefillResult, check_ids, not_finite
 from kvr_partition.runtime.support import (
     ModelSupport,
     check_context,
@@ -41,6 +44,7 @@ def single(
     rank: int = 0,
     ranks: int = 1,
     past: Cache | None = None,
+    attention_mask: torch.Tensor | None = None,
     execution: Execution = AT_ONCE,
 ) -> PrefillResult:
     """The whole prompt on this rank, through the model's stock attention and cache.
@@ -49,15 +53,28 @@ def single(
         input_ids: the prompt, ``[batch, context]``.
         rank, ranks: what the result says of itself; the last rank keeps the logits.
         past: a cache of the tokens before the prompt, which is gone on with.
+        attention_mask: as in `prefill`.
         execution: at once, or to be recorded.
+
+    Raises:
+        PartitionError, UnsupportedError, NotFiniteError: as `prefill`.
     """
-    before = 0 if past is None else past.get_seq_length()
-    check_context(model.config, before + input_ids.shape[1])
+    check_ids(model, input_ids)
+    before = 0 if past is None else int(past.get_seq_length())
+    context = input_ids.shape[1]
+    check_context(model.config, before + context)
+    padding = read_padding(model, attention_mask, input_ids.shape[0], before, context, "auto")
+    mask = None if padding is None else padding.mask
+    greedy = Greedy.under(model.generation_config, input_ids, past=before, attention_mask=mask)
     clock = execution.clock(input_ids.device)
     clock.stamp()
     cache = DynamicCache(config=model.config) if past is None else past
-    logits, token = first_token(forward(model, input_ids, cache), execution.to_host)
+    extra = {} if padding is None else padding.of_chunk(before, before + context)
+    output = forward(model, input_ids, cache, **extra)
+    logits, token, top = first_token(output, greedy.first, execution.to_host)
     clock.stamp()
+    if execution.to_host and not top_is_finite(top):
+        raise not_finite(cache, Partition((context,), before))
     return PrefillResult(
         rank=rank,
         ranks=ranks,
@@ -66,6 +83,9 @@ def single(
         cache=cache,
         kv_bytes=0,
         _timeline=lambda: RankTimeline((), clock.seconds()[-1]),
+        context=context,
+        past=before,
+        attention_mask=mask,
     )
 
 
@@ -76,6 +96,7 @@ def tsp(
     group: dist.ProcessGroup | None = None,
     causal: bool = False,
     limits: LinkLimits = NO_LIMITS,
+    agree: bool = True,
 ) -> PrefillResult:
     """Tensor-and-sequence-parallel prefill, the paper's baseline, on all ranks of a group.
 
@@ -87,13 +108,15 @@ def tsp(
         causal: attend to what a token can see only, through the same kernels as KV-Runahead, rather than
             to everything under a mask. Not in the paper.
         limits: what the links are held to.
+        agree: as in `prefill`.
 
     Raises:
+        RankError: ranks disagree, or one failed.
         PartitionError: a context shorter than the group has ranks, or beyond the model's positions.
         UnsupportedError: ``causal`` for a model whose attention cannot be replaced.
     """
     method: GatheringMethod = "tsp-causal" if causal else "tsp"
-    return gathered(model, input_ids, method, GroupGather(group, limits))
+    return _together(model, input_ids, method, group, limits, agree)
 
 
 def zigzag(
@@ -102,6 +125,7 @@ def zigzag(
     *,
     group: dist.ProcessGroup | None = None,
     limits: LinkLimits = NO_LIMITS,
+    agree: bool = True,
 ) -> PrefillResult:
     """Zigzag context parallelism on all ranks of a group: what serving engines do today.
 
@@ -113,12 +137,45 @@ def zigzag(
     Args:
         input_ids: the whole prompt on every rank, ``[batch, context]``.
         limits: what the links are held to.
+        agree: as in `prefill`.
 
     Raises:
+        RankError: ranks disagree, or one failed.
         PartitionError: fewer tokens than twice the ranks, or more than the model has positions.
         UnsupportedError: a model whose attention cannot be replaced, or with a sliding window.
     """
-    return gathered(model, input_ids, "zigzag", GroupGather(group, limits))
+    return _together(model, input_ids, "zigzag", group, limits, agree)
+
+
+def _together(
+    model: Any,
+    input_ids: torch.Tensor,
+    method: GatheringMethod,
+    group: dist.ProcessGroup | None,
+    limits: LinkLimits,
+    agree: bool,
+) -> PrefillResult:
+    """A gathering method on all ranks of a group, in one turn."""
+    with agreement_of(group, agree).turn() as turn:
+        assert turn.of is not None
+        ranks = turn.of.ranks
+        turn.checked(lambda: _check(model, input_ids, method, ranks))
+        turn.agree(method, model, input_ids, limits=limits)
+        gather = GroupGather(turn.of.links(input_ids.device), limits)
+        try:
+            return gathered(model, input_ids, method, gather)
+        except RuntimeError as error:
+            if is_link_error(error):
+                raise turn.explain(None, error) from error
+            raise
+
+
+def _check(model: Any, input_ids: torch.Tensor, method: GatheringMethod, ranks: int) -> None:
+    check_ids(model, input_ids)
+    check_context(model.config, input_ids.shape[1])
+    check_gathering(probe(model), method)
+    parts_of(method, input_ids.shape[1], ranks)
+    check_generation(model.generation_config)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,11 +245,8 @@ def gathered(
         PartitionError: too few tokens for so many ranks, or too many for the model.
         UnsupportedError: the method needs attention that this model does not have.
     """
-    if input_ids.dim() != 2:
-        raise PartitionError(f"input_ids must be [batch, context]; got {list(input_ids.shape)}")
-    check_context(model.config, input_ids.shape[1])
+    _check(model, input_ids, method, gather.ranks)
     support = probe(model)
-    check_gathering(support, method)
     parts = parts_of(method, input_ids.shape[1], gather.ranks)
     clock = execution.clock(input_ids.device)
     clock.stamp()
@@ -214,8 +268,13 @@ def gathered(
         output = forward(model, chunk_ids, run.cache, **extra)
     run.cache.prefilling = None
     has_token = own[-1].end == input_ids.shape[1]
-    logits, token = first_token(output, execution.to_host) if has_token else (None, None)
+    logits, token, top = None, None, None
+    if has_token:
+        greedy = Greedy.under(model.generation_config, input_ids)
+        logits, token, top = first_token(output, greedy.first, execution.to_host)
     clock.stamp()
+    if top is not None and execution.to_host and not top_is_finite(top):
+        raise not_finite(run.cache, _computed_in_order(parts))
     layers = len(run.cache.kv_layers)
     return PrefillResult(
         rank=gather.rank,
@@ -225,7 +284,14 @@ def gathered(
         cache=run.cache,
         kv_bytes=gather.sent_bytes,
         _timeline=lambda: _timeline(clock.seconds(), layers),
+        context=input_ids.shape[1],
     )
+
+
+def _computed_in_order(parts: list[list[Part]]) -> Partition:
+    """Where the rows of each rank end, for naming a row's rank. Zigzag's rows do not lie in order of ranks."""
+    sizes = [sum(part.tokens for part in of_rank) for of_rank in parts]
+    return Partition(sizes)
 
 
 def check_gathering(support: ModelSupport, method: GatheringMethod) -> None:

@@ -8,8 +8,16 @@ from typing import Any
 
 import torch
 from transformers import cache_utils
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
+from kvr_partition.errors import PartitionError, UnsupportedError
 from kvr_partition.runtime.links import Slot, visible_prefix
 
 # Newer transformers have a placeholder in the cache for a layer without KV of its own; older ones have
@@ -53,6 +61,8 @@ class TokenRows:
     ) -> None:
         self.kv = kv
         self.batch = batch
+        self.taken_from: list[int] = []
+        """Rows from which other caches have gone on in place, in that order."""
         self.rows = empty((tokens, kv.entry(batch)), dtype=dtype, device=device)
 
     def keys(self, start: int, end: int) -> torch.Tensor:
@@ -107,19 +117,38 @@ class RunaheadLayer(CacheLayerMixin):
         if isinstance(past, RunaheadLayer) and not self.is_sliding and past.store.rows.shape[0] >= rows:
             # Its rows are where they belong, and there is room behind them.
             self.store: TokenRows = past.store
+            self.store.taken_from.append(self.kept_prefix)
         else:
             self.store = TokenRows(kv, batch, rows, dtype, device, empty)
             if past is not None:
                 self._take_over(past, prefix)
+        self._taken = len(self.store.taken_from)
         self._length = prefix
         self._filled = self.kept_prefix
         self._visible = self.kept_prefix + chunk
 
     def _take_over(self, past: Any, prefix: int) -> None:
         """Copy what a chunk behind ``prefix`` tokens can see of an earlier cache's layer."""
-        seen = past.get_seq_length() - (prefix - self.kept_prefix)
+        keys, values = held_states(past)
+        seen = int(past.get_seq_length()) - (prefix - self.kept_prefix)
         if seen > 0:
-            self.store.write(0, past.keys[:, :, -seen:], past.values[:, :, -seen:])
+            self.store.write(0, keys[:, :, -seen:], values[:, :, -seen:])
+
+    def check_rows(self, writing: bool = False) -> None:
+        """Refuse rows that another cache has gone on with in place since.
+
+        Args:
+            writing: whether rows behind those in use are about to be written.
+
+        Raises:
+            PartitionError: they hold another prompt's tokens, or are about to be taken from it.
+        """
+        later = self.store.taken_from[self._taken :]
+        if later and (writing or min(later) < self._filled):
+            raise PartitionError(
+                "another prefill went on with the same past cache and has these rows now; decode from the latest "
+                "result only, or give each prefill a past cache of its own"
+            )
 
     @property
     def batch_size(self) -> int:
@@ -149,6 +178,7 @@ class RunaheadLayer(CacheLayerMixin):
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[int, int]:
         """Store new tokens; returns the rows that these tokens can see, themselves included."""
+        self.check_rows(writing=True)
         lookback = self._lookback()
         new = keys.shape[-2]
         if self._filled + new > self.store.rows.shape[0]:
@@ -208,12 +238,85 @@ class RunaheadLayer(CacheLayerMixin):
         tokens = lookback + new + max(256, lookback // 8)
         keys, values = self.keys, self.values
         self.store = TokenRows(self.kv, self.store.batch, tokens, keys.dtype, keys.device)
+        self._taken = 0
         self._filled = self.store.write(0, keys, values)
 
     def _replace(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         keys, values = change(self.keys), change(self.values)
         self.store = TokenRows(self.kv, keys.shape[0], self.store.rows.shape[0], keys.dtype, keys.device)
+        self._taken = 0
         self._filled = self.store.write(0, keys, values)
+
+
+def held_states(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values that a cache layer holds, ``[batch, heads, tokens, dim]``, latest token last.
+
+    Raises:
+        UnsupportedError: a kind of layer that keeps them otherwise, or something else besides.
+    """
+    if isinstance(layer, RunaheadLayer):
+        layer.check_rows()
+    elif type(layer) in (StaticLayer, StaticSlidingWindowLayer):
+        # Its tensors are as long as they may ever get; of a window they are turned once they are full.
+        length = min(int(layer.get_seq_length()), layer.keys.shape[2])
+        return layer.keys[:, :, :length], layer.values[:, :, :length]
+    elif type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        raise UnsupportedError(
+            f"a past cache with layers of type {type(layer).__name__} cannot be gone on with; "
+            "use a DynamicCache, a StaticCache or the cache of an earlier prefill"
+        )
+    return layer.keys, layer.values
+
+
+def check_past(past: Any, layers: Sequence[LayerKV | None], batch: int, dtype: torch.dtype) -> int:
+    """Refuse a past cache that does not belong to a model, or cannot be read.
+
+    Args:
+        layers: what each layer of the model keeps, see `probe`.
+
+    Returns:
+        Tokens it holds.
+
+    Raises:
+        UnsupportedError: a kind of cache that cannot be read.
+        PartitionError: another number of layers, heads, prompts or tokens than the model and the others have.
+    """
+    if not isinstance(past, Cache) or not isinstance(getattr(past, "layers", None), list):
+        raise UnsupportedError(
+            f"past must be a cache of transformers, with layers; got {type(past).__name__}; use a DynamicCache"
+        )
+    if getattr(past, "offloading", False):
+        raise UnsupportedError("past keeps its layers on the host (offloading); use a DynamicCache without")
+    if len(past.layers) < len(layers):
+        raise PartitionError(f"past has {len(past.layers)} layers, and the model {len(layers)}")
+    length = int(past.get_seq_length())
+    if length == 0:
+        return 0
+    kept: list[Any] = past.layers
+    for index, (layer, kv) in enumerate(zip(kept, layers, strict=False)):
+        if kv is None:
+            continue
+        if int(layer.get_seq_length()) != length:
+            raise PartitionError(
+                f"layer {index} of past holds {int(layer.get_seq_length())} tokens, and layer 0 {length}"
+            )
+        keys, values = held_states(layer)
+        found = (keys.shape[0], keys.shape[1], keys.shape[3], values.shape[1], values.shape[3])
+        wanted = (batch, kv.key_heads, kv.key_dim, kv.value_heads, kv.value_dim)
+        if found != wanted:
+            raise PartitionError(
+                f"layer {index} of past has batch, heads and sizes {found}, and model and prompt {wanted}"
+            )
+        if keys.dtype != dtype:
+            raise PartitionError(
+                f"layer {index} of past is {keys.dtype}, and the model {dtype}; give both one dtype"
+            )
+        if keys.shape[2] < visible_prefix(length, kv.window):
+            raise PartitionError(
+                f"layer {index} of past has the last {keys.shape[2]} tokens only, and the model sees "
+                f"{visible_prefix(length, kv.window)}"
+            )
+    return length
 
 
 class RunaheadCache(Cache):
@@ -264,7 +367,7 @@ class RunaheadCache(Cache):
                     dtype=dtype,
                     device=device,
                     empty=empty,
-                    past=None if past is None else past.layers[index],
+                    past=past.layers[index] if past is not None and past.get_seq_length() else None,
                 )
                 for index, one in enumerate(kv)
             ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -35,15 +35,15 @@ class Gather(Protocol):
 
 
 class GroupGather:
-    """All-gather over a process group.
+    """All-gather over a process group, or a backend of one.
 
     A bandwidth limit is that of a ring: every link carries the rows of all ranks but one, so the slowest
     link, the one with foreign traffic, holds all ranks up.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, limits: LinkLimits = NO_LIMITS) -> None:
-        self.rank = dist.get_rank(group)
-        self.ranks = dist.get_world_size(group)
+    def __init__(self, group: Any, limits: LinkLimits = NO_LIMITS) -> None:
+        self.rank = group.rank()
+        self.ranks = group.size()
         self.sent_bytes = 0
         self._group = group
         self._limits = limits
@@ -67,12 +67,14 @@ class GroupGather:
         sizes = {end - start for start, end in runs}
         if len(sizes) == 1 and all(before[1] == after[0] for before, after in itertools.pairwise(runs)):
             start, end = runs[self.rank]
-            dist.all_gather_into_tensor(rows[runs[0][0] : runs[-1][1]], rows[start:end], group=self._group)
+            self._group._allgather_base(rows[runs[0][0] : runs[-1][1]], rows[start:end]).wait()
             return
         # A collective wants equal parts. One broadcast from each rank moves the same bytes without padding
         # them to the longest run.
         for source, (start, end) in enumerate(runs):
-            dist.broadcast(rows[start:end], group=self._group, group_src=source)
+            options = dist.BroadcastOptions()
+            options.rootRank = source
+            self._group.broadcast([rows[start:end]], options).wait()
 
     def _hold(self, nbytes: int, device: torch.device) -> None:
         seconds = self._limits.held_s(nbytes)
@@ -88,7 +90,5 @@ class GroupGather:
             return []
         message = torch.zeros(self._limits.noise, dtype=torch.uint8, device=device)
         if self.rank == link:
-            work = dist.isend(message, group=self._group, group_dst=link + 1, tag=layer)
-        else:
-            work = dist.irecv(message, group=self._group, group_src=link, tag=layer)
-        return [] if work is None else [work]
+            return [self._group.send([message], link + 1, layer)]
+        return [self._group.recv([message], link, layer)]

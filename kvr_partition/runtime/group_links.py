@@ -1,4 +1,7 @@
-"""Links over a ``torch.distributed`` process group: posted ahead, received in place, never holding up compute."""
+"""Links over a ``torch.distributed`` process group: posted ahead, received in place, never holding up compute.
+
+All messages of a prefill carry its number, so that none is ever taken for one of another prefill.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from kvr_partition.errors import RankError
 from kvr_partition.partition import Partition
+from kvr_partition.runtime.agreement import LINK_CTAS, Turn, agreement_of
 from kvr_partition.runtime.links import (
     NO_LIMITS,
     Hop,
@@ -33,9 +37,10 @@ class _GroupLinks:
 
     partition: Partition
     rank: int
-    topology: Topology = "chain"
-    limits: LinkLimits = NO_LIMITS
-    group: dist.ProcessGroup | None = None
+    topology: Topology
+    limits: LinkLimits
+    group: Any
+    turn: Turn
     sent_bytes: int = field(init=False, default=0)
     _slots: Sequence[Slot] = field(init=False, default=())
     _receives: list[list[Hop]] = field(init=False, default_factory=list)
@@ -50,40 +55,36 @@ class _GroupLinks:
             self._foreign = torch.zeros(self.limits.noise, dtype=torch.uint8, device=slots[0].rows.device)
 
     def _tag(self, layer: int, chunk: int) -> int:
-        return layer * (self.partition.ranks + 1) + chunk
+        of_one = len(self._slots) * (self.partition.ranks + 1)
+        # Tags are 31 bits wide; by the time they come round again, nothing of the first prefill is left.
+        return self.turn.number % (_TAGS // of_one) * of_one + layer * (self.partition.ranks + 1) + chunk
 
-    def _isend(self, layer: int, hop: Hop) -> dist.Work:
+    def _isend(self, layer: int, hop: Hop) -> Any:
         rows = self._slots[layer].at(hop.piece)
         self.sent_bytes += rows.nbytes
-        return _begun(
-            dist.isend(rows, group=self.group, group_dst=hop.peer, tag=self._tag(layer, hop.piece.chunk))
-        )
+        return self.group.send([rows], hop.peer, self._tag(layer, hop.piece.chunk))
 
-    def _irecv(self, layer: int, hop: Hop) -> dist.Work:
+    def _irecv(self, layer: int, hop: Hop) -> Any:
         rows = self._slots[layer].at(hop.piece)
-        return _begun(
-            dist.irecv(rows, group=self.group, group_src=hop.peer, tag=self._tag(layer, hop.piece.chunk))
-        )
+        return self.group.recv([rows], hop.peer, self._tag(layer, hop.piece.chunk))
 
     def _noisy(self, layer: int) -> int | None:
         return self.limits.noisy_link(layer, self.partition.ranks)
 
-    def _isend_foreign(self, layer: int) -> dist.Work:
+    def _isend_foreign(self, layer: int) -> Any:
         assert self._foreign is not None
         tag = self._tag(layer, self.partition.ranks)
-        return _begun(dist.isend(self._foreign, group=self.group, group_dst=self.rank + 1, tag=tag))
+        return self.group.send([self._foreign], self.rank + 1, tag)
 
-    def _irecv_foreign(self, layer: int) -> dist.Work:
+    def _irecv_foreign(self, layer: int) -> Any:
         assert self._foreign is not None
         tag = self._tag(layer, self.partition.ranks)
         # What arrives is never read; a buffer of its own keeps it from what this rank may be sending.
         into = torch.empty_like(self._foreign)
-        return _begun(dist.irecv(into, group=self.group, group_src=self.rank - 1, tag=tag))
+        return self.group.recv([into], self.rank - 1, tag)
 
 
-def _begun(work: dist.Work | None) -> dist.Work:
-    assert work is not None
-    return work
+_TAGS = 2**31 - 1
 
 
 @dataclass(eq=False)
@@ -96,14 +97,17 @@ class HostLinks(_GroupLinks):
     """
 
     _missing: list[int] = field(init=False, default_factory=list)
-    _change: threading.Condition = field(init=False, default_factory=threading.Condition)
+    _change: threading.Condition = field(init=False)
     _outboxes: dict[int, queue.SimpleQueue[tuple[int, Hop | None] | None]] = field(
         init=False, default_factory=dict
     )
-    _receivers: list[threading.Thread] = field(init=False, default_factory=list)
-    _senders: list[threading.Thread] = field(init=False, default_factory=list)
+    _receiving: int = field(init=False, default=0)
+    _sending: int = field(init=False, default=0)
     _transfer_s: list[float] = field(init=False, default_factory=list)
-    _error: BaseException | None = field(init=False, default=None)
+    _error: tuple[int, BaseException] | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self._change = self.turn.change
 
     def start(self, slots: Sequence[Slot]) -> None:
         self._plan(slots)
@@ -119,10 +123,11 @@ class HostLinks(_GroupLinks):
         if any(self._noisy(layer) == self.rank for layer in range(len(slots))):
             peers.add(self.rank + 1)
         self._outboxes = {peer: queue.SimpleQueue() for peer in sorted(peers)}
-        self._senders = [self._spawn(f"send{peer}", partial(self._send_to, peer)) for peer in peers]
-        self._receivers = [
-            self._spawn(f"receive{peer}", partial(self._receive, works)) for peer, works in arrivals.items()
-        ]
+        self._receiving, self._sending = len(arrivals), len(peers)
+        for peer in peers:
+            self._spawn(f"send{peer}", peer, partial(self._send_to, peer))
+        for peer, works in arrivals.items():
+            self._spawn(f"receive{peer}", peer, partial(self._receive, works))
 
     def own_ready(self, layer: int) -> None:
         if self._noisy(layer) == self.rank:
@@ -130,38 +135,53 @@ class HostLinks(_GroupLinks):
         self._send_on(layer, self.rank)
 
     def wait_prefix(self, layer: int) -> None:
-        with self._change:
-            self._change.wait_for(lambda: self._missing[layer] <= 0 or self._error is not None)
-        self._raise_error()
+        self._wait_until(lambda: self._missing[layer] <= 0, self.rank - 1)
 
     def finish(self) -> list[float]:
         # Once everything has arrived, everything that is to be forwarded is queued.
-        for thread in self._receivers:
-            thread.join()
+        self._wait_until(lambda: self._receiving == 0, self.rank - 1)
         self.abort()
-        for thread in self._senders:
-            thread.join()
-        self._raise_error()
+        self._wait_until(lambda: self._sending == 0, self.rank + 1)
         return self._transfer_s
 
     def abort(self) -> None:
         for outbox in self._outboxes.values():
             outbox.put(None)
 
-    def _spawn(self, name: str, target: Callable[[], None]) -> threading.Thread:
-        thread = threading.Thread(
-            target=self._guard, args=(target,), name=f"kvr-rank{self.rank}-{name}", daemon=True
-        )
-        thread.start()
-        return thread
+    def _wait_until(self, done: Callable[[], bool], peer: int) -> None:
+        """Wait for the threads of the links, as long as no rank has failed."""
+        with self._change:
+            if not done():
+                self.turn.wait_for(peer)
+                self._change.wait_for(lambda: done() or self._error is not None or self.turn.failure is not None)
+            if done() and self._error is None:
+                self.turn.wait_for(None)
+                return
+            failure, broken = self.turn.failure, self._error
+        if failure is not None:
+            raise failure
+        assert broken is not None
+        peer, error = broken
+        raise self.turn.explain(peer, error) from error
 
-    def _guard(self, target: Callable[[], None]) -> None:
+    def _spawn(self, name: str, peer: int, target: Callable[[], None]) -> None:
+        threading.Thread(
+            target=self._guard, args=(peer, target), name=f"kvr-rank{self.rank}-{name}", daemon=True
+        ).start()
+
+    def _guard(self, peer: int, target: Callable[[], None]) -> None:
         try:
             target()
         except BaseException as error:  # handed to the compute thread, which raises it
             with self._change:
-                self._error = self._error or error
+                self._error = self._error or (peer, error)
                 self._change.notify_all()
+
+    def _ended(self, receiving: int = 0, sending: int = 0) -> None:
+        with self._change:
+            self._receiving -= receiving
+            self._sending -= sending
+            self._change.notify_all()
 
     def _receive(self, works: list[tuple[int, Hop | None, dist.Work]]) -> None:
         for layer, hop, work in works:
@@ -172,6 +192,7 @@ class HostLinks(_GroupLinks):
             with self._change:
                 self._missing[layer] -= 1
                 self._change.notify_all()
+        self._ended(receiving=1)
 
     def _send_on(self, layer: int, chunk: int) -> None:
         for hop in self._sends[layer].get(chunk, ()):
@@ -191,12 +212,7 @@ class HostLinks(_GroupLinks):
             else:
                 self._isend(layer, hop).wait()
                 self._transfer_s[layer] += time.perf_counter() - began
-
-    def _raise_error(self) -> None:
-        if self._error is not None:
-            raise RankError(
-                f"rank {self.rank} lost its link: {self._error}", rank=self.rank, kind="lost"
-            ) from self._error
+        self._ended(sending=1)
 
 
 @dataclass(eq=False)
@@ -246,7 +262,7 @@ class StreamLinks(_GroupLinks):
 
     def finish(self) -> list[float]:
         for stream in self._send_streams.values():
-            stream.synchronize()
+            self.turn.wait_for_device(stream.record_event())
         return [sum(begin.elapsed_time(end) for begin, end in spans) / 1e3 for spans in self._spans]
 
     def abort(self) -> None:
@@ -275,10 +291,6 @@ class StreamLinks(_GroupLinks):
             hold(self.limits.held_s(nbytes))
 
 
-LINK_CTAS = 4
-"""Blocks of threads that NCCL may keep for a link; each takes an SM from compute, even while it waits."""
-
-
 def link_group(ranks: Sequence[int] | None = None) -> dist.ProcessGroup | None:
     """A process group made for the links of a prefill, to be given to `prefill`.
 
@@ -293,6 +305,8 @@ def link_group(ranks: Sequence[int] | None = None) -> dist.ProcessGroup | None:
         backend, options = "nccl", dist.ProcessGroupNCCL.Options()
         options.config.max_ctas = LINK_CTAS
     group: dist.ProcessGroup | None = dist.new_group(ranks, backend=backend, pg_options=options)
+    if isinstance(group, dist.ProcessGroup):
+        agreement_of(group)  # ranks meet here, not on the clock of the first prompt
     return group
 
 
@@ -301,12 +315,12 @@ def group_links(
     rank: int,
     device: torch.device,
     *,
+    turn: Turn,
     topology: Topology = "chain",
     limits: LinkLimits = NO_LIMITS,
-    group: dist.ProcessGroup | None = None,
 ) -> Links:
-    """The links of one rank of a process group, whichever its device needs."""
-    if partition.ranks == 1:
+    """The links of one rank in one turn of its group, whichever its device needs."""
+    if turn.of is None:
         return NoLinks()
     kind = StreamLinks if device.type == "cuda" else HostLinks
-    return kind(partition, rank, topology, limits, group)
+    return kind(partition, rank, topology, limits, turn.of.links(device), turn)

@@ -128,6 +128,10 @@ class LinkLimits:
         if self.noise < 0:
             raise UnsupportedError(f"noise is a number of bytes, at least 0; got {self.noise}")
 
+    def __str__(self) -> str:
+        rate = "what they can" if self.bandwidth is None else f"{self.bandwidth:g} bytes/s"
+        return f"{rate}, {self.noise} bytes of noise seeded by {self.seed}" if self.noise else rate
+
     def held_s(self, nbytes: int) -> float:
         """Seconds that a message keeps a link busy."""
         return 0.0 if self.bandwidth is None else nbytes / self.bandwidth

@@ -1,4 +1,4 @@
-"""prefill(): one rank's part of a KV-Runahead prefill, and decoding on from its result."""
+"""prefill(): one rank's part of a KV-Runahead prefill."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ import torch
 import torch.distributed as dist
 from transformers.cache_utils import Cache
 
-from kvr_partition.errors import PartitionError
+from kvr_partition.errors import NotFiniteError, PartitionError
 from kvr_partition.partition import Partition
 from kvr_partition.predictor import PartitionPredictor
 from kvr_partition.runtime import attention
-from kvr_partition.runtime.cache import RunaheadCache, RunaheadLayer
+from kvr_partition.runtime.agreement import Turn, agreement_of
+from kvr_partition.runtime.cache import RunaheadCache, RunaheadLayer, check_past
+from kvr_partition.runtime.decoding import Greedy, top_is_finite
 from kvr_partition.runtime.execution import AT_ONCE, Execution
 from kvr_partition.runtime.group_links import group_links
 from kvr_partition.runtime.kernels import CudnnPlans
-from kvr_partition.runtime.links import NO_LIMITS, LinkLimits, Links, NoLinks, Topology
+from kvr_partition.runtime.links import NO_LIMITS, TOPOLOGIES, LinkLimits, Links, NoLinks, Topology
+from kvr_partition.runtime.padding import Padding, read_padding
 from kvr_partition.runtime.support import (
     Depth,
     check_context,
+    check_model,
     first_token,
     forward,
     probe,
@@ -38,11 +42,13 @@ class PrefillResult:
 
     Attributes:
         rank, ranks: which rank this is, of how many.
-        first_token: greedy first token of each prompt, ``[batch, 1]`` int64 on the host; None except on
-            the last rank.
+        first_token: greedy first token of each prompt under ``model.generation_config``, ``[batch, 1]`` int64 on
+            the host; None except on the last rank.
         logits: logits of the prompt's last position, ``[batch, vocabulary]``; None except on the last rank.
-        cache: this rank's KV; on the last rank that of the whole prompt, ready for ``generate``.
+        cache: this rank's KV; on the last rank that of the whole prompt, for `decode`.
         kv_bytes: bytes of KV this rank put on the wire.
+        context, past: tokens of the prompt, and of the cache before it.
+        attention_mask: of prompts that were padded, ``[batch, past + context]``; else None.
     """
 
     rank: int
@@ -52,6 +58,9 @@ class PrefillResult:
     cache: Any
     kv_bytes: int
     _timeline: Callable[[], RankTimeline]
+    context: int = 0
+    past: int = 0
+    attention_mask: torch.Tensor | None = None
 
     @property
     def is_last(self) -> bool:
@@ -75,14 +84,17 @@ def prefill(
     topology: Topology = "chain",
     limits: LinkLimits = NO_LIMITS,
     past: Cache | None = None,
+    attention_mask: torch.Tensor | None = None,
+    agree: bool = True,
 ) -> PrefillResult:
     """Read a prompt on all ranks of an initialised ``torch.distributed`` world.
 
-    Every rank calls it with the same model weights, the same token ids and the same partition.
+    Every rank calls it with the same model weights, the same token ids and the same partition. Ranks compare
+    these before any KV is sent. A rank that fails makes the group unusable, on all its ranks, until `renew`.
 
     Args:
         model: a Hugging Face causal LM, in eval mode, on this rank's device.
-        input_ids: the whole prompt, ``[batch, context]``; prompts of a batch have equal length.
+        input_ids: the whole prompt, ``[batch, context]``; shorter prompts of a batch are padded on the left.
         partition: one chunk per rank of the group; or a table or predictor, which is asked for the prompt's
             length, the group's ranks and what ``past`` holds.
         group: the process group; the default group when None. A single-chunk partition needs none.
@@ -92,39 +104,129 @@ def prefill(
             sends its own chunk to all later ones.
         limits: what links are held to, for experiments.
         past: on every rank, a cache that holds the partition's ``past`` tokens before this prompt (a
-            prefix-cache hit): any transformers cache, which is copied, or a `RunaheadCache` with rows to
-            spare, which is gone on with in place.
+            prefix-cache hit): a ``DynamicCache`` or ``StaticCache``, which is copied, or a `RunaheadCache` with
+            rows to spare, which is gone on with in place, so that it serves the latest prefill only.
+        attention_mask: ``[batch, context]``, or ``[batch, past + context]``, with 0 for padding on the left.
+        agree: whether ranks compare what they are about to run. Without it, ranks that disagree go unnoticed.
 
     Raises:
         OutOfRangeError: the table or predictor has no partition for this prompt.
         PartitionError: the partition does not fit the prompt or the group, or the model's positions.
-        UnsupportedError: the model cannot be split exactly.
-        RankError: the link to another rank broke.
+        UnsupportedError: the model cannot be split exactly, is in training mode, or has generation settings that
+            cannot be followed.
+        NotFiniteError: the logits are NaN or infinite; on the last rank.
+        RankError: ranks disagree, or one failed, died or did not come. It names the rank and the phase.
     """
-    held = 0 if past is None else past.get_seq_length()
+    alone = isinstance(partition, Partition) and partition.ranks == 1
+    with contextlib.ExitStack() as stack:
+        turn = Turn(None)
+        if not alone and _world_size(group) > 1:
+            turn = stack.enter_context(agreement_of(group, agree).turn())
+        plan = turn.checked(
+            lambda: _planned(
+                model, input_ids, partition, turn, depth, reserve, topology, limits, past, attention_mask
+            )
+        )
+        split, rank = plan.partition, plan.rank
+        turn.agree(
+            "kvr",
+            model,
+            input_ids,
+            sizes=split.sizes,
+            past=split.past,
+            attention_mask=None if plan.padding is None else plan.padding.mask,
+            topology=topology,
+            limits=limits,
+        )
+        start, end = split.starts[rank] - split.past, split.ends[rank] - split.past
+        chunk_ids = input_ids[:, start:end]
+        room = reserve if rank == split.ranks - 1 else 0
+        cache = chunk_cache(model, chunk_ids, prefix=split.starts[rank], reserve=room, past=past)
+        links = group_links(split, rank, input_ids.device, turn=turn, topology=topology, limits=limits)
+        try:
+            return run_chunk(
+                model,
+                chunk_ids,
+                cache,
+                rank=rank,
+                ranks=split.ranks,
+                links=links,
+                depth=depth,
+                partition=split,
+                choose=plan.greedy.first,
+                padding=plan.padding,
+                turn=turn,
+            )
+        except BaseException:
+            links.abort()
+            raise
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a prefill needs, checked."""
+
+    partition: Partition
+    rank: int
+    greedy: Greedy
+    padding: Padding | None
+
+
+def _planned(
+    model: Any,
+    input_ids: torch.Tensor,
+    partition: Partition | PartitionTable | PartitionPredictor,
+    turn: Turn,
+    depth: Depth,
+    reserve: int,
+    topology: Topology,
+    limits: LinkLimits,
+    past: Cache | None,
+    attention_mask: torch.Tensor | None,
+) -> _Plan:
+    """Everything that can be refused without asking another rank."""
+    rank, world = (0, 1) if turn.of is None else (turn.of.rank, turn.of.ranks)
+    if topology not in TOPOLOGIES:
+        raise PartitionError(f"topology must be one of {', '.join(TOPOLOGIES)}; got {topology!r}")
+    check_ids(model, input_ids)
+    support = probe(model)
+    held = 0 if past is None else check_past(past, support.layers, input_ids.shape[0], model.dtype)
+    if isinstance(partition, PartitionTable | PartitionPredictor):
+        partition = chosen_partition(partition, input_ids.shape[1], world, held)
     if not isinstance(partition, Partition):
-        partition = chosen_partition(partition, input_ids.shape[-1], _world_size(group), held)
-    rank = 0 if partition.ranks == 1 else dist.get_rank(group)
-    world = 1 if partition.ranks == 1 else dist.get_world_size(group)
+        raise PartitionError(
+            f"partition must be a Partition, a table or a predictor; got {type(partition).__name__}; "
+            "write Partition((9728, 6656))"
+        )
     if partition.ranks != world:
         raise PartitionError(f"the partition has {partition.ranks} chunks, but the group has {world} ranks")
-    if input_ids.dim() != 2 or input_ids.shape[1] != partition.context:
+    if input_ids.shape[1] != partition.context:
         raise PartitionError(
             f"input_ids must be [batch, {partition.context}] for this partition; got {list(input_ids.shape)}"
         )
     if held != partition.past:
         raise PartitionError(f"the partition has {partition.past} past tokens, but the cache given holds {held}")
     check_context(model.config, partition.past + partition.context + reserve)
-    start, end = partition.starts[rank], partition.ends[rank]
-    chunk_ids = input_ids[:, start - held : end - held]
-    room = reserve if rank == partition.ranks - 1 else 0
-    cache = chunk_cache(model, chunk_ids, prefix=start, reserve=room, past=past)
-    links = group_links(partition, rank, input_ids.device, topology=topology, limits=limits, group=group)
-    try:
-        return run_chunk(model, chunk_ids, cache, rank=rank, ranks=partition.ranks, links=links, depth=depth)
-    except BaseException:
-        links.abort()
-        raise
+    padding = read_padding(model, attention_mask, input_ids.shape[0], held, partition.context, depth)
+    mask = None if padding is None else padding.mask
+    support.choose("cache" if padding is not None and depth == "auto" else depth)
+    greedy = Greedy.under(model.generation_config, input_ids, past=held, attention_mask=mask)
+    return _Plan(partition, rank, greedy, padding)
+
+
+def check_ids(model: Any, input_ids: torch.Tensor) -> None:
+    """Refuse what is no prompt, and models that would read it otherwise than they generate.
+
+    Raises:
+        PartitionError: not ``[batch, context]`` whole numbers on the model's device.
+        UnsupportedError: a model in training mode.
+    """
+    check_model(model)
+    if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2 or not input_ids.numel():
+        got = list(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+        raise PartitionError(f"input_ids must be a tensor [batch, context] of at least one token; got {got}")
+    if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
+        raise PartitionError(f"input_ids must be whole numbers; got {input_ids.dtype}")
 
 
 def chosen_partition(
@@ -189,6 +291,10 @@ def run_chunk(
     links: Links,
     depth: Depth = "auto",
     execution: Execution = AT_ONCE,
+    partition: Partition | None = None,
+    choose: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    padding: Padding | None = None,
+    turn: Turn | None = None,
 ) -> PrefillResult:
     """Run a model over one chunk behind a prefix that ``links`` deliver, or that is in the cache already.
 
@@ -196,21 +302,40 @@ def run_chunk(
         chunk_ids: the chunk's tokens, ``[batch, tokens]``.
         cache: of `chunk_cache`, not used before.
         execution: at once, or to be recorded.
+        partition: the split it is part of; the chunk alone when None.
+        choose: takes the first token from logits; the largest one when None.
+        padding: of padded prompts.
+        turn: the turn of the group, which is told what is under way.
+
+    Raises:
+        NotFiniteError: the logits are NaN or infinite.
     """
     support = probe(model)
-    chosen = support.choose(depth)
+    chosen = support.choose("cache" if padding is not None else depth)
+    turn = Turn(None) if turn is None else turn
+    start = cache.get_seq_length()
     clock = execution.clock(chunk_ids.device)
-    run = _ChunkRun(cache, links, clock.stamp)
+    run = _ChunkRun(cache, links, clock.stamp, turn)
     clock.stamp()
     links.start([layer.slot for _, layer in cache.kv_layers])
     cache.prefilling = run.store_own if chosen == "attention" else run.store_and_wait
     route = support.route if chosen == "attention" else None
     with replaced_attention(model, route, run.attend) as extra:
+        if padding is not None:
+            extra.update(padding.of_chunk(start, start + chunk_ids.shape[1]))
         output = forward(model, chunk_ids, cache, **extra)
     cache.prefilling = None
-    logits, token = first_token(output, execution.to_host) if rank == ranks - 1 else (None, None)
+    logits, token, top = None, None, None
+    if rank == ranks - 1:
+        turn.now("the first token")
+        if execution.to_host and chunk_ids.device.type == "cuda":
+            turn.wait_for_device(torch.cuda.current_stream().record_event())
+        logits, token, top = first_token(output, choose, execution.to_host)
     clock.stamp()
     transfer_s = links.finish()
+    split = Partition((chunk_ids.shape[1],), start) if partition is None else partition
+    if top is not None and execution.to_host and not top_is_finite(top):
+        raise not_finite(cache, split)
     return PrefillResult(
         rank=rank,
         ranks=ranks,
@@ -219,16 +344,48 @@ def run_chunk(
         cache=cache,
         kv_bytes=links.sent_bytes,
         _timeline=lambda: RankTimeline.of_stamps(clock.seconds(), transfer_s),
+        context=split.context,
+        past=split.past,
+        attention_mask=None if padding is None else padding.mask,
+    )
+
+
+def not_finite(cache: Any, partition: Partition) -> NotFiniteError:
+    """Where the numbers behind logits that are not finite arose: the first layer with such keys or values."""
+    advice = "use another dtype, or look at the weights"
+    for index, layer in enumerate(cache.layers):
+        for states in (getattr(layer, "keys", None), getattr(layer, "values", None)):
+            if not isinstance(states, torch.Tensor) or not states.numel():
+                continue
+            wrong = ~torch.isfinite(states).all(dim=-1).all(dim=1).all(dim=0)
+            if bool(wrong.any()):
+                # Windows keep the last tokens only.
+                last = partition.past + partition.context
+                position = last - wrong.shape[0] + int(wrong.nonzero()[0])
+                rank = next(
+                    (rank for rank, end in enumerate(partition.ends) if position < end), partition.ranks - 1
+                )
+                return NotFiniteError(
+                    f"the logits of this prompt are not finite: keys or values of layer {index} are not, from "
+                    f"token {position} on, which rank {rank} computed; {advice}",
+                    rank=rank,
+                    layer=index,
+                )
+    return NotFiniteError(
+        "the logits of this prompt are not finite, and all keys and values are: they overflow behind those of the "
+        f"last layer, on rank {partition.ranks - 1}; {advice}",
+        rank=partition.ranks - 1,
     )
 
 
 class _ChunkRun:
     """What happens in each layer while a chunk runs. Stamps as in `RankTimeline.of_stamps`."""
 
-    def __init__(self, cache: RunaheadCache, links: Links, stamp: Callable[[], int]) -> None:
+    def __init__(self, cache: RunaheadCache, links: Links, stamp: Callable[[], int], turn: Turn) -> None:
         self._position = {index: position for position, (index, _) in enumerate(cache.kv_layers)}
         self._links = links
         self._stamp = stamp
+        self._turn = turn
         self._current: tuple[RunaheadLayer, int] | None = None
 
     def store_and_wait(
@@ -276,6 +433,7 @@ class _ChunkRun:
         return output.transpose(1, 2).contiguous()
 
     def _hand_over(self, index: int) -> None:
+        self._turn.now(f"layer {index}")
         self._stamp()
         self._links.own_ready(self._position[index])
 
@@ -315,37 +473,3 @@ def warm_up(model: Any, tokens: int, depth: Depth = "auto") -> int:
         run_chunk(model, ids, cache, rank=0, ranks=1, links=NoLinks(), depth=depth)
     torch.cuda.synchronize(device)
     return built
-
-
-def decode(
-    model: Any, input_ids: torch.Tensor, result: PrefillResult, max_new_tokens: int, **generate: Any
-) -> torch.Tensor:
-    """Go on from the first token, on the last rank, with the model's own ``generate``.
-
-    Args:
-        input_ids: the prompt, ``[batch, context]``.
-        max_new_tokens: how many tokens in all, the first one included.
-        generate: passed on; greedy unless it says otherwise.
-
-    Returns:
-        The new tokens, ``[batch, up to max_new_tokens]``.
-
-    Raises:
-        PartitionError: called on another rank than the last, or more tokens than the model has positions.
-    """
-    if result.first_token is None:
-        raise PartitionError(f"rank {result.rank} has no first token; decode on the last rank")
-    check_context(model.config, input_ids.shape[1] + max_new_tokens)
-    first = result.first_token.to(input_ids.device)
-    if max_new_tokens <= 1:
-        return first
-    tokens = torch.cat([input_ids, first], dim=1)
-    options = {"do_sample": False, **generate}
-    whole: torch.Tensor = model.generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        past_key_values=result.cache,
-        max_new_tokens=max_new_tokens - 1,
-        **options,
-    )
-    return whole[:, input_ids.shape[1] :]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -307,14 +307,33 @@ def forward(model: Any, input_ids: torch.Tensor, cache: Cache, **extra: Any) -> 
     return model(input_ids=input_ids, past_key_values=cache, use_cache=True, **extra)
 
 
-def first_token(output: Any, to_host: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of the last position ``[batch, vocabulary]`` and the greedy token ``[batch, 1]`` on the host.
+def first_token(
+    output: Any, choose: Callable[[torch.Tensor], torch.Tensor] | None = None, to_host: bool = True
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Last position's logits ``[batch, vocabulary]``, first token ``[batch, 1]``, largest logits ``[batch]``.
 
     The copy to the host is what ends a prefill: until it is there, nobody has a first token.
+
+    Args:
+        choose: takes the token from the logits; the largest one when None.
+        to_host: whether token and largest logits are copied to the host.
     """
     logits: torch.Tensor = output.logits[:, -1]
-    token = logits.argmax(-1, keepdim=True)
-    return logits, token.cpu() if to_host else token
+    top, largest = logits.max(-1)
+    token = largest[:, None] if choose is None else choose(logits)
+    return logits, token.cpu() if to_host else token, top.cpu() if to_host else top
+
+
+def check_model(model: Any) -> None:
+    """Refuse a model that would read a prompt otherwise than it generates.
+
+    Raises:
+        UnsupportedError: it is in training mode.
+    """
+    if model.training:
+        raise UnsupportedError(
+            f"{type(model).__name__} is in training mode, where dropout makes tokens random; call model.eval()"
+        )
 
 
 @torch.no_grad()

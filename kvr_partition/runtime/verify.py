@@ -10,8 +10,10 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from kvr_partition.certificate import Deviation
+from kvr_partition.partition import Partition
 from kvr_partition.runtime.cache import RunaheadCache
-from kvr_partition.runtime.prefill import PrefillResult
+from kvr_partition.runtime.decoding import top_is_finite
+from kvr_partition.runtime.prefill import PrefillResult, not_finite
 from kvr_partition.runtime.support import first_token, forward
 
 
@@ -26,9 +28,15 @@ class SingleRun:
 
 @torch.no_grad()
 def run_single(model: Any, input_ids: torch.Tensor) -> SingleRun:
-    """The prompt through the model's stock attention."""
+    """The prompt through the model's stock attention.
+
+    Raises:
+        NotFiniteError: its logits are NaN or infinite, so that nothing can be compared with them.
+    """
     cache = DynamicCache()  # without a configuration no layer forgets what its window has passed
-    logits, token = first_token(forward(model, input_ids, cache))
+    logits, token, top = first_token(forward(model, input_ids, cache))
+    if not top_is_finite(top):
+        raise not_finite(cache, Partition((input_ids.shape[1],)))
     return SingleRun(logits, token, cache)
 
 

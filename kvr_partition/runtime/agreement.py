@@ -1,0 +1,580 @@
+"""Agreement: ranks of a group take turns together, one prefill after the other, or raise.
+
+Before any KV is posted, every rank states what it is about to run, and runs it only if all others are about to run
+the same. A rank that fails says so to the others; from then on the group is unusable until `renew` has given it
+links on which nothing of the failed prefill can arrive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from kvr_partition.errors import KVRError, NotFiniteError, PartitionError, RankError, named_ranks
+from kvr_partition.runtime.channel import IDLE, Channel, Doing, meet
+from kvr_partition.runtime.digests import geometry_digest, layers_digest, prompt_digest, weights_digest
+
+DEFAULT_TIMEOUT_S = 1800.0
+"""Where the process group does not tell its own."""
+
+LINK_CTAS = 4
+"""Blocks of threads that NCCL may keep for a link; each takes an SM from compute, even while it waits."""
+
+
+class Statement(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """What one rank is about to run. Digests are those of `digests`."""
+
+    renewals: int
+    number: int
+    refusal: str = ""
+    """Why this rank runs nothing; the rest is then empty."""
+    method: str = ""
+    model: int = 0
+    layers: int = 0
+    dtype: str = ""
+    device: str = ""
+    weights: int = 0
+    batch: int = 0
+    past: int = 0
+    context: int = 0
+    prompt: int = 0
+    sizes: tuple[int, ...] = ()
+    topology: str = ""
+    limits: str = ""
+
+
+# In the order in which they are compared: what comes first explains what follows.
+_ITEMS = {
+    "number": "which prefill it is",
+    "method": "the method",
+    "model": "the model's configuration",
+    "layers": "the layers that keep KV",
+    "dtype": "the dtype",
+    "device": "the kind of device",
+    "weights": "the weights",
+    "batch": "the batch",
+    "past": "the past tokens",
+    "context": "the length of the prompt",
+    "prompt": "the prompt",
+    "sizes": "the partition",
+    "topology": "the topology",
+    "limits": "the limits of links",
+}
+_DIGESTS = frozenset({"model", "layers", "weights", "prompt"})
+
+
+class _Trouble(msgspec.Struct, frozen=True, array_like=True):
+    """A `RankError` on its way to the other ranks."""
+
+    renewals: int
+    message: str
+    rank: int | None
+    kind: str
+    phase: str
+
+
+class _Renewal(msgspec.Struct, frozen=True, array_like=True):
+    renewals: int
+    number: int
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_statement = msgspec.msgpack.Decoder(Statement).decode
+_trouble = msgspec.msgpack.Decoder(_Trouble).decode
+_renewal = msgspec.msgpack.Decoder(_Renewal).decode
+
+
+class Agreement:
+    """The turns of one process group on one rank.
+
+    Attributes:
+        rank, ranks: this rank, of how many.
+        number: of the latest turn; all messages of a prefill carry it.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, channel: Channel | None) -> None:
+        self.rank = dist.get_rank(group)
+        self.ranks = dist.get_world_size(group)
+        self.number = 0
+        self.channel = channel
+        self._group = weakref.ref(group)
+        self._change = threading.Condition() if channel is None else channel.change
+        self._busy = threading.Lock()
+        self._renewals = 0
+        self._failure: RankError | None = None
+        self._turn: Turn | None = None
+        self._links: dict[str, Any] = {}
+        self._weights: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        if channel is not None:
+            channel.watch(self._noticed)
+
+    # ------------------------------------------------------------------- turns
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[Turn]:
+        """One prefill, or whatever else all ranks run together. What it raises is told to the other ranks.
+
+        Raises:
+            RankError: another thread of this rank has the turn, or an earlier prefill failed.
+        """
+        if not self._busy.acquire(blocking=False):
+            raise RankError(
+                f"rank {self.rank} is in prefill {self.number} of this group in another thread; "
+                "one prefill at a time, or a group for each thread",
+                rank=self.rank,
+                kind="busy",
+                phase="agreement",
+            )
+        try:
+            self._check_usable()
+            self.number += 1
+            turn = self._turn = Turn(self, self.number)
+            try:
+                yield turn
+            except BaseException as error:
+                # Numbers that are not finite are found when nothing is under way any more.
+                if turn.open and not isinstance(error, NotFiniteError):
+                    self.fail(error, turn.phase)
+                raise
+            finally:
+                self._turn = None
+                self._now(IDLE)
+        finally:
+            self._busy.release()
+
+    def _check_usable(self) -> None:
+        if self._failure is not None:
+            first = self._failure
+            raise RankError(
+                f"this group is unusable since a prefill failed: {first}; give it new links with "
+                "kvr_partition.runtime.renew on all its ranks, or make another group",
+                rank=first.rank,
+                kind=first.kind,
+                phase=first.phase,
+            ) from first
+
+    def exchange(self, mine: Statement, phase: str) -> list[Statement]:
+        """Every rank's statement on this turn.
+
+        Raises:
+            RankError: a rank is gone, stopped, late, or failed before.
+        """
+        if self.channel is None:
+            return [mine]
+        self.channel.tell("statement", _encode(mine))
+        found = {self.rank: mine}
+        while len(found) < self.ranks:
+            missing = [rank for rank in range(self.ranks) if rank not in found]
+            self._now(Doing(f"in {phase}", missing[0]))
+            for rank, note in self.channel.hear("statement", phase, missing, unless=lambda: self._failure).items():
+                other = _statement(note)
+                # What an earlier renewal left in the box was never run.
+                if other.renewals >= self._renewals:
+                    found[rank] = other
+        return [found[rank] for rank in range(self.ranks)]
+
+    def barrier(self, timeout_s: float | None = None) -> None:
+        """Wait for all ranks.
+
+        Raises:
+            RankError: one is gone, stopped or late.
+        """
+        if self.channel is not None:
+            self._now(Doing("waiting in a barrier", None))
+            self.channel.tell("barrier", b"")
+            self.channel.hear("barrier", "barrier", timeout_s=timeout_s, unless=lambda: self._failure)
+            self._now(IDLE)
+
+    # ----------------------------------------------------------------- failures
+
+    @property
+    def failure(self) -> RankError | None:
+        """What made the group unusable."""
+        return self._failure
+
+    @property
+    def change(self) -> threading.Condition:
+        """Notified when a failure comes in; links share it."""
+        return self._change
+
+    def fail(self, error: BaseException, phase: str) -> None:
+        """Make the group unusable and tell the other ranks, unless they told us."""
+        with self._change:
+            if self._failure is not None:
+                return
+            failure = self._failure = as_rank_error(error, self.rank, phase)
+            self._change.notify_all()
+        if self.channel is not None:
+            self.channel.tell(
+                "trouble",
+                _encode(_Trouble(self._renewals, str(failure), failure.rank, failure.kind, failure.phase)),
+            )
+
+    def _noticed(self, rank: int, topic: str, body: bytes) -> None:
+        """Look at what arrives; called by the channel's thread."""
+        if topic == "trouble":
+            trouble = _trouble(body)
+            if trouble.renewals == self._renewals and self._failure is None:
+                self._failure = RankError(
+                    trouble.message, rank=trouble.rank, kind=trouble.kind, phase=trouble.phase
+                )
+        elif topic == "" and self._failure is None and (turn := self._turn) is not None:
+            assert self.channel is not None
+            # One that left with a goodbye has done its part.
+            if not self.channel.has_left(rank):
+                self._failure = self.channel.lost(rank, turn.phase)
+
+    def explain(self, peer: int | None, error: BaseException, phase: str) -> RankError:
+        """Who is to blame for a link to ``peer`` that broke; None: for a collective, whose peers are all."""
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if self.channel is None:
+            whose = "the others" if peer is None else f"rank {peer}"
+            return RankError(
+                f"the link of rank {self.rank} with {whose} broke ({phase}): {text}",
+                rank=peer,
+                kind="lost",
+                phase=phase,
+            )
+        channel = self.channel
+        peers = [rank for rank in range(self.ranks) if rank != self.rank] if peer is None else [peer]
+        # The cause often arrives a moment after the link has noticed.
+        with self._change:
+            self._change.wait_for(lambda: self._failure is not None or channel.gone & set(peers), 1.0)
+            if self._failure is not None:
+                return self._failure
+        gone = channel.gone & set(peers)
+        return channel.lost(min(gone), phase) if gone else channel.culprit(peers, phase, channel.timeout_s)
+
+    # ------------------------------------------------------------------ renewal
+
+    def renew(self) -> None:
+        """Agree anew after a failure; see the function `renew`."""
+        if self.channel is None:
+            raise RankError(
+                "a group whose ranks do not agree on prefills cannot be renewed; make another one", phase="renewal"
+            )
+        if not self._busy.acquire(blocking=False):
+            raise RankError(
+                f"rank {self.rank} is in a prefill of this group in another thread", rank=self.rank, kind="busy"
+            )
+        try:
+            self._now(Doing("waiting in the renewal of the group"))
+            self.channel.tell("renewal", _encode(_Renewal(self._renewals + 1, self.number)))
+            heard = [_renewal(note) for note in self.channel.hear("renewal", "renewal").values()]
+            old = list(self._links)
+            self._drop_links()
+            with self._change:
+                self._renewals = max([self._renewals + 1, *(other.renewals for other in heard)])
+                self.number = max([self.number, *(other.number for other in heard)])
+                self._failure = None
+            # The group itself is as out of step as links of our own would be.
+            for kind in old:
+                self._links[kind] = self._new_links(kind)
+        finally:
+            self._now(IDLE)
+            self._busy.release()
+
+    def _drop_links(self) -> None:
+        """Let go of links, and of the threads that still wait for a message on them."""
+        for links in self._links.values():
+            if links is not self._group() and hasattr(links, "abort"):
+                with contextlib.suppress(RuntimeError):  # its peers may be gone, which is why it goes
+                    links.abort()
+        self._links = {}
+
+    def links(self, device: torch.device) -> Any:
+        """What carries the KV of this group's prefills: has ``send``, ``recv`` and collectives of a process group.
+
+        On the CPU it is a backend of its own, so that nobody else's messages are taken for KV. NCCL's
+        communicators take memory: there it is the group itself, until that is renewed.
+        """
+        kind = device.type
+        if kind not in self._links:
+            own = self.channel is not None and kind != "cuda"
+            self._links[kind] = self._new_links(kind) if own else self._group()
+        return self._links[kind]
+
+    def _new_links(self, kind: str) -> Any:
+        assert self.channel is not None
+        # dist.new_group names groups by how many there are, which ranks of several groups count differently.
+        store = dist.PrefixStore(f"{kind} links {self._renewals}", self.channel.store)  # type: ignore[attr-defined]
+        timeout = timedelta(seconds=self.channel.timeout_s)
+        try:
+            if kind != "cuda":
+                return dist.ProcessGroupGloo(store, self.rank, self.ranks, timeout)
+            options = dist.ProcessGroupNCCL.Options()
+            options.config.max_ctas = LINK_CTAS
+            options._timeout = timeout
+            return dist.ProcessGroupNCCL(store, self.rank, self.ranks, options)
+        except RuntimeError as error:
+            raise self.explain(None, error, "start") from error
+
+    def weights(self, model: Any) -> int:
+        """The digest of a model's weights, taken once for this group."""
+        known = self._weights.get(model)
+        if known is None:
+            known = self._weights[model] = weights_digest(model)
+        return known
+
+    @property
+    def renewals(self) -> int:
+        """How often the group was renewed."""
+        return self._renewals
+
+    def _now(self, doing: Doing) -> None:
+        if self.channel is not None:
+            self.channel.doing = doing
+
+
+@dataclass
+class Turn:
+    """One prefill of a group on this rank.
+
+    Attributes:
+        number: of this prefill in its group; 0 without a group.
+        open: whether other ranks may be running it, so that a failure leaves them out of step.
+    """
+
+    of: Agreement | None
+    number: int = 0
+    open: bool = field(default=False, init=False)
+    _phase: str = field(default="", init=False)
+
+    def checked(self, check: Callable[[], Any]) -> Any:
+        """The result of ``check``, whose error is told to the other ranks in place of a statement.
+
+        Raises:
+            RankError: other ranks would have run this prefill.
+        """
+        try:
+            return check()
+        except Exception as error:
+            if self.of is not None and self.of.channel is not None:
+                text = (str(error).strip() or type(error).__name__).splitlines()[0]
+                said = text if isinstance(error, KVRError) else f"{type(error).__name__}: {text}"
+                every = self._exchange(Statement(renewals=self.of.renewals, number=self.number, refusal=said))
+                self.open = False
+                if not all(each.refusal for each in every):
+                    raise _refused(every) from error
+            raise
+
+    def agree(
+        self,
+        method: str,
+        model: Any,
+        input_ids: torch.Tensor,
+        *,
+        sizes: Sequence[int] = (),
+        past: int = 0,
+        attention_mask: torch.Tensor | None = None,
+        topology: str = "",
+        limits: object = "",
+    ) -> None:
+        """Compare with all other ranks what is about to run.
+
+        Args:
+            input_ids: the prompt, ``[batch, context]``.
+
+        Raises:
+            RankError: ranks disagree; it names the item and the ranks. Or one is gone, stopped or late.
+        """
+        if self.of is not None and self.of.channel is not None:
+            mine = Statement(
+                renewals=self.of.renewals,
+                number=self.number,
+                method=method,
+                model=geometry_digest(model),
+                layers=layers_digest(model),
+                dtype=str(model.dtype).removeprefix("torch."),
+                device=input_ids.device.type,
+                weights=self.of.weights(model),
+                batch=input_ids.shape[0],
+                past=past,
+                context=input_ids.shape[1],
+                prompt=prompt_digest(input_ids, attention_mask),
+                sizes=tuple(sizes),
+                topology=topology,
+                limits=str(limits),
+            )
+            every = self._exchange(mine)
+            if any(other != mine for other in every):
+                # Nobody runs it, so all are in step; unless they count differently.
+                self.open = len({other.number for other in every}) > 1
+                raise _disagreement(every)
+        self.open = True
+        self.now("the time before the first layer")
+
+    def _exchange(self, mine: Statement) -> list[Statement]:
+        assert self.of is not None
+        self.open = True
+        self._phase = "agreement"
+        return self.of.exchange(mine, self.phase)
+
+    def now(self, what: str) -> None:
+        """Note what is under way, for errors and for ranks that ask."""
+        self._phase = what
+        self.wait_for(None)
+
+    def wait_for(self, peer: int | None) -> None:
+        """Note the rank that this one waits for, or that it waits no more."""
+        if self.of is not None and self.of.channel is not None:
+            self.of.channel.doing = Doing(f"in {self.phase}", peer)
+
+    @property
+    def phase(self) -> str:
+        """What is under way, with the number of the prefill."""
+        return f"{self._phase} of prefill {self.number}" if self.number else self._phase
+
+    @property
+    def change(self) -> threading.Condition:
+        """What links wait on; a failure of another rank notifies it."""
+        return threading.Condition() if self.of is None else self.of.change
+
+    @property
+    def failure(self) -> RankError | None:
+        """What another rank, or this one, has failed of."""
+        return None if self.of is None else self.of.failure
+
+    def wait_for_device(self, event: torch.cuda.Event) -> None:
+        """Wait for an event of a CUDA stream, but not for one that a rank which failed will never let happen.
+
+        Raises:
+            RankError: another rank failed or died.
+        """
+        while not event.query():
+            if self.failure is not None:
+                raise self.failure
+            time.sleep(0)  # lets go of the interpreter, without which no failure comes in
+
+    def explain(self, peer: int | None, error: BaseException) -> RankError:
+        """Who is to blame for a link to ``peer`` that broke; see `Agreement.explain`."""
+        assert self.of is not None
+        return self.of.explain(peer, error, self.phase)
+
+
+def agreement_of(group: dist.ProcessGroup | None, agree: bool = True) -> Agreement:
+    """The agreement of a process group, the default one when None; made at the first call, by all its ranks.
+
+    Args:
+        agree: whether ranks tell each other what they run.
+
+    Raises:
+        RankError: ranks cannot reach each other.
+        PartitionError: there is no process group, or this process is not in it.
+    """
+    if not dist.is_initialized():
+        raise PartitionError(
+            "there is no process group: call torch.distributed.init_process_group, or use a partition of one chunk"
+        )
+    real: Any = dist.group.WORLD if group is None else group
+    if not isinstance(real, dist.ProcessGroup) or dist.get_rank(real) < 0:
+        raise PartitionError("this process is not a rank of the group")
+    with _making:
+        known = _agreements.get(real)
+        if known is None or (agree and known.channel is None):
+            channel = meet(real, _timeout_s(real)) if agree and dist.get_world_size(real) > 1 else None
+            before = known
+            known = _agreements[real] = Agreement(real, channel)
+            if before is not None:
+                known.number = before.number
+            if channel is not None:
+                weakref.finalize(real, channel.leave)
+        return known
+
+
+def renew(group: dist.ProcessGroup | None = None) -> None:
+    """Make a group usable again after a prefill failed on one of its ranks; all of them call this.
+
+    They get links of their own, on which nothing of the failed prefill can arrive. Ranks that died or stopped
+    cannot be renewed.
+
+    Args:
+        group: that of the failed prefill.
+
+    Raises:
+        RankError: a rank is gone, stopped, or did not call this in time.
+    """
+    agreement_of(group).renew()
+
+
+def is_link_error(error: BaseException) -> bool:
+    """Whether this is how a process group tells of a peer that is gone or late."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def as_rank_error(error: BaseException, rank: int | None, phase: str) -> RankError:
+    """An error of a rank as all ranks are told of it."""
+    if isinstance(error, RankError):
+        return error
+    if isinstance(error, NotFiniteError):
+        return RankError(str(error), rank=error.rank, kind="not-finite", phase=phase)
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    who = "a rank" if rank is None else f"rank {rank}"
+    where = f" in {phase}" if phase else ""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return RankError(f"{who} ran out of memory{where}: {text}", rank=rank, kind="out-of-memory", phase=phase)
+    said = text if isinstance(error, KVRError) else f"{type(error).__name__}: {text}"
+    return RankError(f"{who} failed{where}: {said}", rank=rank, kind="error", phase=phase)
+
+
+def _refused(every: Sequence[Statement]) -> RankError:
+    refusing = [rank for rank, each in enumerate(every) if each.refusal]
+    return RankError(
+        f"{named_ranks(refusing)} refused prefill {every[0].number}, and other ranks did not: "
+        f"{every[refusing[0]].refusal}",
+        rank=refusing[0] if len(refusing) == 1 else None,
+        kind="disagreement",
+        phase=f"agreement of prefill {every[0].number}",
+    )
+
+
+def _disagreement(every: Sequence[Statement]) -> RankError:
+    if any(each.refusal for each in every):
+        return _refused(every)
+    item = next(item for item in _ITEMS if len({getattr(each, item) for each in every}) > 1)
+    holders: dict[Any, list[int]] = {}
+    for rank, each in enumerate(every):
+        holders.setdefault(getattr(each, item), []).append(rank)
+    parts = sorted(holders.items(), key=lambda pair: (-len(pair[1]), pair[1]))
+    # A majority is taken to be right; of two ranks nobody can tell.
+    most = len(parts[0][1])
+    minority = [rank for _, ranks in parts[1:] for rank in ranks]
+    culprit = minority[0] if len(minority) == 1 and most > 1 else None
+    said = ", ".join(
+        f"{named_ranks(ranks)} {'have' if len(ranks) > 1 else 'has'} {_shown(value)}" for value, ranks in parts
+    )
+    if item in _DIGESTS:
+        said = f"{named_ranks(sorted(minority))} {'differ' if len(minority) > 1 else 'differs'} from "
+        said += named_ranks(parts[0][1])
+    return RankError(
+        f"ranks disagree about {_ITEMS[item]} of prefill {every[0].number}: {said}; give every rank the same",
+        rank=culprit,
+        kind="disagreement",
+        phase=f"agreement of prefill {every[0].number}",
+    )
+
+
+def _shown(value: Any) -> str:
+    return "/".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _timeout_s(group: dist.ProcessGroup) -> float:
+    for kind in ("cpu", "cuda"):
+        with contextlib.suppress(Exception):  # private to torch, and not there for every backend
+            backend: Any = group._get_backend(torch.device(kind))
+            return float(backend.options._timeout.total_seconds())
+    return DEFAULT_TIMEOUT_S
+
+
+_agreements: weakref.WeakKeyDictionary[Any, Agreement] = weakref.WeakKeyDictionary()
+_making = threading.Lock()

@@ -1,0 +1,440 @@
+"""Channel: small messages between the hosts of all ranks of a group, beside the links that carry KV.
+
+A link tells no more than that something broke. The channel tells who: a socket to every other rank, read by a
+thread that also answers for a rank which is busy, so that one that died, one that stopped and one that waits for
+a third can be told apart.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import platform
+import selectors
+import socket
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import torch.distributed as dist
+
+from kvr_partition.errors import RankError, named_ranks
+from kvr_partition.frames import Frames, framed
+
+ANSWER_S = 2.0
+"""Seconds within which a rank that still runs answers; its thread needs no more than the interpreter's lock."""
+
+
+class _Hello(msgspec.Struct, frozen=True, tag="hello", array_like=True):
+    nonce: bytes
+    rank: int
+
+
+class _Note(msgspec.Struct, frozen=True, tag="note", array_like=True):
+    topic: str
+    body: bytes
+
+
+class _Ping(msgspec.Struct, frozen=True, tag="ping", array_like=True):
+    number: int
+
+
+class _Pong(msgspec.Struct, frozen=True, tag="pong", array_like=True):
+    number: int
+    doing: str
+    waits_for: int | None
+
+
+class _Bye(msgspec.Struct, frozen=True, tag="bye", array_like=True):
+    pass
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(_Hello | _Note | _Ping | _Pong | _Bye).decode
+
+
+@dataclass(frozen=True, slots=True)
+class Doing:
+    """What a rank is at, in words that follow "it is", and the rank that it waits for, if any."""
+
+    what: str
+    waits_for: int | None = None
+
+
+IDLE = Doing("between two prefills")
+
+
+class Channel:
+    """Sockets from this rank to all others, and a thread that reads them.
+
+    Attributes:
+        rank, ranks: this rank, of how many.
+        timeout_s: seconds to wait for another rank that still runs.
+        doing: what this rank is at; others ask for it when they have waited too long.
+        store: where backends of ``torch.distributed`` meet.
+    """
+
+    def __init__(self, rank: int, peers: dict[int, socket.socket], timeout_s: float, store: Any) -> None:
+        self.store = store
+        self.rank = rank
+        self.ranks = len(peers) + 1
+        self.timeout_s = timeout_s
+        self.doing = IDLE
+        self._peers = peers
+        self._sending = {peer: threading.Lock() for peer in peers}
+        self._change = threading.Condition()
+        self._notes: dict[tuple[str, int], deque[bytes]] = {}
+        self._pongs: dict[int, _Pong] = {}
+        self._pings = 0
+        self._left: set[int] = set()
+        self._gone: set[int] = set()
+        self._watchers: list[Callable[[int, str, bytes], None]] = []
+        self._wake, self._woken = socket.socketpair()
+        for peer in peers.values():
+            peer.settimeout(timeout_s)
+        threading.Thread(target=self._listen, name=f"kvr-rank{rank}-channel", daemon=True).start()
+        _open.add(self)
+
+    # ------------------------------------------------------------------ notes
+
+    def tell(self, topic: str, body: bytes, to: int | None = None) -> None:
+        """Send a note to one rank, or to all others. One that cannot be reached is found out when it is heard."""
+        message = framed(_encode(_Note(topic, body)))
+        for peer in self._peers if to is None else (to,):
+            self._send(peer, message)
+
+    def hear(
+        self,
+        topic: str,
+        phase: str,
+        ranks: Iterable[int] | None = None,
+        *,
+        timeout_s: float | None = None,
+        unless: Callable[[], BaseException | None] = lambda: None,
+    ) -> dict[int, bytes]:
+        """Wait for a note of a topic from each of some ranks, or from all others.
+
+        Args:
+            phase: what this rank is in the middle of, for the error.
+            timeout_s: seconds to wait for ranks that still run; the channel's own when None.
+            unless: looked at whenever something arrives; what it returns is raised.
+
+        Raises:
+            RankError: a rank is gone, stopped, or says nothing in time.
+        """
+        wanted = [rank for rank in (self._peers if ranks is None else ranks) if rank != self.rank]
+        heard: dict[int, bytes] = {}
+        within = self.timeout_s if timeout_s is None else timeout_s
+        until = time.monotonic() + within
+        while len(heard) < len(wanted):
+            missing = [rank for rank in wanted if rank not in heard]
+            left = max(0.0, until - time.monotonic())
+            heard |= self.hear_any(topic, phase, missing, timeout_s=left, unless=unless, waited_s=within)
+        return heard
+
+    def hear_any(
+        self,
+        topic: str,
+        phase: str,
+        ranks: Iterable[int],
+        *,
+        timeout_s: float | None = None,
+        waited_s: float | None = None,
+        unless: Callable[[], BaseException | None] = lambda: None,
+    ) -> dict[int, bytes]:
+        """Wait for a note of a topic from any of some ranks; see `hear`. One note of each rank at most.
+
+        Args:
+            waited_s: seconds that an error says it has been waited, where that is longer.
+        """
+        wanted = list(ranks)
+        within = self.timeout_s if timeout_s is None else timeout_s
+        until = time.monotonic() + within
+        with self._change:
+            while True:
+                heard = {
+                    rank: self._notes[topic, rank].popleft() for rank in wanted if self._notes.get((topic, rank))
+                }
+                if heard:
+                    return heard
+                if (error := unless()) is not None:
+                    raise error
+                gone = [rank for rank in wanted if rank in self._gone]
+                left = until - time.monotonic()
+                if gone or left <= 0:
+                    break
+                self._change.wait(min(left, threading.TIMEOUT_MAX))
+        if gone:
+            raise self.lost(gone[0], phase)
+        raise self.culprit(wanted, phase, within if waited_s is None else waited_s)
+
+    def watch(self, watcher: Callable[[int, str, bytes], None]) -> None:
+        """Have a function told of each note, as ``(rank, topic, body)``; topic "" is a rank that is gone."""
+        with self._change:
+            self._watchers.append(watcher)
+
+    @property
+    def change(self) -> threading.Condition:
+        """Notified of everything that arrives."""
+        return self._change
+
+    @property
+    def gone(self) -> set[int]:
+        """Ranks whose sockets have closed."""
+        return set(self._gone)
+
+    # --------------------------------------------------------------- who it is
+
+    def lost(self, rank: int, phase: str) -> RankError:
+        """The error about a rank that is gone."""
+        how = "has left: its program ended" if rank in self._left else "is gone: its process ended"
+        return RankError(f"rank {rank} {how} ({phase})", rank=rank, kind="lost", phase=phase)
+
+    def culprit(self, ranks: Sequence[int], phase: str, waited_s: float) -> RankError:
+        """The error about the rank that everybody waits for, found by asking those that are late.
+
+        It names the rank that does not answer, or else the one that waits for nobody.
+        """
+        asked = set(ranks)
+        answers: dict[int, _Pong] = {}
+        while True:
+            answers |= self._ask(asked - answers.keys())
+            silent = sorted(asked - answers.keys())
+            if silent:
+                break
+            # Who is late may itself be waiting for somebody.
+            further = {pong.waits_for for pong in answers.values()} - {None, self.rank} - asked
+            if not further:
+                break
+            asked |= {rank for rank in further if rank is not None}
+        if silent:
+            rank = silent[0]
+            if rank in self._gone:
+                return self.lost(rank, phase)
+            return RankError(
+                f"{named_ranks(silent)} did not answer within {waited_s:g} s ({phase}): its process is stopped or "
+                "hangs, or its host cannot be reached",
+                rank=rank,
+                kind="timeout",
+                phase=phase,
+            )
+        idle = [rank for rank in sorted(asked) if answers[rank].waits_for is None]
+        rank = (idle or sorted(asked))[0]
+        return RankError(
+            f"rank {rank} was waited for {waited_s:g} s ({phase}); it is {answers[rank].doing}",
+            rank=rank,
+            kind="timeout",
+            phase=phase,
+        )
+
+    def _ask(self, ranks: Iterable[int]) -> dict[int, _Pong]:
+        wanted = set(ranks)
+        with self._change:
+            self._pings += 1
+            number = self._pings
+        ping = framed(_encode(_Ping(number)))
+        for rank in wanted:
+            self._send(rank, ping)
+
+        def answered() -> set[int]:
+            return {rank for rank in wanted if rank in self._pongs and self._pongs[rank].number >= number}
+
+        with self._change:
+            self._change.wait_for(lambda: answered() | (wanted & self._gone) == wanted, ANSWER_S)
+            return {rank: self._pongs[rank] for rank in answered()}
+
+    # -------------------------------------------------------------------- life
+
+    def leave(self) -> None:
+        """Say goodbye, so that the closing socket is not taken for a death. Safe to call more than once."""
+        goodbye = framed(_encode(_Bye()))
+        for peer in self._peers:
+            self._send(peer, goodbye)
+        with contextlib.suppress(OSError):
+            self._wake.close()
+
+    def _send(self, peer: int, message: bytes) -> None:
+        with contextlib.suppress(OSError), self._sending[peer]:
+            self._peers[peer].sendall(message)
+
+    def _listen(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            frames = {rank: Frames() for rank in self._peers}
+            for rank, peer in self._peers.items():
+                selector.register(peer, selectors.EVENT_READ, rank)
+            selector.register(self._woken, selectors.EVENT_READ, None)
+            while True:
+                for key, _ in selector.select():
+                    if key.data is None:
+                        for peer in self._peers.values():
+                            peer.close()
+                        return
+                    rank = key.data
+                    try:
+                        data = self._peers[rank].recv(1 << 16)
+                        messages = [_decode(body) for body in frames[rank].feed(data)]
+                    except (OSError, ValueError, msgspec.MsgspecError):
+                        data, messages = b"", []
+                    for message in messages:
+                        self._take(rank, message)
+                    if not data:
+                        selector.unregister(self._peers[rank])
+                        with self._change:
+                            self._gone.add(rank)
+                            self._tell_watchers(rank, "", b"")
+
+    def _take(self, rank: int, message: object) -> None:
+        match message:
+            case _Note(topic, body):
+                with self._change:
+                    self._notes.setdefault((topic, rank), deque()).append(body)
+                    self._tell_watchers(rank, topic, body)
+            case _Ping(number):
+                self._send(rank, framed(_encode(_Pong(number, self.doing.what, self.doing.waits_for))))
+            case _Pong():
+                with self._change:
+                    self._pongs[rank] = message
+                    self._change.notify_all()
+            case _Bye():
+                self._left.add(rank)
+
+    def _tell_watchers(self, rank: int, topic: str, body: bytes) -> None:
+        for watcher in self._watchers:
+            watcher(rank, topic, body)
+        self._change.notify_all()
+
+    def has_left(self, rank: int) -> bool:
+        """Whether a rank said goodbye before its socket closed."""
+        return rank in self._left
+
+
+_open: weakref.WeakSet[Channel] = weakref.WeakSet()
+
+
+@atexit.register
+def _leave_all() -> None:
+    for channel in list(_open):
+        channel.leave()
+
+
+# ------------------------------------------------------------------------ how ranks meet
+
+
+def meet(group: dist.ProcessGroup, timeout_s: float) -> Channel:
+    """Open a channel among all ranks of a process group. All of them call this.
+
+    Ranks of one host meet over loopback. Several hosts use the address from which each reaches ``MASTER_ADDR``,
+    or else the one its name stands for.
+
+    Raises:
+        RankError: a rank cannot be reached.
+    """
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    try:
+        hosts = _everyones(group, (_host(), os.urandom(16)))
+        nonce = hosts[0][1]
+        one_host = len({host for host, _ in hosts}) == 1
+        server = socket.create_server(("127.0.0.1" if one_host else "", 0), backlog=ranks)
+        with server:
+            server.settimeout(timeout_s)
+            port = server.getsockname()[1]
+            mine = ["127.0.0.1"] if one_host else _addresses()
+            store = None
+            if rank == 0:
+                store = _store(mine[0], 0, timeout_s, leads=True)
+            where = _everyones(group, (mine, port, 0 if store is None else store.port))
+            if store is None:
+                store = _store(where[0][0][0], where[0][2], timeout_s, leads=False)
+            peers = {}
+            for peer in range(rank):
+                peers[peer] = _connect(peer, where[peer][0], where[peer][1], timeout_s)
+                peers[peer].sendall(framed(_encode(_Hello(nonce, rank))))
+            while len(peers) < ranks - 1:
+                caller, _ = server.accept()
+                who = _caller(caller, nonce)
+                if who is None:
+                    caller.close()
+                else:
+                    peers[who] = caller
+    except Exception as error:
+        # What torch and the system say of this names no rank; all that is known is that not all came.
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RankError(
+            f"the {ranks} ranks of the group did not all meet: {first}", kind="start", phase="start"
+        ) from error
+    for connection in peers.values():
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return Channel(rank, peers, timeout_s, store)
+
+
+def _store(host: str, port: int, timeout_s: float, leads: bool) -> Any:
+    timeout = timedelta(seconds=timeout_s)
+    # It has a name in torch.distributed, but not one that it exports.
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        host, port, is_master=leads, timeout=timeout, wait_for_workers=False
+    )
+
+
+_T = TypeVar("_T")
+
+
+def _everyones(group: dist.ProcessGroup, mine: _T) -> list[_T]:
+    found: list[_T] = [mine] * dist.get_world_size(group)
+    dist.all_gather_object(found, mine, group=group)
+    return found
+
+
+def _host() -> str:
+    """What ranks have in common that reach each other over loopback: a running system and its network."""
+    parts = [platform.node()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
+    with contextlib.suppress(OSError):
+        parts.append(str(Path("/proc/self/ns/net").stat().st_ino))
+    return "/".join(parts)
+
+
+def _addresses() -> list[str]:
+    found = []
+    master = os.environ.get("MASTER_ADDR")
+    if master:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            # Nothing is sent: connecting makes the system choose the address.
+            probe.connect((master, 9))
+            found.append(probe.getsockname()[0])
+    with contextlib.suppress(OSError):
+        found += socket.gethostbyname_ex(socket.gethostname())[2]
+    return [address for address in dict.fromkeys(found) if not address.startswith("127.")] or [
+        socket.gethostname()
+    ]
+
+
+def _connect(peer: int, addresses: Sequence[str], port: int, timeout_s: float) -> socket.socket:
+    for address in addresses:
+        with contextlib.suppress(OSError):
+            return socket.create_connection((address, port), timeout=min(timeout_s, 30.0))
+    raise OSError(f"rank {peer} cannot be reached at {', '.join(addresses) or 'any address'}, port {port}")
+
+
+def _caller(connection: socket.socket, nonce: bytes) -> int | None:
+    """The rank of whoever connected; None for a stranger."""
+    connection.settimeout(30.0)
+    frames = Frames()
+    try:
+        while True:
+            data = connection.recv(1)
+            if not data:
+                return None
+            for body in frames.feed(data):
+                hello = _decode(body)
+                return hello.rank if isinstance(hello, _Hello) and hello.nonce == nonce else None
+    except (OSError, ValueError, msgspec.MsgspecError):
+        return None

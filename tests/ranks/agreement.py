@@ -1,0 +1,375 @@
+"""Runs on real gloo ranks, in processes of its own: prefills that fail, disagree or meet ranks that are gone.
+
+``python -m tests.ranks.agreement FOLDER RANK RANKS`` runs the scenarios that ``FOLDER/scenarios.json`` names and
+writes what this rank saw of each to ``FOLDER/seen<rank>.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from kvr_partition import Partition, PartitionTable
+from kvr_partition.runtime import LinkLimits, prefill, probe, renew, single, tsp, zigzag
+from kvr_partition.table import Entry
+from tests.models import build
+
+SPLITS = {2: (20, 12), 3: (14, 5, 13)}
+CONTEXT = 32
+
+
+def prompt(number: int, batch: int = 1) -> torch.Tensor:
+    """Seeded token ids ``[batch, CONTEXT]``."""
+    return torch.randint(0, 257, (batch, CONTEXT), generator=torch.Generator().manual_seed(number))
+
+
+def said(error: BaseException) -> dict[str, Any]:
+    """What an error tells, for the test to look at."""
+    return {
+        "error": type(error).__name__,
+        "message": str(error),
+        "rank": getattr(error, "rank", None),
+        "kind": getattr(error, "kind", None),
+        "phase": getattr(error, "phase", None),
+    }
+
+
+class World:
+    """One rank of the world and its model."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        self.rank, self.ranks = rank, ranks
+        self.split = Partition(SPLITS[ranks])
+        self.model = build("llama-gqa")
+        probe(self.model)
+        self.right: dict[int, int] = {}
+
+    def attempt(self, run: Callable[[], Any]) -> dict[str, Any]:
+        """The token that ``run`` gives on the last rank, or its error."""
+        try:
+            out = run()
+        except Exception as error:
+            return said(error)
+        token = getattr(out, "first_token", None)
+        return {"token": None if token is None else int(token[0, 0])}
+
+    def prefill(self, number: int, **changes: Any) -> dict[str, Any]:
+        """A prefill of one prompt, otherwise than the others where ``changes`` say so."""
+        model = changes.pop("model", self.model)
+        split = changes.pop("split", self.split)
+        ids = changes.pop("ids", None)
+        return self.attempt(lambda: prefill(model, prompt(number) if ids is None else ids, split, **changes))
+
+    def single(self, number: int) -> int:
+        """The token that one rank gives."""
+        if number not in self.right:
+            token = single(self.model, prompt(number)).first_token
+            assert token is not None
+            self.right[number] = int(token[0, 0])
+        return self.right[number]
+
+    @contextmanager
+    def broken(self, layer: int, how: Callable[[], None]) -> Iterator[None]:
+        """A model in which something happens once a layer is reached."""
+        handle = self.model.model.layers[layer].register_forward_pre_hook(lambda *_: how())
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def out_of_memory() -> None:
+    """What a full device does."""
+    raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+
+# ------------------------------------------------------------------ scenarios, each in step on all ranks
+
+
+def failed_prefill(world: World) -> dict[str, Any]:
+    """Rank 1 runs out of memory on a prompt; the next ones are not mixed up with it."""
+    if world.rank == 1:
+        with world.broken(1, out_of_memory):
+            first = world.prefill(1)
+    else:
+        first = world.prefill(1)
+    after = [world.prefill(number) for number in (2, 3)]
+    renew()
+    return {"first": first, "after": after, "renewed": world.prefill(4), "right": world.single(4)}
+
+
+def failed_before_its_links(world: World) -> dict[str, Any]:
+    """Rank 1 cannot even allocate its rows, so that nobody receives what rank 0 sends."""
+    # The package has a function of the module's name.
+    runtime: Any = import_module("kvr_partition.runtime.prefill")
+    kept = runtime.chunk_cache
+    if world.rank == 1:
+        runtime.chunk_cache = lambda *_, **__: out_of_memory()
+    first = world.prefill(1)
+    runtime.chunk_cache = kept
+    # The first rank of a chain may have done its part before it hears of it.
+    after = world.prefill(2)
+    renew()
+    return {"first": first, "after": after, "renewed": world.prefill(4), "right": world.single(4)}
+
+
+def another_order(world: World) -> dict[str, Any]:
+    """The last rank reads two prompts in another order."""
+    order = (6, 5) if world.rank == world.ranks - 1 else (5, 6)
+    return {
+        "both": [world.prefill(number) for number in order],
+        "next": world.prefill(7),
+        "right": world.single(7),
+    }
+
+
+def two_threads(world: World) -> dict[str, Any]:
+    """Two threads of each rank prefill in one group."""
+    found: list[tuple[int, dict[str, Any]]] = []
+
+    def work(numbers: range) -> None:
+        for number in numbers:
+            found.append((number, world.prefill(number)))
+
+    for number in range(100, 140):
+        world.single(number)
+    threads = [threading.Thread(target=work, args=(range(low, low + 20),)) for low in (100, 120)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    wrong = [
+        number for number, one in found if one.get("token") is not None and one["token"] != world.single(number)
+    ]
+    errors = sorted({one["kind"] for _, one in found if "kind" in one})
+    world.attempt(renew)
+    return {"wrong": wrong, "kinds": errors, "next": world.prefill(7), "right": world.single(7)}
+
+
+def disagreements(world: World) -> dict[str, Any]:
+    """The last rank differs in one thing after another; the group stays usable."""
+    odd = world.rank == world.ranks - 1
+    last = len(world.split.sizes) - 1
+    moved = Partition([size + (at == 0) - (at == last) for at, size in enumerate(world.split.sizes)])
+    with torch.random.fork_rng():
+        torch.manual_seed(99)
+        other_weights = build("llama-gqa")
+        for parameter in other_weights.parameters():
+            parameter.data.add_(1e-3)
+    nearly = build("llama-gqa")
+    nearly.model.layers[2].mlp.down_proj.weight.data[3, 5] += 1e-6
+    past = single(world.model, prompt(50)[:, :4]).cache
+    with_past = Partition(world.split.sizes, past=4)
+    ways: dict[str, dict[str, Any]] = {
+        "sizes": {"split": moved},
+        "prompt": {"ids": prompt(12)},
+        "one token": {"ids": prompt(11).index_fill(1, torch.tensor([CONTEXT - 1]), 3)},
+        "batch": {"ids": prompt(11, batch=2)},
+        "context": {
+            "ids": prompt(11)[:, 1:],
+            "split": Partition((*world.split.sizes[:-1], world.split.sizes[-1] - 1)),
+        },
+        "topology": {"topology": "fanout"},
+        "limits": {"limits": LinkLimits(bandwidth=1e9)},
+        "weights": {"model": other_weights},
+        "one weight": {"model": nearly},
+        "dtype": {"model": build("llama-gqa").to(torch.bfloat16)},
+        "KV heads": {"model": build("llama-mha")},
+        "layers": {"model": build("llama-gqa", num_hidden_layers=2)},
+        "window": {"model": build("mistral-window")},
+        "past": {"past": past, "split": with_past},
+        "padding": {"attention_mask": torch.tensor([[0] * 3 + [1] * (CONTEXT - 3)])},
+    }
+    seen = {}
+    for name, way in ways.items():
+        seen[name] = world.prefill(11, **(way if odd else {}))
+        seen[f"after {name}"] = world.prefill(11)
+    return {"seen": seen, "right": world.single(11)}
+
+
+def refusals(world: World) -> dict[str, Any]:
+    """What one rank refuses, none runs; what all refuse is everybody's own error."""
+    odd = world.rank == 1
+    table = PartitionTable([Entry(64, (64 - world.ranks + 1, *[1] * (world.ranks - 1)))])
+    return {
+        "one": world.prefill(11, **({"split": table} if odd else {})),
+        "all": world.prefill(11, split=table),
+        "list": world.prefill(11, split=list(world.split.sizes)),
+        "next": world.prefill(11),
+        "right": world.single(11),
+    }
+
+
+def other_methods(world: World) -> dict[str, Any]:
+    """The baselines agree in the same way."""
+    seen = {}
+    for name, method in (("tsp", tsp), ("zigzag", zigzag)):
+        odd = prompt(22 if world.rank == 1 else 21)
+        seen[name] = world.attempt(lambda method=method, odd=odd: method(world.model, odd))
+        seen[f"{name} again"] = world.attempt(lambda method=method: method(world.model, prompt(21)))
+    method = zigzag if world.rank == 0 else tsp
+    seen["two methods"] = world.attempt(lambda: method(world.model, prompt(21)))
+    return {"seen": seen, "next": world.prefill(21), "right": world.single(21)}
+
+
+def without_agreement(world: World) -> dict[str, Any]:
+    """Switched off by name: no comparison, and still no message of one prefill taken for another's."""
+    first = world.prefill(31, agree=False)
+    return {"first": first, "right": world.single(31)}
+
+
+def own_messages(world: World) -> dict[str, Any]:
+    """Messages of the program's own, with the very tags that links use, are nobody else's."""
+    message = torch.full((CONTEXT * 128,), 7.0)
+    works = []
+    if world.rank == 0:
+        works = [dist.isend(message, dst=1, tag=tag) for tag in range(12)]
+    first = world.prefill(41)
+    if world.rank == 1:
+        arrived = [torch.zeros_like(message) for _ in range(12)]
+        for tag, buffer in enumerate(arrived):
+            dist.recv(buffer, src=0, tag=tag)
+        first["arrived"] = all(bool((buffer == 7).all()) for buffer in arrived)
+    for work in works:
+        work.wait()
+    return {"first": first, "right": world.single(41)}
+
+
+def subgroup(world: World) -> dict[str, Any]:
+    """Two of three ranks prefill by themselves, in a group whose ranks are counted anew."""
+    group = dist.new_group([1, 2])
+    if world.rank == 0:
+        return {}
+    split = Partition((20, 12))
+    odd = prompt(52 if world.rank == 2 else 51)
+    return {
+        "first": world.prefill(51, split=split, group=group),
+        "odd": world.prefill(51, split=split, group=group, ids=odd),
+        "right": world.single(51),
+    }
+
+
+def killed(world: World) -> dict[str, Any]:
+    """Rank 1 is killed in a layer."""
+    if world.rank == 1:
+        with world.broken(1, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+            world.prefill(1)
+    return {"first": world.prefill(1), "after": world.prefill(2), "renewed": world.attempt(renew)}
+
+
+def stopped(world: World) -> dict[str, Any]:
+    """The first rank is stopped in a layer; all others wait for it, directly or not."""
+    world.prefill(1)
+    if world.rank == 0:
+        with world.broken(1, lambda: os.kill(os.getpid(), signal.SIGSTOP)):
+            world.prefill(2)
+    return {"first": world.prefill(2)}
+
+
+def late(world: World) -> dict[str, Any]:
+    """Rank 1 comes to a prefill when nobody waits for it any more, and is well otherwise."""
+    world.prefill(2)
+    if world.rank == 1:
+        time.sleep(6)
+        return {"first": world.prefill(1)}
+    return {"first": world.prefill(1)}
+
+
+def not_finite(world: World) -> dict[str, Any]:
+    """A weight of the second layer is NaN on all ranks."""
+    model = build("llama-gqa")
+    model.model.layers[0].mlp.down_proj.weight.data[0, 0] = float("nan")
+    return {
+        "first": world.prefill(1, model=model),
+        "tsp": world.attempt(lambda: tsp(model, prompt(1))),
+        "single": world.attempt(lambda: single(model, prompt(1))),
+        "next": world.prefill(1),
+        "right": world.single(1),
+    }
+
+
+def fuzz(world: World, sequences: int = 300, seed: int = 0) -> dict[str, Any]:
+    """Random sequences of good, failing and disagreeing prefills: no token that one rank would not give."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def random(below: int) -> int:
+        return int(torch.randint(0, below, (1,), generator=draw))
+
+    counts = {"right": 0, "wrong": 0, "raised": 0}
+    usable = True
+    for _ in range(sequences):
+        number, what, who, layer = random(1000), random(8), random(world.ranks), random(3)
+        cut = 1 + random(CONTEXT - world.ranks)
+        sizes = [cut, *[1] * (world.ranks - 2), CONTEXT - cut - (world.ranks - 2)]
+        changes: dict[str, Any] = {"split": Partition(sizes)}
+        me = world.rank == who
+        if what == 1 and me:
+            changes["ids"] = prompt(number + 1)
+        elif what == 2 and me:
+            changes["split"] = Partition(sizes[::-1])
+        elif what == 3 and me:
+            changes["topology"] = "fanout"
+        elif what == 4 and me:
+            changes["split"] = [1, 2]
+        if what in (5, 6) and me:
+            with world.broken(layer, out_of_memory):
+                found = world.prefill(number, **changes)
+        else:
+            found = world.prefill(number, **changes)
+        token = found.get("token")
+        if "error" in found:
+            counts["raised"] += 1
+        if token is not None:
+            read = number + 1 if what == 1 and me else number
+            counts["right" if token == world.single(read) else "wrong"] += 1
+        usable = usable and what not in (5, 6)
+        # Now and then nobody minds that a prefill failed, and everybody tries the next one.
+        if not usable and random(3) == 0:
+            renew()
+            usable = True
+    return counts
+
+
+def long_fuzz(world: World) -> dict[str, Any]:
+    """The same, 2,000 sequences."""
+    return fuzz(world, 2000, seed=1)
+
+
+def main() -> None:
+    """One rank."""
+    folder, rank, ranks = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    torch.set_num_threads(1)
+    asked = json.loads((folder / "scenarios.json").read_text())
+    dist.init_process_group(
+        "gloo",
+        init_method=(folder / "meet").as_uri(),
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=asked["timeout_s"]),
+    )
+    world = World(rank, ranks)
+    seen = {}
+    for name in asked["names"]:
+        began = time.perf_counter()
+        seen[name] = globals()[name](world)
+        seen[name]["seconds"] = time.perf_counter() - began
+        (folder / f"seen{rank}.json").write_text(json.dumps(seen))
+    # Where ranks are missing there is nobody to say goodbye to.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
