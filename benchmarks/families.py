@@ -36,14 +36,11 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tests.families import FIRST_TOKEN, VOCABULARY, build, names
 
 SIZES = (5, 23, 12)
-PAST = 13
-SIZES_BEHIND_PAST = (4, 15, 8)
-CASES: dict[str, tuple[tuple[int, ...], int]] = {"prompt": (SIZES, 0), "past": (SIZES_BEHIND_PAST, PAST)}
 NEW_TOKENS = 12
 PADS = 9
 CUT = 17
@@ -52,6 +49,22 @@ RANKS = len(SIZES)
 # Ranks whose neighbour failed get this long to say what they know.
 GRACE_S = 5.0
 
+
+@dataclass(frozen=True)
+class Case:
+    """A way to read the prompt: chunks behind cached tokens, how many prompts at once, and how deep."""
+
+    sizes: tuple[int, ...]
+    past: int = 0
+    batch: int = 1
+    depth: Literal["auto", "cache"] = "auto"
+
+
+CASES = {
+    "a prompt": Case(SIZES),
+    "behind 13 cached tokens": Case((4, 15, 8), past=13),
+    "two prompts at cache depth": Case(SIZES, batch=2, depth="cache"),
+}
 BAD = ("WRONG", "CRASHED", "HUNG")
 OUTCOMES = ("exact", "refused", *BAD, "not buildable")
 
@@ -64,6 +77,8 @@ class Finding:
         outcome: one of `OUTCOMES`.
         detail: the depth, or what went wrong in which case.
         pieces, padding: the stock model alone, see the module.
+        generate_differs: how far the first logits of the stock model's own ``generate`` are from those of a plain
+            forward pass: some models are given positions there that they would not make themselves.
         prefix_matters: how much the logits change when the last chunk does not see what is before it.
         different_tokens: how many of the decoded tokens differ from one another.
         seconds: all in all.
@@ -74,6 +89,7 @@ class Finding:
     detail: str = ""
     pieces: str = ""
     padding: str = ""
+    generate_differs: float = float("nan")
     prefix_matters: float = float("nan")
     different_tokens: int = 0
     seconds: float = 0.0
@@ -143,7 +159,7 @@ def examine(group: Group, name: str, deadline: float) -> Finding:
         for key, value in reply.items():
             if hasattr(finding, key):
                 setattr(finding, key, value)
-    results = {}
+    details: list[str] = []
     for case in CASES:
         replies = group.ask(("run", case), deadline)
         outcome, detail, where = _judge(replies)
@@ -151,10 +167,9 @@ def examine(group: Group, name: str, deadline: float) -> Finding:
             finding.where = where
             if any(not (reply or {}).get("in_step", False) for reply in replies):
                 group.unfit = True
-            both = "" if case == "prompt" else f"with {PAST} past tokens: "
-            return _ended(finding, outcome, both + detail)
-        results[case] = detail
-    return _ended(finding, "exact", results["prompt"])
+            return _ended(finding, outcome, detail if outcome == "refused" else f"{case}: {detail}")
+        details.append(detail)
+    return _ended(finding, "exact", details[0])
 
 
 def _ended(finding: Finding, outcome: str, detail: str) -> Finding:
@@ -264,7 +279,7 @@ def serve(rank: int, folder: str, connection: Connection) -> None:
                 reply = prepared.stock(rank)
             else:
                 assert prepared is not None
-                prepared.run(rank, *CASES[name], reply)
+                prepared.run(rank, CASES[name], reply)
         except Exception as error:  # whatever it is, it is what is asked for
             reply["error"] = told(error)
         connection.send(reply)
@@ -292,8 +307,8 @@ class Prepared:
 
         self.model = build(name)
         generator = torch.Generator().manual_seed(5)
-        self.ids = torch.randint(FIRST_TOKEN, VOCABULARY, (1, sum(SIZES)), generator=generator)
-        self.logits: Any = None
+        self.ids = torch.randint(FIRST_TOKEN, VOCABULARY, (2, sum(SIZES)), generator=generator)
+        self.right: list[Any] = []
         self.tokens: Any = None
         self.why_not = ""
 
@@ -303,18 +318,20 @@ class Prepared:
             return {"pieces": self._try(self._pieces), "padding": self._try(self._padding)}
         if rank < RANKS - 1:
             return {}
-        self.logits = self._forward(self.ids)[:, -1]
+        plain = self._forward(self.ids)[:, -1]
         alone = self._forward(self.ids[:, -SIZES[-1] :])[:, -1]
+        self.right = [plain]
+        said: dict[str, Any] = {"prefix_matters": relative(alone, plain)}
         try:
-            self.tokens = self._generate()
+            logits, self.tokens = self._generate()
         except Exception as error:  # then there is nothing to compare decoding with
             self.why_not = f"stock generate fails ({told(error)['text'][:100]})"
-        return {
-            "prefix_matters": relative(alone, self.logits),
-            "different_tokens": 0 if self.tokens is None else len(set(self.tokens[0].tolist())),
-        }
+            return said
+        self.right.append(logits)
+        different = {len(set(row)) for row in self.tokens.tolist()}
+        return {**said, "generate_differs": relative(logits, plain), "different_tokens": max(different)}
 
-    def run(self, rank: int, sizes: tuple[int, ...], past: int, reply: dict[str, Any]) -> None:
+    def run(self, rank: int, case: Case, reply: dict[str, Any]) -> None:
         """One case on this rank; the last rank compares."""
         from kvr_partition import Partition
         from kvr_partition.runtime import decode, prefill, probe
@@ -322,23 +339,26 @@ class Prepared:
         # Until here no rank waits for another.
         reply["in_step"] = True
         support = probe(self.model)
-        before = None
-        if past:
+        ids, before = self.ids[: case.batch], None
+        if case.past:
             before = self._cache()
-            self._forward(self.ids[:, :past], past_key_values=before)
+            self._forward(ids[:, : case.past], past_key_values=before)
         reply["in_step"] = False
-        out = prefill(self.model, self.ids[:, past:], Partition(sizes, past), past=before)
+        partition = Partition(case.sizes, case.past)
+        out = prefill(self.model, ids[:, case.past :], partition, past=before, depth=case.depth)
         reply["in_step"] = True
         if rank < RANKS - 1:
             return
-        reply["depth"] = support.choose("auto")
-        reply["logits_error"] = relative(out.logits, self.logits)
+        reply["depth"] = support.choose(case.depth)
+        reply["logits_error"] = min(relative(out.logits, right[: case.batch]) for right in self.right)
         reply["decoded"], reply["why_not"] = self.tokens is not None, self.why_not
         reply["wrong_token"] = None
         if self.tokens is not None and reply["logits_error"] < TOLERANCE:
-            found, right = decode(self.model, self.ids, out, NEW_TOKENS).tolist(), self.tokens.tolist()
-            if found != right:
-                same = [one == other for one, other in zip(found[0], right[0], strict=False)]
+            found, right = decode(self.model, ids, out, NEW_TOKENS), self.tokens[: case.batch]
+            same = [
+                bool((found[:, at] == right[:, at]).all()) for at in range(min(found.shape[1], right.shape[1]))
+            ]
+            if not all(same) or found.shape != right.shape:
                 reply["wrong_token"] = same.index(False) if False in same else len(same)
 
     def _cache(self) -> Any:
@@ -354,13 +374,19 @@ class Prepared:
         with torch.no_grad():
             return self.model(input_ids=ids, **extra).logits
 
-    def _generate(self) -> Any:
+    def _generate(self) -> tuple[Any, Any]:
+        """First logits and new tokens of the stock model's own ``generate``."""
         import torch
 
         whole = self.model.generate(
-            self.ids, attention_mask=torch.ones_like(self.ids), do_sample=False, max_new_tokens=NEW_TOKENS
+            self.ids,
+            attention_mask=torch.ones_like(self.ids),
+            do_sample=False,
+            max_new_tokens=NEW_TOKENS,
+            output_logits=True,
+            return_dict_in_generate=True,
         )
-        return whole[:, self.ids.shape[1] :]
+        return whole.logits[0], whole.sequences[:, self.ids.shape[1] :]
 
     def _try(self, check: Callable[[], float]) -> str:
         try:
@@ -377,7 +403,7 @@ class Prepared:
     def _padding(self) -> float:
         import torch
 
-        ids = torch.cat([self.ids, self.ids.flip(1)])
+        ids = self.ids.clone()
         mask = torch.ones_like(ids)
         ids[0, :PADS], mask[0, :PADS] = 0, 0
         positions = (mask.cumsum(-1) - 1).clamp(min=0)

@@ -180,82 +180,83 @@ PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "indexer_typ
 SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 
 LATENT = {"num_key_value_heads": 4, "head_dim": 8}
-ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+MIXED_WINDOWS = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8}
 SHARED_KV = {"num_kv_shared_layers": 2}
+GEMMA3N = {**SHARED_KV, "activation_sparsity_pattern": [0.5, 0.0] * 2}
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+ONE_CODEBOOK = {"decoder": {"num_codebooks": 1}}
+QWEN4 = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 4,
+    "ngram_vocab_size_base": 64,
+    "split_ngram_parts": 1,
+    "hc_lowrank": 16,
+}
 
-# What a family needs besides: a dictionary under the name of a nested configuration changes that, None leaves
-# a field as it is, and `BASE` is what the family's own default needs.
-BASE = "base"
+# What a family needs besides; a dictionary under the name of a nested configuration changes that one.
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "axk1": LATENT,
+    "axk2": LATENT,
+    "bailing_hybrid": LATENT,
+    "bamba": {"attn_layer_indices": [1, 3]},
     "blt": {
+        # Its caches are made for so many layers, which its default does not say.
         "num_hidden_layers": LAYERS,
+        "encoder_hash_byte_group_vocab": 300,
         "encoder_config": {"hidden_size_global": 64},
         "decoder_config": {"hidden_size_global": 64},
-        "encoder_hash_byte_group_vocab": 300,
     },
     "cohere_compass_text": {
-        "rope_parameters": {"sliding_attention": ROPE, "full_attention": None},
-        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        **MIXED_WINDOWS,
+        "rope_parameters": {"sliding_attention": PLAIN_ROPE, "full_attention": None},
     },
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 96, "moe_top_k": 2},
     },
-    "axk1": LATENT,
-    "axk2": LATENT,
-    "bailing_hybrid": LATENT,
-    "bamba": {"attn_layer_indices": [1, 3]},
     "deepseek_v2": {**LATENT, "num_experts_per_tok": 2},
     "deepseek_v3": LATENT,
     "deepseek_v32": LATENT,
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots1": {**MIXED_WINDOWS, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note": {
         "text_config": LATENT,
         "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
         "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
     },
     "dots3_note_text": LATENT,
-    "gemma4_assistant": {"text_config": {BASE: {"hidden_size_per_layer_input": 0}}},
     "falcon_h1": {"mamba_d_ssm": 128},
-    "gemma3n": {"text_config": {**SHARED_KV, "activation_sparsity_pattern": [0.5, 0.0, 0.5, 0.0]}},
-    "gemma3n_text": {**SHARED_KV, "activation_sparsity_pattern": [0.5, 0.0, 0.5, 0.0]},
+    "gemma3n": {"text_config": GEMMA3N},
+    "gemma3n_text": GEMMA3N,
     "gemma4": {"text_config": SHARED_KV},
     "gemma4_text": SHARED_KV,
     "gemma4_unified": {"text_config": SHARED_KV},
     "gemma4_unified_text": SHARED_KV,
     "glm4_moe_lite": LATENT,
     "glm_moe_dsa": LATENT,
+    "got_ocr2": {"text_config": MIXED_WINDOWS},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "kimi_linear": LATENT,
+    "laguna": MIXED_WINDOWS,
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "longcat_flash": LATENT,
     "mamba2": {"head_dim": 32},
-    "musicgen": {"decoder": {"num_codebooks": 1}},
-    "musicgen_melody": {"decoder": {"num_codebooks": 1}},
+    "mellum": MIXED_WINDOWS,
     "minicpm3": LATENT,
-    "qwen4_exp": {
-        "text_config": {
-            "indexer_n_heads": 2,
-            "indexer_kv_heads": 1,
-            "indexer_head_dim": 16,
-            "indexer_budget": 8,
-            "indexer_compress_ratio": 4,
-            "ngram_vocab_size_base": 64,
-            "split_ngram_parts": 1,
-            "hc_lowrank": 16,
-        }
-    },
-    "qwen4_exp_text": {
-        "indexer_n_heads": 2,
-        "indexer_kv_heads": 1,
-        "indexer_head_dim": 16,
-        "indexer_budget": 8,
-        "indexer_compress_ratio": 4,
-        "ngram_vocab_size_base": 64,
-        "split_ngram_parts": 1,
-        "hc_lowrank": 16,
-    },
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"] * 2},
+    "moss_transcribe_diarize": {"text_config": MIXED_WINDOWS},
+    "musicgen": ONE_CODEBOOK,
+    "musicgen_melody": ONE_CODEBOOK,
+    "qwen2": MIXED_WINDOWS,
+    "qwen2_moe": MIXED_WINDOWS,
+    "qwen3": MIXED_WINDOWS,
+    "qwen3_moe": {"sliding_window": 8},
+    "qwen4_exp": {"text_config": QWEN4},
+    "qwen4_exp_text": QWEN4,
     "reformer": {
         "axial_pos_embds_dim": (16, 48),
         "axial_pos_shape": (16, 32),
@@ -263,10 +264,33 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "local_attn_chunk_length": 8,
         "lsh_attn_chunk_length": 8,
     },
+    "smollm3": MIXED_WINDOWS,
     "xlstm": {"qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
     "youtu": LATENT,
     "zaya": {"num_experts_per_tok": 1},
+}
+
+# Other configurations of a family that read a prompt in another way.
+WINDOW = {"sliding_window": 8}
+FULL = {"sliding_window": None, "use_sliding_window": False, "layer_types": ["full_attention"] * LAYERS}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "doge+window": {**WINDOW, "keep_window_size": 64},
+    "falcon+alibi": {"alibi": True},
+    "falcon+new": {"new_decoder_architecture": True},
+    "gpt2+scaled": {"scale_attn_by_inverse_layer_idx": True},
+    "granitemoehybrid+attention": {"layer_types": ["attention"] * LAYERS},
+    "minimax_m3_vl_text+full": {"layer_types": ["full_attention"] * LAYERS},
+    "ministral3+window": WINDOW,
+    "mistral+full": {"sliding_window": None},
+    "mixtral+window": WINDOW,
+    "mpt+learned": {"attn_config": {"alibi": False}},
+    "phi3+window": WINDOW,
+    "phi4_multimodal+window": WINDOW,
+    "phimoe+window": WINDOW,
+    "qwen2+full": FULL,
+    "qwen3+full": FULL,
+    "starcoder2+window": WINDOW,
 }
 
 # Families whose causal model is built from the configuration of a part.
@@ -274,23 +298,23 @@ PARTS = {"musicgen": "decoder", "musicgen_melody": "decoder"}
 
 
 def names() -> list[str]:
-    """Model types of all families, as transformers names them."""
+    """Model types of all families, as transformers names them, and `VARIANTS` of some."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return sorted([*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS])
 
 
 def small_config(name: str) -> Any:
-    """A small configuration of a family."""
+    """A small configuration of a family or variant."""
     from transformers import CONFIG_MAPPING
 
-    return _small(CONFIG_MAPPING[name], OVERRIDES.get(name, {}))
+    family = name.partition("+")[0]
+    return _small(CONFIG_MAPPING[family], {**OVERRIDES.get(family, {}), **VARIANTS.get(name, {})})
 
 
 def _small(kind: Any, overrides: dict[str, Any]) -> Any:
-    base = overrides.get(BASE, {})
     fields: dict[str, Any] = {}
-    for field, value in vars(kind(**base)).items():
+    for field, value in vars(kind()).items():
         if field in kind.sub_configs and hasattr(value, "to_dict"):
             fields[field] = _small(type(value), overrides.get(field, {}))
         elif field in PER_LAYER and isinstance(value, list | tuple) and value:
@@ -299,10 +323,8 @@ def _small(kind: Any, overrides: dict[str, Any]) -> Any:
             fields[field] = SPECIAL_TOKENS.get(field, 3)
         elif field in SMALL and (value is not None or field in ALWAYS):
             fields[field] = SMALL[field]
-    for field, value in overrides.items():
-        if field != BASE and field not in kind.sub_configs:
-            fields[field] = value
-    return kind(**base, **{field: value for field, value in fields.items() if value is not None})
+    fields.update({field: value for field, value in overrides.items() if field not in kind.sub_configs})
+    return kind(**fields)
 
 
 def _taking_turns(values: Iterable[str]) -> list[str]:
@@ -329,6 +351,9 @@ def build(name: str) -> Any:
         # Random weights would otherwise end some answers early.
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
+        if name in PARTS:
+            # Without guidance, which would read every prompt twice.
+            model.generation_config.guidance_scale = 1.0
     return model
 
 
