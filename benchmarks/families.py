@@ -342,7 +342,7 @@ class Prepared:
         ids, before = self.ids[: case.batch], None
         if case.past:
             before = self._cache()
-            self._forward(ids[:, : case.past], past_key_values=before)
+            self._forward(ids[:, : case.past], past_key_values=before, **self._positions(0, case.past))
         reply["in_step"] = False
         partition = Partition(case.sizes, case.past)
         out = prefill(self.model, ids[:, case.past :], partition, past=before, depth=case.depth)
@@ -373,6 +373,13 @@ class Prepared:
             extra["use_cache"] = True
         with torch.no_grad():
             return self.model(input_ids=ids, **extra).logits
+
+    def _positions(self, start: int, end: int) -> dict[str, Any]:
+        """Positions as ``generate`` gives them, for models that take them."""
+        import torch
+
+        taken = "position_ids" in inspect.signature(self.model.forward).parameters
+        return {"position_ids": torch.arange(start, end)[None]} if taken else {}
 
     def _generate(self) -> tuple[Any, Any]:
         """First logits and new tokens of the stock model's own ``generate``."""
