@@ -62,7 +62,7 @@ class Case:
 
 CASES = {
     "a prompt": Case(SIZES),
-    "behind 13 cached tokens": Case((4, 15, 8), past=13),
+    "behind 13 cached tokens": Case((1, 25, 1), past=13),
     "two prompts at cache depth": Case(SIZES, batch=2, depth="cache"),
 }
 BAD = ("WRONG", "CRASHED", "HUNG")
@@ -99,7 +99,7 @@ class Finding:
     def line(self) -> str:
         """One line about it."""
         stock = f"pieces: {self.pieces}, padding: {self.padding}" if self.padding else ""
-        return f"{self.name:26}{f'{self.outcome}: {self.detail}':60}  {stock}".rstrip()
+        return f"{self.name:27}{f'{self.outcome}: {self.detail}':60}  {stock}".rstrip()
 
 
 def main() -> None:

@@ -185,6 +185,16 @@ SHARED_KV = {"num_kv_shared_layers": 2}
 GEMMA3N = {**SHARED_KV, "activation_sparsity_pattern": [0.5, 0.0] * 2}
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 ONE_CODEBOOK = {"decoder": {"num_codebooks": 1}}
+DOTS3_NOTE = {
+    **LATENT,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 4,
+    "swa_q_lora_rank": 32,
+    "swa_kv_lora_rank": 24,
+    "swa_head_dim": 24,
+    "swa_qk_nope_head_dim": 16,
+    "swa_v_head_dim": 16,
+}
 QWEN4 = {
     "indexer_n_heads": 2,
     "indexer_kv_heads": 1,
@@ -222,11 +232,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_v32": LATENT,
     "dots1": {**MIXED_WINDOWS, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note": {
-        "text_config": LATENT,
+        "text_config": DOTS3_NOTE,
         "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
         "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
     },
-    "dots3_note_text": LATENT,
+    "dots3_note_text": DOTS3_NOTE,
     "falcon_h1": {"mamba_d_ssm": 128},
     "gemma3n": {"text_config": GEMMA3N},
     "gemma3n_text": GEMMA3N,
@@ -276,6 +286,8 @@ WINDOW = {"sliding_window": 8}
 FULL = {"sliding_window": None, "use_sliding_window": False, "layer_types": ["full_attention"] * LAYERS}
 VARIANTS: dict[str, dict[str, Any]] = {
     "doge+window": {**WINDOW, "keep_window_size": 64},
+    # Layers whose KV differs in size.
+    "dots3_note_text+full": {"use_dsa": False, "layer_types": ["full_attention", "sliding_attention"] * 2},
     "falcon+alibi": {"alibi": True},
     "falcon+new": {"new_decoder_architecture": True},
     "gpt2+scaled": {"scale_attn_by_inverse_layer_idx": True},
@@ -354,6 +366,7 @@ def build(name: str) -> Any:
         if name in PARTS:
             # Without guidance, which would read every prompt twice.
             model.generation_config.guidance_scale = 1.0
+            model.generation_config.decoder_start_token_id = 1
     return model
 
 
