@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextvars
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -197,6 +198,39 @@ def _attention(
 
 def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     return sdpa_mask(*args, **kwargs) if _active.get() is None else None
+
+
+class NotedWindows(set[int]):
+    """Windows that masks were asked for.
+
+    Attributes:
+        asked: whether any mask was asked for.
+    """
+
+    asked = False
+
+
+@contextmanager
+def noted_windows(model: Any) -> Iterator[NotedWindows]:
+    """While it lasts, note the windows of the masks that a model asks transformers for."""
+    noted = NotedWindows()
+    name = model.config._attn_implementation
+    stock = ALL_MASK_ATTENTION_FUNCTIONS.get(name)
+    if stock is None:
+        yield noted
+        return
+
+    def noting(*args: Any, local_size: int | None = None, **kwargs: Any) -> Any:
+        noted.asked = True
+        if local_size is not None:
+            noted.add(local_size)
+        return stock(*args, local_size=local_size, **kwargs)
+
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, noting)
+    try:
+        yield noted
+    finally:
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, stock)
 
 
 def register() -> None:

@@ -173,7 +173,9 @@ def _together(
 def _check(model: Any, input_ids: torch.Tensor, method: GatheringMethod, ranks: int) -> None:
     check_ids(model, input_ids)
     check_context(model.config, input_ids.shape[1])
-    check_gathering(probe(model), method)
+    support = probe(model)
+    support.check_tokens(input_ids.shape[1])
+    check_gathering(support, method)
     parts_of(method, input_ids.shape[1], ranks)
     check_generation(model.generation_config)
 

@@ -207,6 +207,7 @@ def _planned(
     if held != partition.past:
         raise PartitionError(f"the partition has {partition.past} past tokens, but the cache given holds {held}")
     check_context(model.config, partition.past + partition.context + reserve)
+    support.check_tokens(partition.past + partition.context)
     padding = read_padding(model, attention_mask, input_ids.shape[0], held, partition.context, depth)
     mask = None if padding is None else padding.mask
     support.choose("cache" if padding is not None and depth == "auto" else depth)

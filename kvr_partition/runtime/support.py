@@ -39,6 +39,10 @@ _HARMLESS = frozenset(
 )
 
 
+_PROBED = 2
+"""Tokens that a probe reads at once."""
+
+
 @dataclass(frozen=True)
 class ModelSupport:
     """What a short probe of a model showed.
@@ -48,11 +52,14 @@ class ModelSupport:
         route: how own block and prefix can be attended separately: ``"interface"`` (transformers'
             attention interface), ``"calls"`` (the model calls SDPA itself), or None when they cannot.
         reason: why not, when not.
+        unmasked_window: tokens that a window of the cache keeps and no mask knows of, so that a longer prompt
+            read in pieces would miss what it sees whole; None where there is no such window.
     """
 
     layers: tuple[LayerKV | None, ...]
     route: Literal["interface", "calls"] | None
     reason: str = ""
+    unmasked_window: int | None = None
 
     @property
     def attention_depth(self) -> bool:
@@ -67,6 +74,18 @@ class ModelSupport:
     def entry_elements(self, batch: int = 1) -> int:
         """Elements of KV that one token keeps over all layers."""
         return sum(layer.entry(batch) for layer in self.layers if layer is not None)
+
+    def check_tokens(self, tokens: int) -> None:
+        """Refuse prompts of which the model's cache would drop what its attention still sees.
+
+        Raises:
+            UnsupportedError: more tokens than that.
+        """
+        if self.unmasked_window is not None and tokens > self.unmasked_window:
+            raise UnsupportedError(
+                f"the cache of this model keeps the last {self.unmasked_window} tokens, but its attention sees all; "
+                f"in pieces it is exact up to that many tokens, and these are {tokens}"
+            )
 
     def choose(self, depth: Depth) -> Literal["attention", "cache"]:
         """The depth to run at.
@@ -123,7 +142,9 @@ def check_config(config: Any) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedError(f"{config.model_type} is an encoder-decoder; KV-Runahead splits causal decoders")
     text = text_config(config)
-    if getattr(text, "is_causal", True) is False or getattr(text, "use_bidirectional_attention", None):
+    # What is said of vision concerns the tokens of images, and there are none.
+    both_ways = getattr(text, "use_bidirectional_attention", None) not in (None, False, "vision")
+    if getattr(text, "is_causal", True) is False or both_ways:
         raise UnsupportedError(f"{text.model_type} attends in both directions; KV-Runahead needs causal attention")
     for index, layer in enumerate(DynamicCache(config=config).layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer):
@@ -162,6 +183,11 @@ class _ProbeCache(DynamicCache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if key_states.shape[-2] != _PROBED:
+            raise UnsupportedError(
+                f"layer {layer_idx} stores KV of {key_states.shape[-2]} tokens where {_PROBED} were read; "
+                "KV-Runahead needs one for each token"
+            )
         if layer_idx in self.seen:
             raise UnsupportedError(f"layer {layer_idx} stores its KV twice in one pass")
         layer = self.layers[layer_idx]
@@ -180,7 +206,10 @@ class _ProbeCache(DynamicCache):
 def _probe(model: Any) -> ModelSupport:
     check_config(model.config)
     cache = _ProbeCache(model.config)
-    _forward_two_tokens(model, cache)
+    with attention.noted_windows(model) as masked:
+        _forward_two_tokens(model, cache)
+    if cache.seen:
+        _check_continues(model, cache)
     if not cache.seen:
         raise UnsupportedError(
             f"{type(model).__name__} stored nothing in its transformers cache; KV-Runahead needs models that do"
@@ -195,7 +224,27 @@ def _probe(model: Any) -> ModelSupport:
     layers = tuple(cache.seen.get(index) for index in range(len(cache.layers)))
     route: Literal["interface", "calls"] = "interface" if _uses_interface(model) else "calls"
     reason = _why_no_attention_depth(model, layers, route)
-    return ModelSupport(layers, route=None if reason else route, reason=reason)
+    unmasked = [layer.window for layer in layers if layer is not None and layer.window not in (None, *masked)]
+    # A model that was never asked for a mask makes its own, and what those do cannot be seen.
+    window = min((one for one in unmasked if one is not None), default=None) if masked.asked else None
+    return ModelSupport(layers, None if reason else route, reason, window)
+
+
+def _check_continues(model: Any, cache: _ProbeCache) -> None:
+    """Read two more tokens behind those that a probe has cached, as every rank but the first one does.
+
+    Raises:
+        UnsupportedError: the model cannot.
+    """
+    cache.seen = {}
+    try:
+        _forward_two_tokens(model, cache)
+    except UnsupportedError:
+        raise
+    except Exception as error:  # whatever fails here fails on the second rank
+        raise UnsupportedError(
+            f"{type(model).__name__} cannot read several tokens behind cached ones ({type(error).__name__})"
+        ) from error
 
 
 def _uses_interface(model: Any) -> bool:
@@ -210,6 +259,7 @@ def _why_no_attention_depth(
     windows = [layer.window for layer in layers if layer is not None]
     complaints: list[str] = []
     no_mask = attention.no_mask(model.device)
+    eager = model.config._attn_implementation == "eager"
 
     def hook(
         module: Any,
@@ -235,7 +285,10 @@ def _why_no_attention_depth(
         if attention_mask is not (no_mask if route == "calls" else None):
             complaints.append(f"{name} makes attention masks of its own")
         if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
-            raise UnsupportedError(f"{name} attends in both directions; KV-Runahead needs causal attention")
+            if not eager:
+                raise UnsupportedError(f"{name} attends in both directions; KV-Runahead needs causal attention")
+            # Eager attention does as its mask says, and the flag says nothing.
+            complaints.append(f"{name} leaves what is causal to its masks")
         if at < len(windows) and (windows[at] if route == "interface" else None) != kwargs.get("sliding_window"):
             # A chunked-attention layer looks like a window to the cache but masks differently.
             complaints.append(f"{name} masks layer {at} otherwise than by its cached window")
@@ -302,8 +355,13 @@ def replaced_attention(
 
 def forward(model: Any, input_ids: torch.Tensor, cache: Cache, **extra: Any) -> Any:
     """One pass of the model over ``input_ids`` into ``cache``, without logits that nobody asked for."""
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+    accepted = inspect.signature(model.forward).parameters
+    if "logits_to_keep" in accepted:
         extra["logits_to_keep"] = 1
+    if "position_ids" in accepted and "position_ids" not in extra:
+        # As generate counts; some models (RoBERTa's kin) count otherwise when they are left alone.
+        before = int(cache.get_seq_length())
+        extra["position_ids"] = torch.arange(before, before + input_ids.shape[1], device=input_ids.device)[None]
     return model(input_ids=input_ids, past_key_values=cache, use_cache=True, **extra)
 
 
@@ -339,7 +397,7 @@ def check_model(model: Any) -> None:
 @torch.no_grad()
 def _forward_two_tokens(model: Any, cache: Cache, **extra: Any) -> None:
     device = next(model.parameters()).device
-    forward(model, torch.zeros((1, 2), dtype=torch.long, device=device), cache, **extra)
+    forward(model, torch.zeros((1, _PROBED), dtype=torch.long, device=device), cache, **extra)
 
 
 def _rope_parameters(config: Any) -> list[dict[str, Any]]:
