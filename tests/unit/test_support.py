@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvr_partition import Partition, PartitionError
 from kvr_partition.errors import UnsupportedError
@@ -122,6 +122,42 @@ def test_chunks_beyond_the_original_positions_are_exact(rope: dict[str, Any]) ->
     ids = torch.randint(0, 257, (1, 200), generator=torch.Generator().manual_seed(5))
     out = prefill(model, ids[:, 120:], Partition((80,), past=120), past=single(model, ids[:, :120]).cache)
     assert torch.allclose(out.logits, single(model, ids).logits, atol=1e-5)  # type: ignore[arg-type]
+
+
+DBRX = {
+    "model_type": "dbrx",
+    "d_model": 64,
+    "n_heads": 4,
+    "n_layers": 3,
+    "max_seq_len": 512,
+    "vocab_size": 257,
+    "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+    "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+}
+
+
+def test_what_shapes_alone_do_not_show_is_tried_for_real(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(DBRX))
+    support = probe_shapes(open_model(tmp_path))
+    assert [layer.key_heads for layer in support.layers if layer is not None] == [2, 2, 2]
+    model = AutoModelForCausalLM.from_config(hf_config(**DBRX)).eval()
+    assert support == probe(model)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 4]}}, "KeyError 'mrope'"),
+        ({"hidden_act": "no-such-function"}, "no-such-function"),
+        ({"num_attention_heads": 0}, "is not accepted|does not tell the shape|cannot build"),
+    ],
+)
+def test_models_that_cannot_be_built_are_refused_in_one_line(
+    tmp_path: Path, fields: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(UnsupportedError, match=says) as caught:
+        probe_shapes(open_model(write_folder(tmp_path, "llama-gqa", **fields)))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ALL)
