@@ -44,7 +44,8 @@ class RankGroup:
     process, go on after running out of memory.
 
     Args:
-        model: folder with ``config.json`` (random weights from ``seed``) or a checkpoint folder.
+        model: checkpoint folder, or one with ``config.json`` alone: random weights from ``seed``. Times do not
+            depend on their values, except in a mixture of experts.
         ranks: how many; ``torchrun`` worlds must have as many processes.
         backend: ``"cpu"`` (gloo), ``"cuda"`` (NCCL, one GPU a rank), ``"sm"`` (one GPU cut into as many
             groups of SMs as there are ranks), ``"simulate"`` (a profile answers, nothing runs) or
