@@ -4,6 +4,22 @@ from __future__ import annotations
 
 import msgspec
 
+ROUTED = ", routed"
+"""Mark of random weights in a mixture of experts. Its router is random too, and sends tokens elsewhere than a
+trained one does, so times with such weights need not be those of a checkpoint."""
+
+
+def weights_line(weights: str) -> str:
+    """The weights behind a result in words, for whoever reads it."""
+    if weights.endswith(ROUTED):
+        return f"weights: {weights}: experts get other tokens than with real weights, which may change TTFT"
+    return f"weights: {weights}"
+
+
+def random_weights(seed: int, routed: bool) -> str:
+    """How provenance names weights that were drawn: ``"random(seed=N)"``, with a mark where they route tokens."""
+    return f"random(seed={seed})" + (ROUTED if routed else "")
+
 
 class ModelGeometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What of a model decides how long its prefill takes.
@@ -30,7 +46,7 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model: ModelGeometry
     dtype: str
     weights: str
-    """``"random(seed=N)"`` or ``"checkpoint"``."""
+    """``"checkpoint"`` or what `random_weights` says."""
     ranks: int
     backend: str
     """``"cpu"`` (gloo process ranks), ``"cuda"`` (NCCL, one GPU a rank), ``"sm"`` (one GPU cut into ranks)
@@ -56,6 +72,8 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def conditions(self) -> dict[str, object]:
         """Every field that a comparison depends on: all but the time and our own version."""
         fields: dict[str, object] = msgspec.to_builtins(self)
+        # Whether random weights route tokens follows from the model, and older files do not say it.
+        fields["weights"] = self.weights.removesuffix(ROUTED)
         fields.pop("created")
         fields.pop("kvr_partition")
         return fields

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvr_partition.errors import UnsupportedError
-from kvr_partition.provenance import ModelGeometry
+from kvr_partition.checkpoints import Checkpoint, read_checkpoint, routes_tokens
+from kvr_partition.errors import KVRError, UnsupportedError
+from kvr_partition.provenance import ModelGeometry, random_weights
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -20,88 +21,76 @@ class ModelFolder:
     """A folder with ``config.json`` and, if it is a checkpoint, weights.
 
     Attributes:
-        path: the folder.
+        checkpoint: what the folder holds.
         config: the Hugging Face configuration.
         geometry: what of it decides how long a prefill takes.
-        has_weights: whether there are weights to load; otherwise they are random, from a seed.
     """
 
-    path: Path
+    checkpoint: Checkpoint
     config: Any
     geometry: ModelGeometry
-    has_weights: bool
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self.checkpoint.path
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there are weights to load; otherwise they are random, from a seed."""
+        return self.checkpoint.has_weights
 
     def weights(self, seed: int) -> str:
         """How the weights came about, for provenance."""
-        return "checkpoint" if self.has_weights else f"random(seed={seed})"
+        return "checkpoint" if self.has_weights else random_weights(seed, routes_tokens(self.config.to_dict()))
 
 
 def open_model(path: str | os.PathLike[str]) -> ModelFolder:
     """Read a model folder and refuse, before any rank starts, what cannot be measured.
 
     Raises:
-        UnsupportedError: no such folder, no readable config.json, or not a causal LM that keeps its KV in
-            a transformers cache.
+        UnsupportedError: no such folder, no readable config.json, weights that are not all there, a folder that
+            wants code to be run, or not a causal LM that keeps its KV in a transformers cache.
     """
-    folder = Path(path)
-    file = folder / "config.json"
-    if not folder.is_dir():
-        raise UnsupportedError(f"model folder {folder} does not exist; give a folder with a config.json")
-    if not file.is_file():
-        raise UnsupportedError(f"model folder {folder} has no config.json; give a Hugging Face model folder")
-    try:
-        raw = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UnsupportedError(f"{file} is no readable JSON: {error}") from None
-    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
-        raise UnsupportedError(f"{file} names no model_type; give a Hugging Face configuration")
+    checkpoint = read_checkpoint(path)
 
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from kvr_partition.runtime.loading import first_line, load_config
+    from kvr_partition.runtime.support import text_config
 
-    from kvr_partition.runtime.support import check_config, text_config
-
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # whatever transformers finds wrong with it, it is the file that is wrong
-        raise UnsupportedError(f"{file} is not accepted by transformers: {_first_line(error)}") from None
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise UnsupportedError(f"{file}: {config.model_type} is no causal LM of transformers")
-    check_config(config)
+    config = load_config(checkpoint)
     text = text_config(config)
-    heads = int(text.num_attention_heads)
-    geometry = ModelGeometry(
-        name=folder.resolve().name,
-        model_type=str(text.model_type),
-        layers=int(text.num_hidden_layers),
-        hidden_size=int(text.hidden_size),
-        attention_heads=heads,
-        kv_heads=_kv_heads(text, heads),
-        head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
-        vocab_size=int(text.vocab_size),
-        sliding_window=getattr(text, "sliding_window", None),
-        config_digest=hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest(),
-    )
-    has_weights = any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
-    return ModelFolder(folder, config, geometry, has_weights)
+    digest = hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode()).hexdigest()
+    try:
+        heads = int(text.num_attention_heads)
+        geometry = ModelGeometry(
+            name=checkpoint.path.resolve().name,
+            model_type=str(text.model_type),
+            layers=int(text.num_hidden_layers),
+            hidden_size=int(text.hidden_size),
+            attention_heads=heads,
+            kv_heads=_kv_heads(text, heads),
+            head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
+            vocab_size=int(text.vocab_size),
+            sliding_window=getattr(text, "sliding_window", None),
+            config_digest=digest,
+        )
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+        raise UnsupportedError(
+            f"{checkpoint.path / 'config.json'} does not tell the shape of this {text.model_type} model: "
+            f"{first_line(error)}"
+        ) from None
+    return ModelFolder(checkpoint, config, geometry)
 
 
 def build_model(folder: ModelFolder, *, dtype: str, device: str, seed: int) -> Any:
-    """The model itself, in eval mode on its device.
+    """The model itself, in eval mode on its device; see `kvr_partition.runtime.loading.load_model`.
 
-    Without a checkpoint the weights are drawn on the device from ``seed``: ranks with the same kind of
-    device get the same ones, and nothing large passes through host memory.
+    Raises:
+        UnsupportedError: weights that are missing or of other shapes, or transformers cannot build the model.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
+    from kvr_partition.runtime.loading import build
 
-    torch_dtype = getattr(torch, dtype)
-    if folder.has_weights:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder.path, dtype=torch_dtype, local_files_only=True)
-        return model.to(torch.device(device)).eval()
-    torch.manual_seed(seed)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(folder.config, dtype=torch_dtype)
-    return model.eval()
+    return build(folder.checkpoint, folder.config, dtype=dtype, device=device, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -143,41 +132,58 @@ def build_tensor_parallel(folder: Path, *, dtype: str, rank: int, ranks: int) ->
     Raises:
         UnsupportedError: transformers cannot cut this model into so many parts.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
+    from kvr_partition.runtime.loading import build, load_config
 
     # Transformers reads its place in the world from what torchrun would have set.
     for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", ranks)):
         os.environ.setdefault(name, str(value))
     try:
         from transformers.distributed.configuration_utils import DistributedConfig
-
-        # What tp_plan="auto" stands for in newer versions.
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, dtype),
-            local_files_only=True,
-            distributed_config=DistributedConfig(tp_size=ranks),
-        )
-    except (ValueError, ImportError, RuntimeError) as error:
-        raise UnsupportedError(
-            f"transformers cannot run this model tensor-parallel: {_first_line(error)}"
-        ) from None
-    return model.eval()
+    except ImportError:
+        raise UnsupportedError("this version of transformers cannot run models tensor-parallel") from None
+    checkpoint = read_checkpoint(folder)
+    # What tp_plan="auto" stands for in newer versions.
+    plan = DistributedConfig(tp_size=ranks)
+    return build(
+        checkpoint, load_config(checkpoint), dtype=dtype, device="cpu", seed=None, distributed_config=plan
+    )
 
 
 def probe_shapes(folder: ModelFolder) -> Any:
     """What a probe of this model shows, from shapes alone: no weights are drawn or loaded.
 
+    The tensors of a checkpoint are compared with those of the model on the way.
+
     Raises:
-        UnsupportedError: the model cannot be split exactly.
+        UnsupportedError: the model cannot be split exactly or built at all, or its weights do not fit it.
     """
+    from kvr_partition.runtime.loading import build, check_tensors, first_line
     from kvr_partition.runtime.support import probe
 
     # Shapes do not depend on the dtype, but some operators (grouped matrix products of experts) have no
     # shape rule for any other than bfloat16.
-    bare = replace(folder, has_weights=False)
-    return probe(build_model(bare, dtype="bfloat16", device="meta", seed=0))
+    bare = replace(folder.checkpoint, files=())
+    model = build(bare, folder.config, dtype="bfloat16", device="meta", seed=0)
+    check_tensors(model, folder.checkpoint)
+    try:
+        return probe(model)
+    except KVRError:
+        raise
+    except Exception:  # an operator without a shape rule: what it makes depends on data
+        pass
+    try:
+        # Memory that nobody has written to takes no place and reads as zeros, which are weights enough for this.
+        model.to_empty(device="cpu")
+        for buffer in model.buffers():
+            buffer.zero_()
+        return probe(model)
+    except KVRError:
+        raise
+    except Exception as error:
+        raise UnsupportedError(
+            f"transformers cannot run the {folder.geometry.model_type} model of {folder.path / 'config.json'}: "
+            f"{first_line(error)}"
+        ) from error
 
 
 def _kv_heads(text: Any, heads: int) -> int:
@@ -189,7 +195,3 @@ def _kv_heads(text: Any, heads: int) -> int:
                 return 1 if getattr(text, "multi_query", False) else int(value)
             return int(value)
     return heads
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

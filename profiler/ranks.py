@@ -19,7 +19,7 @@ from kvr_partition.measurement import Measurement, Sample
 from kvr_partition.methods import BASELINES
 from kvr_partition.partition import Partition
 from kvr_partition.profile import Profile
-from kvr_partition.provenance import ModelGeometry, Provenance
+from kvr_partition.provenance import ROUTED, ModelGeometry, Provenance
 from profiler import messages
 from profiler.measure import METHODS, Candidate, SamplingPlan, measure_interleaved
 from profiler.models import DTYPES, ModelFolder, Operations, open_model, operations, probe_shapes
@@ -44,7 +44,8 @@ class RankGroup:
     process, go on after running out of memory.
 
     Args:
-        model: folder with ``config.json`` (random weights from ``seed``) or a checkpoint folder.
+        model: checkpoint folder, or one with ``config.json`` alone: random weights from ``seed``. Times do not
+            depend on their values, except in a mixture of experts.
         ranks: how many; ``torchrun`` worlds must have as many processes.
         backend: ``"cpu"`` (gloo), ``"cuda"`` (NCCL, one GPU a rank), ``"sm"`` (one GPU cut into as many
             groups of SMs as there are ranks), ``"simulate"`` (a profile answers, nothing runs) or
@@ -189,7 +190,7 @@ class RankGroup:
         return Provenance(
             model=self._folder.geometry,
             dtype=self.dtype,
-            weights=self._folder.weights(self.seed),
+            weights=self.weights,
             ranks=self.ranks,
             backend=self.backend,
             topology=self.topology,
@@ -214,13 +215,18 @@ class RankGroup:
         return {
             "model": msgspec.to_builtins(self._folder.geometry),
             "dtype": self.dtype,
-            "weights": self._folder.weights(self.seed),
+            "weights": self.weights.removesuffix(ROUTED),
             "ranks": self.ranks,
             "backend": self.backend,
             "batch": self.batch,
             "topology": self.topology,
             "threads_per_rank": self.threads,
         }
+
+    @property
+    def weights(self) -> str:
+        """How the weights came about, as provenance says it."""
+        return self._folder.weights(self.seed)
 
     @property
     def geometry(self) -> ModelGeometry:
@@ -451,10 +457,10 @@ class RankGroup:
 
         Raises:
             RankError: it failed.
-            PartitionError: the partition does not fit, or too many tokens for the model.
+            PartitionError: the partition does not fit, or too many tokens for the model, or ones it does not know.
             UnsupportedError: ranks that cannot decode.
         """
-        from kvr_partition.runtime.support import check_context
+        from kvr_partition.runtime.support import check_context, check_tokens
 
         if self.backend == "sm":
             raise UnsupportedError("SM-partition ranks are for measuring; use another --backend to generate")
@@ -462,6 +468,7 @@ class RankGroup:
         if partition.past:
             raise PartitionError("generate reads a whole prompt; use a partition without past tokens")
         check_context(self._folder.config, partition.context + max_new_tokens)
+        check_tokens(input_ids, self.geometry.vocab_size)
         self._ask(
             messages.Generate(tuple(input_ids), partition.sizes, max_new_tokens),
             on_token=lambda token: on_token(token.token, token.at_s),

@@ -94,6 +94,19 @@ def write_folder(folder: Path, name: str, **changes: Any) -> Path:
     return folder
 
 
+def write_tokenizer(folder: Path) -> Path:
+    """A tokenizer of 256 tokens in a model folder, one for each byte; those of digits come late."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=True)
+    tokens = Tokenizer(models.BPE({letter: at for at, letter in enumerate(alphabet)}, []))
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokens).save_pretrained(folder)
+    return folder
+
+
 def provenance(**changes: Any) -> Any:
     """Conditions such as a run of two CPU ranks would have."""
     from kvr_partition.provenance import ModelGeometry, Provenance

@@ -32,6 +32,7 @@ from kvr_partition.loading import load_predictor, load_table
 from kvr_partition.methods import BASELINES
 from kvr_partition.partition import Partition
 from kvr_partition.predictor import PartitionPredictor
+from kvr_partition.provenance import weights_line
 from kvr_partition.table import Lookup, PartitionTable
 
 if TYPE_CHECKING:
@@ -146,12 +147,18 @@ def run(options: argparse.Namespace) -> None:
     if options.format == "json":
         print_json(
             [
-                {"context": context, "backend": group.backend, "methods": comparison.facts()}
+                {
+                    "context": context,
+                    "backend": group.backend,
+                    "weights": group.weights,
+                    "methods": comparison.facts(),
+                }
                 for context, comparison in results
             ]
         )
         return
-    print(f"{group.geometry.name} on {group.ranks} {group.backend} ranks, {group.dtype}\n")
+    print(f"{group.geometry.name} on {group.ranks} {group.backend} ranks, {group.dtype}")
+    print(f"{weights_line(group.weights)}\n")
     print_table(*together([(str(context), comparison) for context, comparison in results]), left=2)
 
 

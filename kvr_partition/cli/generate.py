@@ -20,6 +20,7 @@ from kvr_partition.errors import OutOfRangeError, PartitionError, UnsupportedErr
 from kvr_partition.loading import load
 from kvr_partition.partition import Partition
 from kvr_partition.predictor import PartitionPredictor
+from kvr_partition.provenance import weights_line
 from kvr_partition.table import PartitionTable
 
 if TYPE_CHECKING:
@@ -51,7 +52,11 @@ def run(options: argparse.Namespace) -> None:
     need_at_least("max-new-tokens", options.max_new_tokens, 1)
     knows = load(options.table) if options.table else None
     group = make_group(options)
-    tokenizer = _tokenizer(options) if options.prompt is not None else None
+    streams = options.format == "text"
+
+    from kvr_partition.runtime.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(model_folder(options.model)) if options.prompt is not None else None
     ids = _prompt_ids(options, tokenizer, group.geometry.vocab_size)
     partition, source = Partition.even(len(ids), options.ranks), "even"
     if options.partition is not None:
@@ -61,7 +66,6 @@ def run(options: argparse.Namespace) -> None:
 
     tokens: list[int] = []
     times: list[float] = []
-    streams = options.format == "text"
     shown = ""
 
     def on_token(token: int, at_s: float) -> None:
@@ -76,6 +80,9 @@ def run(options: argparse.Namespace) -> None:
             shown = text
 
     with group:
+        if streams and group.weights != "checkpoint":
+            # Told to whoever is quiet too: nothing in the text itself shows that it means nothing.
+            print(f"{weights_line(group.weights)}; the tokens mean nothing", file=sys.stderr)
         if knows is None and options.partition is None and options.ranks > 1:
             partition, source = _bundled(group, partition, options.quiet)
         group.warm_up(partition)
@@ -89,6 +96,7 @@ def run(options: argparse.Namespace) -> None:
                 "context": len(ids),
                 "sizes": partition.sizes,
                 "partition_source": source,
+                "weights": group.weights,
                 "tokens": tokens,
                 "text": None if tokenizer is None else tokenizer.decode(tokens),
                 "ttft_s": times[0],
@@ -133,31 +141,24 @@ def _bundled(group: RankGroup, even: Partition, quiet: bool) -> tuple[Partition,
     return even, "even"
 
 
-def _tokenizer(options: argparse.Namespace) -> Any:
-    from transformers import AutoTokenizer
-
-    folder = model_folder(options.model)
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception:  # transformers raises many kinds for the one fact that there is none
-        raise UnsupportedError(
-            f"{folder} has no tokenizer that transformers can load; "
-            "use --prompt-ids or --context instead of --prompt"
-        ) from None
-
-
 def _prompt_ids(options: argparse.Namespace, tokenizer: Any, vocabulary: int) -> list[int]:
+    from kvr_partition.runtime.support import check_tokens
+
     if tokenizer is not None:
         text = sys.stdin.read() if options.prompt == "-" else options.prompt
         ids = [int(token) for token in tokenizer(text)["input_ids"]]
+        beyond = next((token for token in ids if not 0 <= token < vocabulary), None)
+        if beyond is not None:
+            raise UnsupportedError(
+                f"the tokenizer makes token {beyond} of this prompt, which is not in the model's vocabulary of "
+                f"{vocabulary}; give the folder the tokenizer that belongs to the model"
+            )
     elif options.prompt_ids is not None:
         try:
             ids = [int(part) for part in options.prompt_ids.split(",")]
         except ValueError:
             raise PartitionError(f"token ids are written as 1,17,42; got {options.prompt_ids!r}") from None
-        wrong = [token for token in ids if not 0 <= token < vocabulary]
-        if wrong:
-            raise PartitionError(f"token id {wrong[0]} is not in the model's vocabulary of {vocabulary}")
+        check_tokens(ids, vocabulary)
     else:
         need_at_least("context", options.context, 1)
         draw = random.Random(options.seed)

@@ -35,7 +35,8 @@ def add_ranks(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model",
         metavar="FOLDER",
-        help="folder with config.json (random weights) or a checkpoint; default: the bundled quick start Llama",
+        help="folder with a checkpoint, or with config.json alone: random weights, which leave TTFT as it is "
+        "unless they route tokens to experts; default: the bundled quick start Llama",
     )
     group.add_argument("--ranks", type=int, default=2, help="number of ranks (default 2)")
     group.add_argument(

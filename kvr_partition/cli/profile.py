@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvr_partition.cli.options import add_output, add_ranks, make_group, need_at_least
+from kvr_partition.provenance import weights_line
 
 SHORTER = 4
 """Contexts down to so small a part of the longest are asked for, as far as single chunk sizes matter."""
@@ -76,7 +77,8 @@ def run(options: argparse.Namespace) -> None:
         print_json({"out": options.out, "profile": profile})
         return
     cost = profile.cost
-    print(f"\n{group.geometry.name} on {group.ranks} {group.backend} ranks, up to {options.context} tokens\n")
+    print(f"\n{group.geometry.name} on {group.ranks} {group.backend} ranks, up to {options.context} tokens")
+    print(f"{weights_line(group.weights)}\n")
     print_table(
         ["per chunk", "per token", "per own pair", "per prefix pair", "before KV"],
         [

@@ -28,6 +28,7 @@ from kvr_partition.cli.options import (
 )
 from kvr_partition.errors import OutOfRangeError, RankError
 from kvr_partition.partition import Partition
+from kvr_partition.provenance import weights_line
 
 if TYPE_CHECKING:
     from kvr_partition.cli.outdir import OutDir
@@ -406,6 +407,7 @@ def _report(
         print_json(
             {
                 "out": str(out.path),
+                "weights": group.weights,
                 "files": {name: str(path) for name, path in files.items()},
                 "contexts": [
                     {
@@ -419,7 +421,8 @@ def _report(
             }
         )
         return
-    print(f"\n{group.geometry.name} on {group.ranks} {group.backend} ranks, {group.dtype}\n")
+    print(f"\n{group.geometry.name} on {group.ranks} {group.backend} ranks, {group.dtype}")
+    print(f"{weights_line(group.weights)}\n")
     labelled = [
         (f"{result.context}{' (held out)' if result.held_out else ''}", compared[result.context])
         for result in results

@@ -16,6 +16,7 @@ from pathlib import Path
 from kvr_partition.cli.options import add_output, add_past, add_ranks, make_group, need_at_least, parse_bytes
 from kvr_partition.errors import KVRError, PartitionError, StorageError, UnsupportedError
 from kvr_partition.partition import Partition
+from kvr_partition.provenance import weights_line
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -82,6 +83,8 @@ def run(options: argparse.Namespace) -> None:
             [{"certificate": one, "holds": one.holds, "divergence": one.divergence} for one in certificates]
         )
     else:
+        print(f"{group.geometry.name} on {group.ranks} {group.backend} ranks, {group.dtype}")
+        print(f"{weights_line(group.weights)}\n")
         rows = []
         for one in certificates:
             worst = max(one.deviations, key=lambda each: each.split, default=None)

@@ -5,6 +5,7 @@ from kvr_partition.runtime.baselines import single, tsp, zigzag
 from kvr_partition.runtime.decoding import check_generation, decode
 from kvr_partition.runtime.group_links import link_group
 from kvr_partition.runtime.links import LinkLimits
+from kvr_partition.runtime.loading import load_model, load_tokenizer
 from kvr_partition.runtime.prefill import PrefillResult, prefill, warm_up
 from kvr_partition.runtime.support import ModelSupport, check_config, check_context, probe
 
@@ -17,6 +18,8 @@ __all__ = [
     "check_generation",
     "decode",
     "link_group",
+    "load_model",
+    "load_tokenizer",
     "prefill",
     "probe",
     "renew",

@@ -270,6 +270,7 @@ def decode(
         eos_token_id=ends or None,
         pad_token_id=pad,
         bos_token_id=getattr(config, "bos_token_id", None),
+        decoder_start_token_id=getattr(config, "decoder_start_token_id", None),
     )
     stopping = StoppingCriteriaList([_Ended(ended), *(passed.pop("stopping_criteria", None) or [])])
     change = rules.LogitsProcessorList(

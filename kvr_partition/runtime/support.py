@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -83,8 +83,8 @@ class ModelSupport:
         """
         if self.unmasked_window is not None and tokens > self.unmasked_window:
             raise UnsupportedError(
-                f"the cache of this model keeps the last {self.unmasked_window} tokens, but its attention sees all; "
-                f"in pieces it is exact up to that many tokens, and these are {tokens}"
+                f"the cache of this model keeps the last {self.unmasked_window} tokens, its attention sees all; "
+                f"it is exact in pieces up to that many tokens, and these are {tokens}"
             )
 
     def choose(self, depth: Depth) -> Literal["attention", "cache"]:
@@ -117,20 +117,44 @@ def check_context(config: Any, tokens: int) -> None:
         UnsupportedError: RoPE frequencies that depend on the length of what is read at once.
     """
     config = text_config(config)
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and tokens > limit and not getattr(config, "alibi", False):
-        raise PartitionError(
-            f"{tokens} tokens are beyond the {limit} positions of this {config.model_type} model "
-            "(max_position_embeddings); use a shorter context"
+    kept = getattr(config, "keep_window_size", None)
+    if isinstance(kept, int) and tokens > kept:
+        # Of keys that score alike, which are kept depends on how many tokens are read at once.
+        raise UnsupportedError(
+            f"{config.model_type} attends to the {kept} best of all tokens (keep_window_size); in pieces it is "
+            f"exact only as long as these are all; {tokens} are more"
         )
-    for rope in _rope_parameters(config):
+    field, limit = _positions(config)
+    if limit is None:
+        return
+    ropes = _rope_parameters(config)
+    for rope in ropes:
         kind = rope.get("rope_type", "default")
-        original = rope.get("original_max_position_embeddings") or limit
-        if kind in ("dynamic", "longrope") and original is not None and tokens > original:
+        # What the dynamic kind starts from is the limit, whatever else a configuration says.
+        original = limit if kind == "dynamic" else rope.get("original_max_position_embeddings") or limit
+        if kind in ("dynamic", "longrope") and tokens > original:
             raise UnsupportedError(
                 f"RoPE of type {kind!r} changes with the length read at once, so chunks beyond {original} tokens "
                 f"cannot be exact; use a context of at most {original}, or another RoPE type"
             )
+    reach = max([limit, *(_scaled_positions(rope, limit) for rope in ropes)])
+    if tokens > reach:
+        scaled = "" if reach == limit else f" of {limit}, scaled by its RoPE"
+        raise PartitionError(
+            f"{tokens} tokens are beyond the {reach} positions of this {config.model_type} model "
+            f"({field}{scaled}); use a shorter context"
+        )
+
+
+def check_tokens(input_ids: Sequence[int], vocabulary: int) -> None:
+    """Refuse token ids that a model has no embedding for.
+
+    Raises:
+        PartitionError: the first one that is not in the vocabulary.
+    """
+    wrong = next((token for token in input_ids if not 0 <= token < vocabulary), None)
+    if wrong is not None:
+        raise PartitionError(f"token id {wrong} is not in the model's vocabulary of {vocabulary}")
 
 
 def check_config(config: Any) -> None:
@@ -398,6 +422,40 @@ def check_model(model: Any) -> None:
 def _forward_two_tokens(model: Any, cache: Cache, **extra: Any) -> None:
     device = next(model.parameters()).device
     forward(model, torch.zeros((1, _PROBED), dtype=torch.long, device=device), cache, **extra)
+
+
+_POSITIONS = (
+    *("max_position_embeddings", "max_seq_len", "max_sequence_length"),
+    *("n_positions", "n_ctx", "max_target_positions"),
+)
+"""What families call the number of their positions; the first one that a configuration has."""
+
+
+def _positions(config: Any) -> tuple[str, int | None]:
+    """The number of positions of a model and the field that tells it; None where there is no end to them.
+
+    ALiBi has none, as of BLOOM and Falcon. MPT's is added from a table of its size, and so has one.
+    """
+    if getattr(config, "alibi", False) or config.model_type == "bloom":
+        return "", None
+    for field in _POSITIONS:
+        limit = getattr(config, field, None)
+        if isinstance(limit, int):
+            return field, limit
+    return "", None
+
+
+def _scaled_positions(rope: dict[str, Any], limit: int) -> int:
+    """Positions that RoPE stretched by a factor reaches, which checkpoints do not always write into the limit.
+
+    These kinds fix their frequencies once, whatever is read: any chunk gets those of the whole prompt.
+    """
+    factor = rope.get("factor")
+    if rope.get("rope_type") not in ("linear", "llama3", "proportional", "yarn") or not isinstance(
+        factor, int | float
+    ):
+        return limit
+    return int((rope.get("original_max_position_embeddings") or limit) * factor)
 
 
 def _rope_parameters(config: Any) -> list[dict[str, Any]]:

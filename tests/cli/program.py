@@ -18,13 +18,14 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def program(
-    *arguments: object, cwd: Path, timeout_s: float = 250, **extra: str
+    *arguments: object, cwd: Path, timeout_s: float = 250, stdin: str | None = None, **extra: str
 ) -> subprocess.CompletedProcess[str]:
     """Run ``kvr-partition`` to its end."""
     return subprocess.run(
         [*COMMAND, *map(str, arguments)],
         cwd=cwd,
         env=environment(**extra),
+        input=stdin,
         capture_output=True,
         text=True,
         timeout=timeout_s,

@@ -10,7 +10,7 @@ import pytest
 from kvr_partition import PartitionTable
 from kvr_partition.table import Entry
 from tests.cli.program import one_error, program
-from tests.models import write_folder
+from tests.models import write_folder, write_tokenizer
 
 TABLE = PartitionTable([Entry(64, (40, 24)), Entry(128, (72, 56))])
 
@@ -23,6 +23,11 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "empty").mkdir()
     TABLE.save(tmp_path / "table.json")
     (tmp_path / "torn.json").write_bytes(TABLE.to_json()[:-30])
+    write_folder(tmp_path / "gguf", "llama-gqa")
+    (tmp_path / "gguf" / "model-q4.gguf").write_bytes(b"GGUF")
+    write_folder(tmp_path / "mrope", "llama-gqa", rope_scaling={"type": "mrope", "mrope_section": [2, 2, 4]})
+    write_folder(tmp_path / "small", "llama-gqa", vocab_size=200)
+    write_tokenizer(tmp_path / "small")
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("precious")
@@ -69,9 +74,16 @@ CASES = [
         1,
         "nowhere/out.csv cannot be written: No such file or directory",
     ),
-    ("generate --model llama --prompt hello", 1, "has no tokenizer that transformers can load; use --prompt-ids"),
+    ("generate --model llama --prompt hello", 1, "has no tokenizer that transformers can load; give token ids"),
     ("generate --model llama --prompt-ids 1,x", 2, "token ids are written as 1,17,42"),
     ("generate --model llama --prompt-ids 1,999", 2, "token id 999 is not in the model's vocabulary of 257"),
+    ("generate --model small --prompt 1984", 1, "which is not in the model's vocabulary of 200"),
+    (
+        "generate --model gguf --context 16",
+        1,
+        "weights that transformers does not load from there (model-q4.gguf)",
+    ),
+    ("verify --model mrope --context 16", 1, "transformers cannot build the model of mrope: KeyError 'mrope'"),
     ("generate --model llama --context 1", 2, "1 tokens cannot give each of 2 ranks a token"),
     ("generate --model llama --context 64 --table table.json --ranks 3", 1, "nothing was searched for 3 ranks"),
     ("dance", 2, "invalid choice: 'dance'"),
@@ -83,6 +95,14 @@ CASES = [
 def test_one_line_says_what_is_wrong(folder: Path, arguments: str, code: int, says: str) -> None:
     assert says in one_error(program(*arguments.split(), cwd=folder), code)
     assert (folder / "foreign" / "thesis.tex").read_text() == "precious"
+
+
+def test_a_prompt_answers_no_question_of_a_folder(folder: Path) -> None:
+    mine = write_folder(folder / "mine", "llama-gqa", model_type="mine", auto_map={"AutoConfig": "mine.Mine"})
+    (mine / "mine.py").write_text("print('code of the folder ran')")
+    done = program("generate", "--model", "mine", "--prompt", "-", cwd=folder, stdin="y\nhello\n")
+    assert "needs code of its folder (auto_map), which is never run" in one_error(done, 1)
+    assert "ran" not in done.stdout
 
 
 def test_nccl_without_enough_gpus(folder: Path) -> None:

@@ -57,6 +57,7 @@ def test_profile_times_real_ranks_and_keeps_the_samples(tmp_path: Path) -> None:
     assert len(profile.chunk_samples) == len(kept)
     assert len(profile.link_samples) == len(links) == 4
     assert "--backend simulate" in done.stdout
+    assert "weights: random(seed=0)\n" in done.stdout
 
 
 def test_a_search_on_the_simulator_says_so_everywhere(simulated: Path) -> None:

@@ -45,6 +45,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = program(*SEARCH, "--format", "json", cwd=folder)
     assert done.returncode == 0, done.stderr
     (folder / "first.json").write_text(done.stdout)
+    assert json.loads(done.stdout)["weights"] == "random(seed=0)"
     return folder
 
 
@@ -245,6 +246,7 @@ def test_predict_export_compare_and_generate_use_the_table(home: Path) -> None:
 
 def test_what_it_says_to_run_next_runs(home: Path) -> None:
     printed = program(*SEARCH, cwd=home).stdout
+    assert "weights: random(seed=0)\n" in printed
     lines = [line.split() for line in printed.partition("Next:")[2].splitlines()]
     commands = [line[3:] for line in lines if line[:3] == ["python", "-m", "kvr_partition"]]
     # A predictor can be trained only where the machine was quiet enough to tell what a chunk costs.

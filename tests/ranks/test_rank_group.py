@@ -125,6 +125,9 @@ def test_what_cannot_be_measured_is_refused_without_starting_or_ending_anything(
         group.measure(Partition((512, 1)))
     with pytest.raises(UnsupportedError, match="unknown method 'magic'"):
         group.measure(Partition((5, 5)), method="magic")
+    for beyond in (257, -1):
+        with pytest.raises(PartitionError, match=f"token id {beyond} is not in the model's vocabulary of 257"):
+            group.generate([*range(9), beyond], Partition((5, 5)), 2, lambda token, at_s: None)
     assert group.pids == pids
 
 
@@ -159,7 +162,7 @@ def test_a_rank_that_hangs_ends_the_group_within_the_time_out(llama: Path) -> No
 def test_an_error_on_a_rank_comes_back_with_its_traceback(llama: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "broken"
     write_folder(checkpoint, "llama-gqa")
-    (checkpoint / "model.safetensors").write_bytes(b"these are no weights")
+    (checkpoint / "pytorch_model.bin").write_bytes(b"these are no weights")
     with pytest.raises(RankError, match="rank 0 failed") as caught:
         RankGroup(checkpoint, ranks=2, backend="cpu", timeout_s=60).start()
     assert "Traceback" in caught.value.traceback
@@ -213,6 +216,18 @@ def test_a_checkpoint_is_loaded(tmp_path: Path) -> None:
         group.generate(ids, Partition((12, 8)), 5, lambda token, _: tokens.append(token))
         assert group.provenance.weights == "checkpoint"
     assert tokens == right
+
+
+def test_a_checkpoint_with_parts_missing_is_refused_before_any_rank_starts(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    build("llama-gqa").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({name: one for name, one in load_file(file).items() if "layers.1" not in name}, file)
+    group = RankGroup(tmp_path, ranks=2, backend="cpu", timeout_s=60)
+    with pytest.raises(UnsupportedError, match=r"no weights for model\.layers\.1.* and 8 more tensors"):
+        group.start()
+    assert group.pids == []
 
 
 TORCHRUN = """

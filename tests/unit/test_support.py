@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvr_partition import Partition, PartitionError
 from kvr_partition.errors import UnsupportedError
@@ -43,8 +43,10 @@ def test_positions_end_where_the_model_says() -> None:
     check_context(hf_config(**config("falcon-alibi")), 100_000)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_rope_that_changes_with_the_length_read_is_refused_beyond_its_original_length(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "original"), [("dynamic", 512), ("longrope", 64)])
+def test_rope_that_changes_with_the_length_read_is_refused_beyond_its_original_length(
+    kind: str, original: int
+) -> None:
     rope = {
         "rope_type": kind,
         "factor": 4.0,
@@ -54,9 +56,108 @@ def test_rope_that_changes_with_the_length_read_is_refused_beyond_its_original_l
         "short_factor": [1.0] * 8,
     }
     scaled = hf_config(**config("llama-gqa"), rope_parameters=rope)
-    check_context(scaled, 64)
+    check_context(scaled, original)
     with pytest.raises(UnsupportedError, match=f"RoPE of type '{kind}' changes with the length read at once"):
-        check_context(scaled, 65)
+        check_context(scaled, original + 1)
+
+
+@pytest.mark.parametrize(
+    ("rope", "reach"),
+    [
+        ({"rope_type": "default"}, 64),
+        ({"rope_type": "linear", "factor": 4.0}, 256),
+        ({"type": "linear", "factor": 2}, 128),
+        ({"rope_type": "proportional", "factor": 2.0}, 128),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 64),
+        ({"rope_type": "yarn", "factor": 4.0}, 256),
+        (
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+            256,
+        ),
+    ],
+    ids=lambda value: str(value),
+)
+def test_rope_that_is_stretched_once_reaches_as_far_as_it_is_stretched(rope: dict[str, Any], reach: int) -> None:
+    scaled = hf_config(**config("llama-gqa", max_position_embeddings=64), rope_scaling=rope)
+    check_context(scaled, reach)
+    with pytest.raises(PartitionError, match=f"beyond the {reach} positions of this llama model"):
+        check_context(scaled, reach + 1)
+
+
+def test_rope_of_each_kind_of_layer_counts() -> None:
+    layers = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    }
+    fields = {"model_type": "gemma3_text", "num_hidden_layers": 2, "max_position_embeddings": 64}
+    check_context(hf_config(**fields, rope_parameters=layers), 512)
+    layers["full_attention"] = {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 1e6}
+    with pytest.raises(UnsupportedError, match="RoPE of type 'dynamic'"):
+        check_context(hf_config(**fields, rope_parameters=layers), 65)
+
+
+@pytest.mark.parametrize(
+    ("field", "kind"), [("max_seq_len", "mpt"), ("n_positions", "gpt2"), ("n_positions", "codegen")]
+)
+def test_other_families_call_their_positions_otherwise(field: str, kind: str) -> None:
+    small = hf_config(model_type=kind, **{field: 64})
+    check_context(small, 64)
+    with pytest.raises(PartitionError, match=f"65 tokens are beyond the 64 positions of this {kind} model"):
+        check_context(small, 65)
+    check_context(hf_config(model_type="bloom", seq_length=64), 100_000)
+
+
+@pytest.mark.parametrize(
+    "rope", [{"rope_type": "linear", "factor": 4.0}, {"rope_type": "yarn", "factor": 4.0}], ids=str
+)
+def test_chunks_beyond_the_original_positions_are_exact(rope: dict[str, Any]) -> None:
+    model = build("llama-gqa", max_position_embeddings=64, rope_scaling=rope)
+    ids = torch.randint(0, 257, (1, 200), generator=torch.Generator().manual_seed(5))
+    out = prefill(model, ids[:, 120:], Partition((80,), past=120), past=single(model, ids[:, :120]).cache)
+    assert torch.allclose(out.logits, single(model, ids).logits, atol=1e-5)  # type: ignore[arg-type]
+
+
+DBRX = {
+    "model_type": "dbrx",
+    "d_model": 64,
+    "n_heads": 4,
+    "n_layers": 3,
+    "max_seq_len": 512,
+    "vocab_size": 257,
+    "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+    "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+}
+
+
+def test_what_shapes_alone_do_not_show_is_tried_for_real(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(DBRX))
+    support = probe_shapes(open_model(tmp_path))
+    assert [layer.key_heads for layer in support.layers if layer is not None] == [2, 2, 2]
+    model = AutoModelForCausalLM.from_config(hf_config(**DBRX)).eval()
+    assert support == probe(model)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 4]}}, "KeyError 'mrope'"),
+        ({"hidden_act": "no-such-function"}, "no-such-function"),
+        ({"num_attention_heads": 0}, "is not accepted|does not tell the shape|cannot build"),
+    ],
+)
+def test_models_that_cannot_be_built_are_refused_in_one_line(
+    tmp_path: Path, fields: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(UnsupportedError, match=says) as caught:
+        probe_shapes(open_model(write_folder(tmp_path, "llama-gqa", **fields)))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ALL)
