@@ -4,10 +4,10 @@
     python -m benchmarks.families --only llama,gemma2,mpt --out families.json
 
 A small model of each family (tests/families.py) reads a prompt in uneven chunks, with and without tokens
-cached before it, and decodes on; what comes out is compared with the stock model on one rank. A line for
-each family says one of
+cached before it, and decodes on; so do two prompts at once, one of them padded on the left. What comes out is
+compared with what the stock model's own ``generate`` gives on one rank. A line for each family says one of
 
-    exact           logits and decoded tokens are the same
+    exact           logits and decoded tokens are the same; "no padding" where padded prompts are refused
     refused         kvr_partition said by name why it does not split this family
     WRONG           other logits or other tokens
     CRASHED         an error that kvr_partition did not raise on purpose, though the stock model runs
@@ -58,12 +58,15 @@ class Case:
     past: int = 0
     batch: int = 1
     depth: Literal["auto", "cache"] = "auto"
+    padded: bool = False
 
 
+PADDED = "two prompts, one of them padded"
 CASES = {
     "a prompt": Case(SIZES),
     "behind 13 cached tokens": Case((1, 25, 1), past=13),
     "two prompts at cache depth": Case(SIZES, batch=2, depth="cache"),
+    PADDED: Case(SIZES, batch=2, padded=True),
 }
 BAD = ("WRONG", "CRASHED", "HUNG")
 OUTCOMES = ("exact", "refused", *BAD, "not buildable")
@@ -163,6 +166,10 @@ def examine(group: Group, name: str, deadline: float) -> Finding:
     for case in CASES:
         replies = group.ask(("run", case), deadline)
         outcome, detail, where = _judge(replies)
+        if outcome == "refused" and case == PADDED:
+            # Prompts of one length are still read right.
+            details[0] += ", no padding"
+            continue
         if outcome != "exact":
             finding.where = where
             if any(not (reply or {}).get("in_step", False) for reply in replies):
@@ -287,12 +294,13 @@ def serve(rank: int, folder: str, connection: Connection) -> None:
 
 def told(error: Exception) -> dict[str, Any]:
     """An error as others may read it."""
-    from kvr_partition.errors import KVRError
+    from kvr_partition.errors import KVRError, RankError
 
     message = " ".join(str(error).split())
     frames = traceback.extract_tb(error.__traceback__)[-8:]
     return {
-        "on_purpose": isinstance(error, KVRError),
+        # That a rank failed, or disagrees, is no refusal.
+        "on_purpose": isinstance(error, KVRError) and not isinstance(error, RankError),
         "message": message,
         "text": f"{type(error).__name__}: {message[:300]}",
         "where": [f"{'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno} {frame.name}" for frame in frames],
@@ -308,27 +316,31 @@ class Prepared:
         self.model = build(name)
         generator = torch.Generator().manual_seed(5)
         self.ids = torch.randint(FIRST_TOKEN, VOCABULARY, (2, sum(SIZES)), generator=generator)
-        self.right: list[Any] = []
-        self.tokens: Any = None
+        # What is right for prompts of one length, and for padded ones: logits, and tokens where there are any.
+        self.right: dict[bool, tuple[Any, Any]] = {}
         self.why_not = ""
+        self.mask = torch.ones_like(self.ids)
+        self.mask[0, :PADS] = 0
 
     def stock(self, rank: int) -> dict[str, Any]:
         """What the stock model gives, on one rank, and what it does in pieces, on another."""
+        import torch
+
         if rank == 0:
             return {"pieces": self._try(self._pieces), "padding": self._try(self._padding)}
         if rank < RANKS - 1:
             return {}
         plain = self._forward(self.ids)[:, -1]
         alone = self._forward(self.ids[:, -SIZES[-1] :])[:, -1]
-        self.right = [plain]
+        self.right[False] = (plain, None)
         said: dict[str, Any] = {"prefix_matters": relative(alone, plain)}
         try:
-            logits, self.tokens = self._generate()
+            logits, tokens = self.right[False] = self._generate(torch.ones_like(self.ids))
+            self.right[True] = self._generate(self.mask)
         except Exception as error:  # then there is nothing to compare decoding with
             self.why_not = f"stock generate fails ({told(error)['text'][:100]})"
             return said
-        self.right.append(logits)
-        different = {len(set(row)) for row in self.tokens.tolist()}
+        different = {len(set(row)) for row in tokens.tolist()}
         return {**said, "generate_differs": relative(logits, plain), "different_tokens": max(different)}
 
     def run(self, rank: int, case: Case, reply: dict[str, Any]) -> None:
@@ -345,16 +357,24 @@ class Prepared:
             self._forward(ids[:, : case.past], past_key_values=before, **self._positions(0, case.past))
         reply["in_step"] = False
         partition = Partition(case.sizes, case.past)
-        out = prefill(self.model, ids[:, case.past :], partition, past=before, depth=case.depth)
+        mask = self.mask if case.padded else None
+        out = prefill(
+            self.model, ids[:, case.past :], partition, past=before, depth=case.depth, attention_mask=mask
+        )
         reply["in_step"] = True
         if rank < RANKS - 1:
             return
         reply["depth"] = support.choose(case.depth)
-        reply["logits_error"] = min(relative(out.logits, right[: case.batch]) for right in self.right)
-        reply["decoded"], reply["why_not"] = self.tokens is not None, self.why_not
+        if case.padded and True not in self.right:
+            reply.update(logits_error=0.0, decoded=False, why_not=self.why_not, wrong_token=None)
+            return
+        logits, tokens = self.right[case.padded]
+        reply["logits_error"] = relative(out.logits, logits[: case.batch])
+        reply["decoded"], reply["why_not"] = tokens is not None, self.why_not
         reply["wrong_token"] = None
-        if self.tokens is not None and reply["logits_error"] < TOLERANCE:
-            found, right = decode(self.model, ids, out, NEW_TOKENS), self.tokens[: case.batch]
+        if tokens is not None and reply["logits_error"] < TOLERANCE:
+            # The prompt alone, as it was read; what is cached before it was somebody else's.
+            found, right = decode(self.model, ids[:, case.past :], out, NEW_TOKENS), tokens[: case.batch]
             same = [
                 bool((found[:, at] == right[:, at]).all()) for at in range(min(found.shape[1], right.shape[1]))
             ]
@@ -381,13 +401,11 @@ class Prepared:
         taken = "position_ids" in inspect.signature(self.model.forward).parameters
         return {"position_ids": torch.arange(start, end)[None]} if taken else {}
 
-    def _generate(self) -> tuple[Any, Any]:
+    def _generate(self, mask: Any) -> tuple[Any, Any]:
         """First logits and new tokens of the stock model's own ``generate``."""
-        import torch
-
         whole = self.model.generate(
             self.ids,
-            attention_mask=torch.ones_like(self.ids),
+            attention_mask=mask,
             do_sample=False,
             max_new_tokens=NEW_TOKENS,
             output_logits=True,

@@ -32,8 +32,6 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "dola_layers": (),
     "guidance_scale": (1, 1.0),
     "watermarking_config": (),
-    "encoder_repetition_penalty": (1, 1.0),
-    "encoder_no_repeat_ngram_size": (0,),
     "constraints": (),
     "force_words_ids": (),
     "token_healing": (False,),
@@ -42,7 +40,9 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
 # These look at the prompt's own token ids, so that ids which nobody has cannot be made up.
 _READS_PROMPT = {
     "repetition_penalty": (None, 1, 1.0),
+    "encoder_repetition_penalty": (None, 1, 1.0),
     "no_repeat_ngram_size": (None, 0),
+    "encoder_no_repeat_ngram_size": (None, 0),
     "bad_words_ids": (None,),
     "sequence_bias": (None,),
 }
@@ -142,13 +142,19 @@ def _processors(
     eos: Any = torch.tensor(ends, device=device) if ends else None
     # The classes take a device as a word; one that is not the default loses its number there.
     on: Any = device
+    prompt: Any = ids
     found = rules.LogitsProcessorList()
     if (bias := said("sequence_bias")) is not None:
         found.append(rules.SequenceBiasLogitsProcessor(bias))
+    # What is said of an encoder's tokens means those of the prompt where there is no encoder.
+    if (penalty := said("encoder_repetition_penalty", 1.0)) is not None:
+        found.append(rules.EncoderRepetitionPenaltyLogitsProcessor(penalty, encoder_input_ids=prompt))
     if (penalty := said("repetition_penalty", 1.0)) is not None:
         found.append(_repetition(penalty, attention_mask))
     if (size := said("no_repeat_ngram_size", 0)) is not None:
         found.append(rules.NoRepeatNGramLogitsProcessor(size))
+    if (size := said("encoder_no_repeat_ngram_size", 0)) is not None:
+        found.append(rules.EncoderNoRepeatNGramLogitsProcessor(size, encoder_input_ids=prompt))
     if (words := said("bad_words_ids")) is not None:
         found.append(rules.NoBadWordsLogitsProcessor(words, eos))
     if eos is not None and (least := said("min_length", 0)) is not None:

@@ -11,7 +11,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from kvr_partition.errors import PartitionError, UnsupportedError
-from kvr_partition.runtime.support import Depth, forward
+from kvr_partition.runtime.support import Depth, forward, text_config
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def _why_not_exact(model: Any) -> str:
     device = next(model.parameters()).device
     tokens, padded = 24, 5
     # The same tokens everywhere but in the padding: what padding holds must not matter.
-    ids = torch.arange(tokens, device=device)[None].repeat(3, 1) % min(97, _vocabulary(model))
+    ids = torch.arange(tokens, device=device)[None].repeat(3, 1) % min(97, text_config(model).vocab_size)
     mask = torch.ones_like(ids)
     mask[1, :padded] = 0
     mask[2, : tokens // 2 + 1] = 0
@@ -118,9 +118,3 @@ def _why_not_exact(model: Any) -> str:
     if not float(distance) <= 30 * torch.finfo(model.dtype).eps:
         return "reads padded prompts otherwise in pieces than whole"
     return ""
-
-
-def _vocabulary(model: Any) -> int:
-    """Tokens that a model's embedding knows."""
-    embedding = model.get_input_embeddings()
-    return int(getattr(embedding, "num_embeddings", 0) or embedding.weight.shape[0])

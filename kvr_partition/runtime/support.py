@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvr_partition.errors import PartitionError, UnsupportedError
@@ -229,6 +230,10 @@ class _ProbeCache(DynamicCache):
 
 def _probe(model: Any) -> ModelSupport:
     check_config(model.config)
+    if getattr(type(model), "generate", GenerationMixin.generate) is not GenerationMixin.generate:
+        raise UnsupportedError(
+            f"{type(model).__name__} has a generate of its own, which reads prompts otherwise than they are given"
+        )
     cache = _ProbeCache(model.config)
     with attention.noted_windows(model) as masked:
         _forward_two_tokens(model, cache)
