@@ -2,21 +2,21 @@
 
     torchrun --nproc-per-node 2 examples/serve.py MODEL_FOLDER PREDICTOR_OR_TABLE < prompts.txt
 
-Each line of standard input is a prompt, as token ids separated by spaces; each line of output its new tokens.
+Each line of standard input is a prompt, as token ids separated by spaces; each line of output its new tokens. A
+prompt that cannot be read is told on standard error, and the next one is read. Once a rank has failed, or ranks
+disagree, none of them goes on: KV of a prompt that failed must not end up in the answer to another one.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from kvr_partition import KVRError, Partition, load
-from kvr_partition.runtime import decode, link_group, prefill, warm_up
+from kvr_partition import KVRError, OutOfRangeError, Partition, RankError, load
+from kvr_partition.runtime import decode, link_group, load_model, prefill, single, warm_up
 
 
 def main() -> None:
@@ -27,29 +27,33 @@ def main() -> None:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     links = link_group()
-    model = loaded(sys.argv[1]).to(device).eval()
-    knows = load(sys.argv[2])
+    # A folder with a configuration only gets the same random weights everywhere.
+    model = load_model(sys.argv[1], device=device, seed=0)
+    planner = load(sys.argv[2])
     warm_up(model, tokens=256)
     while (ids := received(device)) is not None:
         try:
-            out = prefill(model, ids, knows, group=links)
+            if ids.shape[1] < ranks:
+                # Too short to be split: the last rank reads it alone.
+                out = single(model, ids) if rank == ranks - 1 else None
+            else:
+                try:
+                    out = prefill(model, ids, planner, group=links)
+                except OutOfRangeError as error:
+                    # Too short or too long for what was searched: say so and go on with an even split.
+                    if rank == 0:
+                        print(f"even split: {error}", file=sys.stderr)
+                    out = prefill(model, ids, Partition.even(ids.shape[1], ranks), group=links)
+            if out is not None and out.is_last:
+                print(*decode(model, ids, out, max_new_tokens=8)[0].tolist(), flush=True)
+        except RankError as error:
+            # Every rank comes here, at this prompt or the next.
+            sys.exit(f"rank {rank} ends: {error}")
         except KVRError as error:
-            # Too short or too long for what was searched: say so and go on with an even split.
-            if rank == 0:
-                print(f"even split: {error}", file=sys.stderr)
-            out = prefill(model, ids, Partition.even(ids.shape[1], ranks), group=links)
-        if out.is_last:
-            print(*decode(model, ids, out, max_new_tokens=8)[0].tolist(), flush=True)
+            # Refused by all ranks alike, before anything was sent; or found by the last one, when all was done.
+            if rank == ranks - 1:
+                print(f"no answer: {error}", file=sys.stderr)
     dist.destroy_process_group()
-
-
-def loaded(folder: str) -> Any:
-    """A checkpoint; of a folder with a configuration only, the same random weights everywhere."""
-    try:
-        return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-    except OSError:
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
 
 
 def received(device: torch.device) -> torch.Tensor | None:

@@ -13,7 +13,14 @@ TYPE_CHECKING = False  # `typing` itself takes longer to import than all of this
 if TYPE_CHECKING:
     from typing import Any
 
-    from kvr_partition.errors import KVRError, OutOfRangeError, PartitionError
+    from kvr_partition.errors import (
+        KVRError,
+        NotFiniteError,
+        OutOfRangeError,
+        PartitionError,
+        RankError,
+        UnsupportedError,
+    )
     from kvr_partition.loading import load
     from kvr_partition.partition import Partition
     from kvr_partition.predictor import PartitionPredictor
@@ -22,19 +29,25 @@ if TYPE_CHECKING:
 __all__ = [
     "KVRError",
     "Lookup",
+    "NotFiniteError",
     "OutOfRangeError",
     "Partition",
     "PartitionError",
     "PartitionPredictor",
     "PartitionTable",
+    "RankError",
+    "UnsupportedError",
     "__version__",
     "load",
 ]
 
 _HOME = {
     "KVRError": "kvr_partition.errors",
+    "NotFiniteError": "kvr_partition.errors",
     "OutOfRangeError": "kvr_partition.errors",
     "PartitionError": "kvr_partition.errors",
+    "RankError": "kvr_partition.errors",
+    "UnsupportedError": "kvr_partition.errors",
     "Partition": "kvr_partition.partition",
     "Lookup": "kvr_partition.table",
     "PartitionTable": "kvr_partition.table",

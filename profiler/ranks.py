@@ -458,8 +458,10 @@ class RankGroup:
         Raises:
             RankError: it failed.
             PartitionError: the partition does not fit, or too many tokens for the model, or ones it does not know.
-            UnsupportedError: ranks that cannot decode.
+            UnsupportedError: ranks that cannot decode, or generation settings that cannot be followed.
         """
+        from kvr_partition.runtime.decoding import check_generation
+        from kvr_partition.runtime.loading import load_generation_config
         from kvr_partition.runtime.support import check_context, check_tokens
 
         if self.backend == "sm":
@@ -469,6 +471,7 @@ class RankGroup:
             raise PartitionError("generate reads a whole prompt; use a partition without past tokens")
         check_context(self._folder.config, partition.context + max_new_tokens)
         check_tokens(input_ids, self.geometry.vocab_size)
+        check_generation(load_generation_config(self._folder.checkpoint))
         self._ask(
             messages.Generate(tuple(input_ids), partition.sizes, max_new_tokens),
             on_token=lambda token: on_token(token.token, token.at_s),

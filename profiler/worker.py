@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
+from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from kvr_partition.errors import KVRError, RankError
@@ -26,6 +27,7 @@ from kvr_partition.runtime import decode, link_group, prefill, probe, single, ts
 from kvr_partition.runtime.agreement import agreement_of, as_rank_error, is_link_error
 from kvr_partition.runtime.cache import RunaheadCache
 from kvr_partition.runtime.channel import IDLE, Doing
+from kvr_partition.runtime.decoding import configured
 from kvr_partition.runtime.kernels import planning
 from kvr_partition.runtime.links import LinkLimits, NoLinks, Topology
 from kvr_partition.runtime.prefill import PrefillResult, chunk_cache, run_chunk
@@ -64,6 +66,8 @@ class Worker:
         self._phase = "start"
         folder = open_model(setup.model)
         self._model = build_model(folder, dtype=setup.dtype, device=setup.device, seed=setup.seed)
+        # What is timed and verified is the model; a checkpoint's settings hold where tokens are decoded.
+        self._settings, self._model.generation_config = self._model.generation_config, GenerationConfig()
         self._has_weights = folder.has_weights
         self._tensor_parallel_model: Any = None
         self._past: tuple[torch.Tensor | None, Any] = (None, None)
@@ -327,6 +331,12 @@ class Worker:
 
     def _generate(self, request: messages.Generate, stream: Callable[[messages.Reply], None]) -> messages.Reply:
         input_ids = torch.tensor([request.input_ids], device=self._device)
+        with configured(self._model, self._settings):
+            return self._generated(input_ids, request, stream)
+
+    def _generated(
+        self, input_ids: torch.Tensor, request: messages.Generate, stream: Callable[[messages.Reply], None]
+    ) -> messages.Reply:
         with self._attention("kvr"):
             self._barrier()
             began = time.perf_counter()

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from kvr_partition.errors import KVRError, NotFiniteError, PartitionError, RankError, named_ranks
 from kvr_partition.runtime.channel import IDLE, Channel, Doing, meet
-from kvr_partition.runtime.digests import geometry_digest, layers_digest, prompt_digest, weights_digest
+from kvr_partition.runtime.digests import geometry_digest, layers_digest, weights_digest
 
 DEFAULT_TIMEOUT_S = 1800.0
 """Where the process group does not tell its own."""
@@ -373,10 +373,10 @@ class Turn:
         method: str,
         model: Any,
         input_ids: torch.Tensor,
+        prompt: int,
         *,
         sizes: Sequence[int] = (),
         past: int = 0,
-        attention_mask: torch.Tensor | None = None,
         topology: str = "",
         limits: object = "",
     ) -> None:
@@ -384,6 +384,7 @@ class Turn:
 
         Args:
             input_ids: the prompt, ``[batch, context]``.
+            prompt: its digest.
 
         Raises:
             RankError: ranks disagree; it names the item and the ranks. Or one is gone, stopped or late.
@@ -401,7 +402,7 @@ class Turn:
                 batch=input_ids.shape[0],
                 past=past,
                 context=input_ids.shape[1],
-                prompt=prompt_digest(input_ids, attention_mask),
+                prompt=prompt,
                 sizes=tuple(sizes),
                 topology=topology,
                 limits=str(limits),

@@ -22,7 +22,7 @@ from kvr_partition.runtime.execution import AT_ONCE, Execution
 from kvr_partition.runtime.gather import Gather, GroupGather, Runs
 from kvr_partition.runtime.links import NO_LIMITS, LinkLimits, visible_prefix
 from kvr_partition.runtime.padding import read_padding
-from kvr_partition.runtime.prefill import PrefillResult, check_ids, not_finite
+from kvr_partition.runtime.prefill import PrefillResult, check_ids, not_finite, read_prompt
 from kvr_partition.runtime.support import (
     ModelSupport,
     check_context,
@@ -65,6 +65,7 @@ def single(
     check_context(model.config, before + context)
     padding = read_padding(model, attention_mask, input_ids.shape[0], before, context, "auto")
     mask = None if padding is None else padding.mask
+    read_prompt(model, input_ids)
     greedy = Greedy.under(model.generation_config, input_ids, past=before, attention_mask=mask)
     clock = execution.clock(input_ids.device)
     clock.stamp()
@@ -159,8 +160,8 @@ def _together(
     with agreement_of(group, agree).turn() as turn:
         assert turn.of is not None
         ranks = turn.of.ranks
-        turn.checked(lambda: _check(model, input_ids, method, ranks))
-        turn.agree(method, model, input_ids, limits=limits)
+        prompt = turn.checked(lambda: _checked_prompt(model, input_ids, method, ranks))
+        turn.agree(method, model, input_ids, prompt, limits=limits)
         gather = GroupGather(turn.of.links(input_ids.device), limits)
         try:
             return gathered(model, input_ids, method, gather)
@@ -168,6 +169,12 @@ def _together(
             if is_link_error(error):
                 raise turn.explain(None, error) from error
             raise
+
+
+def _checked_prompt(model: Any, input_ids: torch.Tensor, method: GatheringMethod, ranks: int) -> int:
+    """The digest of a prompt that can be read so."""
+    _check(model, input_ids, method, ranks)
+    return read_prompt(model, input_ids)
 
 
 def _check(model: Any, input_ids: torch.Tensor, method: GatheringMethod, ranks: int) -> None:

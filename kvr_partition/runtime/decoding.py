@@ -282,7 +282,7 @@ def decode(
     change = rules.LogitsProcessorList(
         [_Finite(tokens.shape[1]), *greedy.processors, *(passed.pop("logits_processor", None) or [])]
     )
-    with _configured(model, ours):
+    with configured(model, ours):
         whole: torch.Tensor = model.generate(
             tokens,
             attention_mask=mask,
@@ -325,7 +325,7 @@ def _settings(model: Any, generate: dict[str, Any]) -> tuple[Any, dict[str, Any]
 
 
 @contextlib.contextmanager
-def _configured(model: Any, config: GenerationConfig) -> Iterator[None]:
+def configured(model: Any, config: GenerationConfig) -> Iterator[None]:
     """A model under these settings alone: generate fills in what its model's own say besides."""
     before = model.generation_config
     model.generation_config = config

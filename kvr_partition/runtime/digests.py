@@ -23,12 +23,18 @@ _CHUNK = 1 << 22
 _INDIFFERENT = {"_name_or_path", "architectures", "transformers_version", "use_cache", "dtype", "torch_dtype"}
 
 
-def prompt_digest(input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> int:
-    """Digest of token ids ``[batch, context]`` and of their mask, if there is one. Waits for the device."""
-    words = input_ids.reshape(-1).long() + 1
+def prompt_digest(input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> tuple[int, int, int]:
+    """Digest of token ids ``[batch, context]`` and of their mask, if there is one; the least and the largest id.
+
+    Waits for the device, once.
+    """
+    ids = input_ids.reshape(-1).long()
+    words = ids + 1
     if attention_mask is not None:
         words = words + (attention_mask.reshape(-1).long() << 40)
-    return int(_weighted_sum(words))
+    least, most = ids.aminmax()
+    digest, low, high = torch.stack((_weighted_sum(words), least, most)).tolist()
+    return digest, low, high
 
 
 def weights_digest(model: Any) -> int:

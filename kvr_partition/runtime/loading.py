@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from kvr_partition.checkpoints import Checkpoint, is_inside, read_checkpoint, read_json
@@ -172,6 +172,22 @@ def load_tokenizer(folder: str | os.PathLike[str] | Checkpoint) -> Any:
         raise UnsupportedError(
             f"{path} has no tokenizer that transformers can load; give token ids instead of text (--prompt-ids)"
         ) from None
+
+
+def load_generation_config(checkpoint: Checkpoint) -> GenerationConfig | None:
+    """The generation settings of a checkpoint; None where it has none, or has no weights to generate with.
+
+    Raises:
+        UnsupportedError: settings that transformers does not accept.
+    """
+    file = checkpoint.path / "generation_config.json"
+    if not checkpoint.has_weights or not file.is_file():
+        return None
+    read_json(file)
+    try:
+        return GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    except Exception as error:  # any setting may be one that some version of transformers does not accept
+        raise UnsupportedError(f"{file} is not accepted by transformers: {first_line(error)}") from None
 
 
 def first_line(error: BaseException) -> str:

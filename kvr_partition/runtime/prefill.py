@@ -18,6 +18,7 @@ from kvr_partition.runtime import attention
 from kvr_partition.runtime.agreement import Turn, agreement_of
 from kvr_partition.runtime.cache import RunaheadCache, RunaheadLayer, check_past
 from kvr_partition.runtime.decoding import Greedy, top_is_finite
+from kvr_partition.runtime.digests import prompt_digest
 from kvr_partition.runtime.execution import AT_ONCE, Execution
 from kvr_partition.runtime.group_links import group_links
 from kvr_partition.runtime.kernels import CudnnPlans
@@ -27,10 +28,12 @@ from kvr_partition.runtime.support import (
     Depth,
     check_context,
     check_model,
+    check_tokens,
     first_token,
     forward,
     probe,
     replaced_attention,
+    vocabulary,
 )
 from kvr_partition.table import PartitionTable
 from kvr_partition.timeline import RankTimeline
@@ -132,9 +135,9 @@ def prefill(
             "kvr",
             model,
             input_ids,
+            plan.prompt,
             sizes=split.sizes,
             past=split.past,
-            attention_mask=None if plan.padding is None else plan.padding.mask,
             topology=topology,
             limits=limits,
         )
@@ -170,6 +173,8 @@ class _Plan:
     rank: int
     greedy: Greedy
     padding: Padding | None
+    prompt: int
+    """Digest of the prompt and its mask."""
 
 
 def _planned(
@@ -212,14 +217,25 @@ def _planned(
     mask = None if padding is None else padding.mask
     support.choose("cache" if padding is not None and depth == "auto" else depth)
     greedy = Greedy.under(model.generation_config, input_ids, past=held, attention_mask=mask)
-    return _Plan(partition, rank, greedy, padding)
+    return _Plan(partition, rank, greedy, padding, read_prompt(model, input_ids, mask))
+
+
+def read_prompt(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> int:
+    """The digest of a prompt whose tokens a model knows.
+
+    Raises:
+        PartitionError: a token id that the model has no embedding for.
+    """
+    digest, least, most = prompt_digest(input_ids, attention_mask)
+    check_tokens((least, most), vocabulary(model))
+    return digest
 
 
 def check_ids(model: Any, input_ids: torch.Tensor) -> None:
     """Refuse what is no prompt, and models that would read it otherwise than they generate.
 
     Raises:
-        PartitionError: not ``[batch, context]`` whole numbers on the model's device.
+        PartitionError: not ``[batch, context]`` whole numbers.
         UnsupportedError: a model in training mode.
     """
     check_model(model)

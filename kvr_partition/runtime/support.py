@@ -158,6 +158,12 @@ def check_tokens(input_ids: Sequence[int], vocabulary: int) -> None:
         raise PartitionError(f"token id {wrong} is not in the model's vocabulary of {vocabulary}")
 
 
+def vocabulary(model: Any) -> int:
+    """Token ids that a model has an embedding for; more than its tokens where the table was padded."""
+    rows = getattr(getattr(model.get_input_embeddings(), "weight", None), "shape", None)
+    return int(rows[0] if rows else text_config(model).vocab_size)
+
+
 def check_config(config: Any) -> None:
     """Refuse by name what cannot be exact, from the configuration alone.
 
