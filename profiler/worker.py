@@ -135,7 +135,11 @@ class Worker:
                 case _:
                     raise TypeError(f"a rank has no answer to {type(request).__name__}")
         except Exception as error:
-            answer = failed(self._explained(error), self._setup.rank, self._phase)
+            explained = self._explained(error)
+            answer = failed(explained, self._setup.rank, self._phase)
+            if self.agreement is not None:
+                # Others may be waiting for this rank, in a prefill that it has not even begun.
+                self.agreement.fail(explained, self._phase)
         finally:
             self._phase = "wait for a request"
         if answer.kind == "out-of-memory" and self._device.type == "cuda":

@@ -136,7 +136,8 @@ class Agreement:
                 phase="agreement",
             )
         try:
-            self._check_usable()
+            if (unusable := self._unusable()) is not None:
+                raise unusable
             self.number += 1
             turn = self._turn = Turn(self, self.number)
             try:
@@ -152,16 +153,20 @@ class Agreement:
         finally:
             self._busy.release()
 
-    def _check_usable(self) -> None:
-        if self._failure is not None:
-            first = self._failure
-            raise RankError(
-                f"this group is unusable since a prefill failed: {first}; give it new links with "
-                "kvr_partition.runtime.renew on all its ranks, or make another group",
-                rank=first.rank,
-                kind=first.kind,
-                phase=first.phase,
-            ) from first
+    def _unusable(self) -> RankError | None:
+        """The error of a prefill in a group in which one has failed."""
+        first = self._failure
+        if first is None:
+            return None
+        error = RankError(
+            f"this group is unusable since a prefill failed: {first}; give it new links with "
+            "kvr_partition.runtime.renew on all its ranks, or make another group",
+            rank=first.rank,
+            kind=first.kind,
+            phase=first.phase,
+        )
+        error.__cause__ = first
+        return error
 
     def exchange(self, mine: Statement, phase: str) -> list[Statement]:
         """Every rank's statement on this turn.
@@ -176,7 +181,7 @@ class Agreement:
         while len(found) < self.ranks:
             missing = [rank for rank in range(self.ranks) if rank not in found]
             self._now(Doing(f"in {phase}", missing[0]))
-            for rank, note in self.channel.hear("statement", phase, missing, unless=lambda: self._failure).items():
+            for rank, note in self.channel.hear("statement", phase, missing, unless=self._unusable).items():
                 other = _statement(note)
                 # What an earlier renewal left in the box was never run.
                 if other.renewals >= self._renewals:

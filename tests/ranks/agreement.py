@@ -337,7 +337,7 @@ def fuzz(world: World, sequences: int = 300, seed: int = 0) -> dict[str, Any]:
             counts["right" if token == world.single(read) else "wrong"] += 1
         usable = usable and what not in (5, 6)
         # Now and then nobody minds that a prefill failed, and everybody tries the next one.
-        if not usable and random(3) == 0:
+        if not usable and random(2) == 0:
             renew()
             usable = True
     return counts
