@@ -52,6 +52,15 @@ OTHERS: dict[str, dict[str, Any]] = {
     },
     "gpt2": {"model_type": "gpt2", "n_positions": 512},
     "bloom": {"model_type": "bloom", "n_head": 4, "n_layer": 3},
+    "mpt": {
+        "model_type": "mpt",
+        "d_model": 64,
+        "n_heads": 4,
+        "n_layers": 3,
+        "expansion_ratio": 2,
+        "max_seq_len": 512,
+    },
+    "roberta": {"model_type": "roberta", "is_decoder": True, "pad_token_id": 0, "max_position_embeddings": 514},
     "deepseek-v3": {
         "model_type": "deepseek_v3",
         "num_key_value_heads": 4,

@@ -10,6 +10,7 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -319,7 +320,11 @@ def _settings(model: Any, generate: dict[str, Any]) -> tuple[Any, dict[str, Any]
             "decode is greedy, and do_sample=True is not; take the first token from the result's logits and go on "
             "with model.generate, as the README shows"
         )
-    passed: dict[str, Any] = config.update(**generate)
+    check_generation(SimpleNamespace(**generate))
+    try:
+        passed: dict[str, Any] = config.update(**generate)
+    except ValueError as error:  # transformers finds that settings do not go together
+        raise UnsupportedError(f"transformers does not accept these generation settings: {error}") from None
     check_generation(config)
     return config, passed
 

@@ -29,11 +29,12 @@ def prompt_digest(input_ids: torch.Tensor, attention_mask: torch.Tensor | None =
     Waits for the device, once.
     """
     ids = input_ids.reshape(-1).long()
-    words = ids + 1
+    total = _weighted_sum(ids + 1)
     if attention_mask is not None:
-        words = words + (attention_mask.reshape(-1).long() << 40)
+        # Of past tokens there is a mask, but no ids.
+        total = total * 3 + _weighted_sum(attention_mask.reshape(-1).long() + 1)
     least, most = ids.aminmax()
-    digest, low, high = torch.stack((_weighted_sum(words), least, most)).tolist()
+    digest, low, high = torch.stack((total, least, most)).tolist()
     return digest, low, high
 
 

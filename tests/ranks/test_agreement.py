@@ -217,7 +217,7 @@ def test_random_sequences_of_good_failing_and_disagreeing_prefills_give_no_wrong
 def test_two_thousand_of_them_do_not_either(tmp_path: Path, ranks: int) -> None:
     found = play(tmp_path, ranks, ["long_fuzz"])["long_fuzz"]
     assert [one["wrong"] for one in found] == [0] * ranks
-    assert found[-1]["right"] > 500
+    assert found[-1]["right"] > 300
 
 
 def test_a_rank_that_is_killed_is_named_by_all_others(tmp_path: Path) -> None:
