@@ -113,7 +113,7 @@ class Agreement:
         self._renewals = 0
         self._failure: RankError | None = None
         self._turn: Turn | None = None
-        self._links: dict[str, Any] = {}
+        self._links: dict[tuple[str, bool], Any] = {}
         self._weights: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         if channel is not None:
             channel.watch(self._noticed)
@@ -121,8 +121,11 @@ class Agreement:
     # ------------------------------------------------------------------- turns
 
     @contextlib.contextmanager
-    def turn(self) -> Iterator[Turn]:
-        """One prefill, or whatever else all ranks run together. What it raises is told to the other ranks.
+    def turn(self, compare: bool = True) -> Iterator[Turn]:
+        """One prefill. What it raises is told to the other ranks.
+
+        Args:
+            compare: whether ranks compare what they are about to run.
 
         Raises:
             RankError: another thread of this rank has the turn, or an earlier prefill failed.
@@ -139,13 +142,14 @@ class Agreement:
             if (unusable := self._unusable()) is not None:
                 raise unusable
             self.number += 1
-            turn = self._turn = Turn(self, self.number)
+            turn = self._turn = Turn(self, self.number, compare and self.channel is not None)
             try:
                 yield turn
             except BaseException as error:
                 # Numbers that are not finite are found when nothing is under way any more.
                 if turn.open and not isinstance(error, NotFiniteError):
                     self.fail(error, turn.phase)
+                    self._abort_links()
                 raise
             finally:
                 self._turn = None
@@ -276,50 +280,63 @@ class Agreement:
             self._now(Doing("waiting in the renewal of the group"))
             self.channel.tell("renewal", _encode(_Renewal(self._renewals + 1, self.number)))
             heard = [_renewal(note) for note in self.channel.hear("renewal", "renewal").values()]
-            old = list(self._links)
-            self._drop_links()
+            self._abort_links()
+            old, self._links = list(self._links), {}
             with self._change:
                 self._renewals = max([self._renewals + 1, *(other.renewals for other in heard)])
                 self.number = max([self.number, *(other.number for other in heard)])
                 self._failure = None
             # The group itself is as out of step as links of our own would be.
-            for kind in old:
-                self._links[kind] = self._new_links(kind)
+            for kind, limited in old:
+                self._links[kind, limited] = self._new_links(kind, limited)
         finally:
             self._now(IDLE)
             self._busy.release()
 
-    def _drop_links(self) -> None:
-        """Let go of links, and of the threads that still wait for a message on them."""
-        for links in self._links.values():
-            if links is not self._group() and hasattr(links, "abort"):
-                with contextlib.suppress(RuntimeError):  # its peers may be gone, which is why it goes
-                    links.abort()
-        self._links = {}
+    def _abort_links(self) -> None:
+        """Let go of links after a failure, of threads and kernels that still wait for a message on them.
 
-    def links(self, device: torch.device) -> Any:
+        The group itself stays as it is: it belongs to the program.
+        """
+        for links in self._links.values():
+            if links is self._group() and links not in made_for_links:
+                continue
+            with contextlib.suppress(RuntimeError, AttributeError):
+                # Its peers may be gone, which is why it goes. Backends of older torch cannot be aborted: there
+                # those threads wait until their time-out.
+                links.abort()
+
+    def links(self, device: torch.device, limited: bool = True) -> Any:
         """What carries the KV of this group's prefills: has ``send``, ``recv`` and collectives of a process group.
 
-        On the CPU it is a backend of its own, so that nobody else's messages are taken for KV. NCCL's
-        communicators take memory: there it is the group itself, until that is renewed.
+        It is a backend of its own, so that nobody else's messages are taken for KV, and so that it can be given up
+        when a prefill fails; unless the group was made for that by `link_group`. Collectives on CUDA use the group
+        itself until that is renewed: NCCL's communicators take memory.
+
+        Args:
+            limited: whether NCCL may use a few SMs only, which is right for what goes on beside compute.
         """
-        kind = device.type
+        kind = (device.type, limited)
         if kind not in self._links:
-            own = self.channel is not None and kind != "cuda"
-            self._links[kind] = self._new_links(kind) if own else self._group()
+            group = self._group()
+            given = device.type == "cuda" and (not limited or group in made_for_links)
+            own = self.channel is not None and not given
+            self._links[kind] = self._new_links(*kind) if own else group
         return self._links[kind]
 
-    def _new_links(self, kind: str) -> Any:
+    def _new_links(self, device_type: str, limited: bool) -> Any:
         assert self.channel is not None
         # dist.new_group names groups by how many there are, which ranks of several groups count differently.
-        store = dist.PrefixStore(f"{kind} links {self._renewals}", self.channel.store)  # type: ignore[attr-defined]
+        name = f"{'links' if limited else 'collectives'} on {device_type}, renewed {self._renewals} times"
+        store = dist.PrefixStore(name, self.channel.store)  # type: ignore[attr-defined]
         timeout = timedelta(seconds=self.channel.timeout_s)
         try:
-            if kind != "cuda":
+            if device_type != "cuda":
                 return dist.ProcessGroupGloo(store, self.rank, self.ranks, timeout)
             options = dist.ProcessGroupNCCL.Options()
-            options.config.max_ctas = LINK_CTAS
             options._timeout = timeout
+            if limited:
+                options.config.max_ctas = LINK_CTAS
             return dist.ProcessGroupNCCL(store, self.rank, self.ranks, options)
         except RuntimeError as error:
             raise self.explain(None, error, "start") from error
@@ -347,11 +364,13 @@ class Turn:
 
     Attributes:
         number: of this prefill in its group; 0 without a group.
+        compare: whether ranks compare what they are about to run.
         open: whether other ranks may be running it, so that a failure leaves them out of step.
     """
 
     of: Agreement | None
     number: int = 0
+    compare: bool = False
     open: bool = field(default=False, init=False)
     _phase: str = field(default="", init=False)
 
@@ -364,7 +383,7 @@ class Turn:
         try:
             return check()
         except Exception as error:
-            if self.of is not None and self.of.channel is not None:
+            if self.of is not None and self.compare:
                 text = (str(error).strip() or type(error).__name__).splitlines()[0]
                 said = text if isinstance(error, KVRError) else f"{type(error).__name__}: {text}"
                 every = self._exchange(Statement(renewals=self.of.renewals, number=self.number, refusal=said))
@@ -394,7 +413,7 @@ class Turn:
         Raises:
             RankError: ranks disagree; it names the item and the ranks. Or one is gone, stopped or late.
         """
-        if self.of is not None and self.of.channel is not None:
+        if self.of is not None and self.compare:
             mine = Statement(
                 renewals=self.of.renewals,
                 number=self.number,
@@ -581,6 +600,9 @@ def _timeout_s(group: dist.ProcessGroup) -> float:
             return float(backend.options._timeout.total_seconds())
     return DEFAULT_TIMEOUT_S
 
+
+made_for_links: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Process groups that nobody uses but links."""
 
 _agreements: weakref.WeakKeyDictionary[Any, Agreement] = weakref.WeakKeyDictionary()
 _making = threading.Lock()

@@ -157,12 +157,12 @@ def _together(
     agree: bool,
 ) -> PrefillResult:
     """A gathering method on all ranks of a group, in one turn."""
-    with agreement_of(group, agree).turn() as turn:
+    with agreement_of(group, agree).turn(agree) as turn:
         assert turn.of is not None
         ranks = turn.of.ranks
         prompt = turn.checked(lambda: _checked_prompt(model, input_ids, method, ranks))
         turn.agree(method, model, input_ids, prompt, limits=limits)
-        gather = GroupGather(turn.of.links(input_ids.device), limits)
+        gather = GroupGather(turn.of.links(input_ids.device, limited=False), limits)
         try:
             return gathered(model, input_ids, method, gather)
         except RuntimeError as error:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from kvr_partition.partition import Partition
-from kvr_partition.runtime.agreement import LINK_CTAS, Turn, agreement_of
+from kvr_partition.runtime.agreement import LINK_CTAS, Turn, agreement_of, made_for_links
 from kvr_partition.runtime.links import (
     NO_LIMITS,
     Hop,
@@ -306,6 +306,7 @@ def link_group(ranks: Sequence[int] | None = None) -> dist.ProcessGroup | None:
         options.config.max_ctas = LINK_CTAS
     group: dist.ProcessGroup | None = dist.new_group(ranks, backend=backend, pg_options=options)
     if isinstance(group, dist.ProcessGroup):
+        made_for_links.add(group)
         agreement_of(group)  # ranks meet here, not on the clock of the first prompt
     return group
 

@@ -124,7 +124,7 @@ def prefill(
     with contextlib.ExitStack() as stack:
         turn = Turn(None)
         if not alone and _world_size(group) > 1:
-            turn = stack.enter_context(agreement_of(group, agree).turn())
+            turn = stack.enter_context(agreement_of(group, agree).turn(agree))
         plan = turn.checked(
             lambda: _planned(
                 model, input_ids, partition, turn, depth, reserve, topology, limits, past, attention_mask

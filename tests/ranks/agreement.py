@@ -27,13 +27,16 @@ from kvr_partition.runtime import LinkLimits, prefill, probe, renew, single, tsp
 from kvr_partition.table import Entry
 from tests.models import build
 
+DEVICE = torch.device("cpu")
+"""Of this rank; a GPU where the scenarios ask for NCCL."""
+
 SPLITS = {2: (20, 12), 3: (14, 5, 13)}
 CONTEXT = 32
 
 
 def prompt(number: int, batch: int = 1) -> torch.Tensor:
     """Seeded token ids ``[batch, CONTEXT]``."""
-    return torch.randint(0, 257, (batch, CONTEXT), generator=torch.Generator().manual_seed(number))
+    return torch.randint(0, 257, (batch, CONTEXT), generator=torch.Generator().manual_seed(number)).to(DEVICE)
 
 
 def said(error: BaseException) -> dict[str, Any]:
@@ -53,7 +56,7 @@ class World:
     def __init__(self, rank: int, ranks: int) -> None:
         self.rank, self.ranks = rank, ranks
         self.split = Partition(SPLITS[ranks])
-        self.model = build("llama-gqa")
+        self.model = build("llama-gqa").to(DEVICE)
         probe(self.model)
         self.right: dict[int, int] = {}
 
@@ -270,6 +273,15 @@ def killed(world: World) -> dict[str, Any]:
     return {"first": world.prefill(1), "after": world.prefill(2), "renewed": world.attempt(renew)}
 
 
+def first_killed(world: World) -> dict[str, Any]:
+    """The first rank is killed in a layer, once links have been used."""
+    world.prefill(1)
+    if world.rank == 0:
+        with world.broken(1, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+            world.prefill(2)
+    return {"first": world.prefill(2)}
+
+
 def stopped(world: World) -> dict[str, Any]:
     """The first rank is stopped in a layer; all others wait for it, directly or not."""
     world.prefill(1)
@@ -290,7 +302,7 @@ def late(world: World) -> dict[str, Any]:
 
 def not_finite(world: World) -> dict[str, Any]:
     """A weight of the second layer is NaN on all ranks."""
-    model = build("llama-gqa")
+    model = build("llama-gqa").to(DEVICE)
     model.model.layers[0].mlp.down_proj.weight.data[0, 0] = float("nan")
     return {
         "first": world.prefill(1, model=model),
@@ -353,8 +365,12 @@ def main() -> None:
     folder, rank, ranks = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
     asked = json.loads((folder / "scenarios.json").read_text())
+    if asked.get("device") == "cuda":
+        global DEVICE
+        DEVICE = torch.device(f"cuda:{rank}")
+        torch.cuda.set_device(DEVICE)
     dist.init_process_group(
-        "gloo",
+        "nccl" if DEVICE.type == "cuda" else "gloo",
         init_method=(folder / "meet").as_uri(),
         rank=rank,
         world_size=ranks,

@@ -20,14 +20,23 @@ Seen = list[dict[str, Any]]
 """What each rank saw of one scenario."""
 
 
-def play(folder: Path, ranks: int, names: list[str], *, timeout_s: float = 60, missing: int | None = None) -> Any:
+def play(
+    folder: Path,
+    ranks: int,
+    names: list[str],
+    *,
+    timeout_s: float = 60,
+    missing: int | None = None,
+    device: str = "cpu",
+) -> Any:
     """Run scenarios on real ranks; what each rank saw of each, by name.
 
     Args:
         timeout_s: of the process group.
+        device: ``"cuda"`` for ranks over NCCL, a GPU each.
         missing: a rank that does not live to tell; it is ended once all others have told.
     """
-    (folder / "scenarios.json").write_text(json.dumps({"names": names, "timeout_s": timeout_s}))
+    (folder / "scenarios.json").write_text(json.dumps({"names": names, "timeout_s": timeout_s, "device": device}))
     command = [sys.executable, "-m", "tests.ranks.agreement", str(folder)]
     outputs = [(folder / f"printed{rank}").open("w") for rank in range(ranks)]
     processes = [
