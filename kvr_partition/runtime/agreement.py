@@ -114,6 +114,7 @@ class Agreement:
         self._failure: RankError | None = None
         self._turn: Turn | None = None
         self._links: dict[tuple[str, bool], Any] = {}
+        self._connected: set[tuple[int, int]] = set()
         self._weights: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         if channel is not None:
             channel.watch(self._noticed)
@@ -180,12 +181,12 @@ class Agreement:
         """
         if self.channel is None:
             return [mine]
-        self.channel.tell("statement", _encode(mine))
+        self.channel.state(_encode(mine))
         found = {self.rank: mine}
         while len(found) < self.ranks:
             missing = [rank for rank in range(self.ranks) if rank not in found]
             self._now(Doing(f"in {phase}", missing[0]))
-            for rank, note in self.channel.hear("statement", phase, missing, unless=self._unusable).items():
+            for rank, note in self.channel.stated(missing, phase, self._unusable).items():
                 other = _statement(note)
                 # What an earlier renewal left in the box was never run.
                 if other.renewals >= self._renewals:
@@ -282,6 +283,7 @@ class Agreement:
             heard = [_renewal(note) for note in self.channel.hear("renewal", "renewal").values()]
             self._abort_links()
             old, self._links = list(self._links), {}
+            self._connected.clear()
             with self._change:
                 self._renewals = max([self._renewals + 1, *(other.renewals for other in heard)])
                 self.number = max([self.number, *(other.number for other in heard)])
@@ -306,23 +308,51 @@ class Agreement:
                 # those threads wait until their time-out.
                 links.abort()
 
-    def links(self, device: torch.device, limited: bool = True) -> Any:
-        """What carries the KV of this group's prefills: has ``send``, ``recv`` and collectives of a process group.
+    def links(self, device: torch.device, peers: Sequence[int]) -> Any:
+        """What carries the KV of this group's prefills: has ``send`` and ``recv`` of a process group.
 
         It is a backend of its own, so that nobody else's messages are taken for KV, and so that it can be given up
-        when a prefill fails; unless the group was made for that by `link_group`. Collectives on CUDA use the group
-        itself until that is renewed: NCCL's communicators take memory.
+        when a prefill fails; unless the group was made for that by `link_group`.
 
         Args:
-            limited: whether NCCL may use a few SMs only, which is right for what goes on beside compute.
+            peers: ranks that it connects; all ranks of each pair call this.
         """
-        kind = (device.type, limited)
+        links = self._backend(device.type, limited=True)
+        if device.type == "cuda":
+            self._connect(links, device, peers)
+        return links
+
+    def collectives(self, device: torch.device) -> Any:
+        """What gathers KV: has the collectives of a process group.
+
+        On CUDA it is the group itself until that is renewed: NCCL's communicators take memory.
+        """
+        return self._backend(device.type, limited=False)
+
+    def _backend(self, device_type: str, limited: bool) -> Any:
+        kind = (device_type, limited)
         if kind not in self._links:
             group = self._group()
-            given = device.type == "cuda" and (not limited or group in made_for_links)
+            given = device_type == "cuda" and (not limited or group in made_for_links)
             own = self.channel is not None and not given
             self._links[kind] = self._new_links(*kind) if own else group
         return self._links[kind]
+
+    def _connect(self, links: Any, device: torch.device, peers: Sequence[int]) -> None:
+        """Have NCCL connect pairs of ranks now, while all are in step.
+
+        It does so with the first message of a pair, and holds up the host until both ranks are there: for ever, if
+        one of them has failed by then.
+        """
+        for low, high in sorted((min(self.rank, peer), max(self.rank, peer)) for peer in peers):
+            if (low, high) in self._connected:
+                continue
+            token = torch.zeros(1, device=device)
+            if self.rank == low:
+                links.send([token], high, 0).wait()
+            else:
+                links.recv([token], low, 0).wait()
+            self._connected.add((low, high))
 
     def _new_links(self, device_type: str, limited: bool) -> Any:
         assert self.channel is not None

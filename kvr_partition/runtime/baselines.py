@@ -162,7 +162,7 @@ def _together(
         ranks = turn.of.ranks
         prompt = turn.checked(lambda: _checked_prompt(model, input_ids, method, ranks))
         turn.agree(method, model, input_ids, prompt, limits=limits)
-        gather = GroupGather(turn.of.links(input_ids.device, limited=False), limits)
+        gather = GroupGather(turn.of.collectives(input_ids.device), limits)
         try:
             return gathered(model, input_ids, method, gather)
         except RuntimeError as error:

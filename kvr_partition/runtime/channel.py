@@ -28,6 +28,12 @@ import torch.distributed as dist
 
 from kvr_partition.errors import RankError, named_ranks
 from kvr_partition.frames import Frames, framed
+from kvr_partition.runtime.board import LONGEST, Board
+
+LOOK_S = 0.0005
+"""Seconds that a rank keeps looking at the board before it sleeps: others are seldom later than that."""
+
+_MOMENT_S, _LONG_MOMENT_S = 0.002, 0.05
 
 ANSWER_S = 2.0
 """Seconds within which a rank that still runs answers; its thread needs no more than the interpreter's lock."""
@@ -53,12 +59,16 @@ class _Pong(msgspec.Struct, frozen=True, tag="pong", array_like=True):
     waits_for: int | None
 
 
+class _Wake(msgspec.Struct, frozen=True, tag="wake", array_like=True):
+    pass
+
+
 class _Bye(msgspec.Struct, frozen=True, tag="bye", array_like=True):
     pass
 
 
 _encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(_Hello | _Note | _Ping | _Pong | _Bye).decode
+_decode = msgspec.msgpack.Decoder(_Hello | _Note | _Ping | _Pong | _Wake | _Bye).decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +92,11 @@ class Channel:
         store: where backends of ``torch.distributed`` meet.
     """
 
-    def __init__(self, rank: int, peers: dict[int, socket.socket], timeout_s: float, store: Any) -> None:
+    def __init__(
+        self, rank: int, peers: dict[int, socket.socket], timeout_s: float, store: Any, board: Board | None = None
+    ) -> None:
         self.store = store
+        self._board = board
         self.rank = rank
         self.ranks = len(peers) + 1
         self.timeout_s = timeout_s
@@ -175,6 +188,58 @@ class Channel:
         if gone:
             raise self.lost(gone[0], phase)
         raise self.culprit(wanted, phase, within if waited_s is None else waited_s)
+
+    def state(self, body: bytes) -> None:
+        """Tell all other ranks what `stated` gives them, as fast as their host allows."""
+        board = self._board
+        if board is None:
+            self.tell(_STATED, body)
+            return
+        if len(body) > LONGEST:
+            self.tell(_STATED, body)
+            body = b""  # look at the socket
+        board.write(body)
+        for peer in self._peers:
+            if board.sleeps(peer):
+                self._send(peer, _WAKE)
+
+    def stated(
+        self, ranks: Iterable[int], phase: str, unless: Callable[[], BaseException | None]
+    ) -> dict[int, bytes]:
+        """The next statement of each of some ranks; see `hear`."""
+        board = self._board
+        if board is None:
+            return self.hear(_STATED, phase, ranks, unless=unless)
+        missing = set(ranks)
+        heard: dict[int, bytes] = {}
+        began = time.monotonic()
+        while True:
+            for rank in list(missing):
+                body = board.read(rank)
+                if body is not None:
+                    heard[rank] = body
+                    missing.discard(rank)
+            if not missing:
+                break
+            if (error := unless()) is not None:
+                raise error
+            gone = missing & self._gone
+            waited = time.monotonic() - began
+            if gone:
+                raise self.lost(min(gone), phase)
+            if waited > self.timeout_s:
+                raise self.culprit(sorted(missing), phase, self.timeout_s)
+            if waited < LOOK_S:
+                os.sched_yield()
+                continue
+            # Whoever writes from now on wakes this rank; one that had just looked is found within a moment.
+            board.sleep(True)
+            with self._change:
+                if not any(board.peek(rank) for rank in missing):
+                    self._change.wait(min(_MOMENT_S + waited / 10, _LONG_MOMENT_S))
+            board.sleep(False)
+        longer = [rank for rank, body in heard.items() if not body]
+        return heard | self.hear(_STATED, phase, longer, unless=unless) if longer else heard
 
     def watch(self, watcher: Callable[[int, str, bytes], None]) -> None:
         """Have a function told of each note, as ``(rank, topic, body)``; topic "" is a rank that is gone."""
@@ -303,6 +368,9 @@ class Channel:
                 with self._change:
                     self._pongs[rank] = message
                     self._change.notify_all()
+            case _Wake():
+                with self._change:
+                    self._change.notify_all()
             case _Bye():
                 self._left.add(rank)
 
@@ -315,6 +383,9 @@ class Channel:
         """Whether a rank said goodbye before its socket closed."""
         return rank in self._left
 
+
+_STATED = "statement"
+_WAKE = framed(_encode(_Wake()))
 
 _open: weakref.WeakSet[Channel] = weakref.WeakSet()
 
@@ -350,9 +421,11 @@ def meet(group: dist.ProcessGroup, timeout_s: float) -> Channel:
             store = None
             if rank == 0:
                 store = _store(mine[0], 0, timeout_s, leads=True)
-            where = _everyones(group, (mine, port, 0 if store is None else store.port))
+            path = _new_board(ranks) if rank == 0 and one_host else None
+            where = _everyones(group, (mine, port, 0 if store is None else store.port, path))
             if store is None:
                 store = _store(where[0][0][0], where[0][2], timeout_s, leads=False)
+            board = _shared_board(group, where[0][3], rank, ranks)
             peers = {}
             for peer in range(rank):
                 peers[peer] = _connect(peer, where[peer][0], where[peer][1], timeout_s)
@@ -372,7 +445,26 @@ def meet(group: dist.ProcessGroup, timeout_s: float) -> Channel:
         ) from error
     for connection in peers.values():
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return Channel(rank, peers, timeout_s, store)
+    return Channel(rank, peers, timeout_s, store, board)
+
+
+def _new_board(ranks: int) -> str | None:
+    with contextlib.suppress(OSError):
+        return Board.create(ranks)
+    return None
+
+
+def _shared_board(group: dist.ProcessGroup, path: str | None, rank: int, ranks: int) -> Board | None:
+    """The board of all ranks, if each of them can map it; otherwise sockets do."""
+    if path is None:
+        return None
+    board = None
+    with contextlib.suppress(OSError, ValueError):
+        board = Board(path, rank, ranks)
+    all_have = all(_everyones(group, board is not None))
+    if rank == 0:
+        Board.delete(path)
+    return board if all_have else None
 
 
 def _store(host: str, port: int, timeout_s: float, leads: bool) -> Any:

@@ -324,4 +324,7 @@ def group_links(
     if turn.of is None:
         return NoLinks()
     kind = StreamLinks if device.type == "cuda" else HostLinks
-    return kind(partition, rank, topology, limits, turn.of.links(device), turn)
+    # In a chain neighbours talk to each other, in a fan-out all do.
+    near = 1 if topology == "chain" else partition.ranks
+    peers = [peer for peer in range(partition.ranks) if 0 < abs(peer - rank) <= near]
+    return kind(partition, rank, topology, limits, turn.of.links(device, peers), turn)

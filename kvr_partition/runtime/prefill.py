@@ -144,8 +144,9 @@ def prefill(
         start, end = split.starts[rank] - split.past, split.ends[rank] - split.past
         chunk_ids = input_ids[:, start:end]
         room = reserve if rank == split.ranks - 1 else 0
-        cache = chunk_cache(model, chunk_ids, prefix=split.starts[rank], reserve=room, past=past)
+        # Connecting takes all ranks: before anything that may fail on one of them.
         links = group_links(split, rank, input_ids.device, turn=turn, topology=topology, limits=limits)
+        cache = chunk_cache(model, chunk_ids, prefix=split.starts[rank], reserve=room, past=past)
         try:
             return run_chunk(
                 model,
