@@ -51,10 +51,13 @@ def main() -> None:
         )
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({**conditions(options.device), "figures": found}, indent=1) + "\n")
+        command = f"python -m benchmarks.agreement --ranks {options.ranks} --device {options.device}"
+        options.out.write_text(
+            json.dumps({**conditions(command, options.device), "figures": found}, indent=1) + "\n"
+        )
 
 
-def conditions(device: str) -> dict[str, Any]:
+def conditions(command: str, device: str) -> dict[str, Any]:
     """What the figures were measured with."""
     import torch
 
@@ -62,7 +65,7 @@ def conditions(device: str) -> dict[str, Any]:
     from profiler.worker import cpu_name
 
     return {
-        "command": " ".join(["python -m benchmarks.agreement", *sys.argv[1:]]),
+        "command": command,
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "device": torch.cuda.get_device_name(0) if device == "cuda" else "cpu",

@@ -93,7 +93,8 @@ class Spawned:
         self._sockets.append(ours)
         scratch = self._folder.name
         whole = msgspec.structs.replace(setup, rendezvous=rendezvous, scratch=scratch)
-        ours.sendall(framed(messages.encode(whole)))
+        with contextlib.suppress(OSError):  # it has ended already, which the first exchange will tell of
+            ours.sendall(framed(messages.encode(whole)))
 
     @property
     def pids(self) -> list[int]:

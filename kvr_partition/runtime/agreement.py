@@ -364,7 +364,8 @@ class Agreement:
             if device_type != "cuda":
                 return dist.ProcessGroupGloo(store, self.rank, self.ranks, timeout)
             options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timeout
+            # Torch ends the process at its time-out; by then this rank has told who it waited for.
+            options._timeout = 2 * timeout + timedelta(seconds=10)
             if limited:
                 options.config.max_ctas = LINK_CTAS
             return dist.ProcessGroupNCCL(store, self.rank, self.ranks, options)
@@ -500,16 +501,28 @@ class Turn:
         """What another rank, or this one, has failed of."""
         return None if self.of is None else self.of.failure
 
-    def wait_for_device(self, event: torch.cuda.Event) -> None:
+    def wait_for_device(self, event: torch.cuda.Event, peer: int) -> None:
         """Wait for an event of a CUDA stream, but not for one that a rank which failed will never let happen.
 
+        Args:
+            peer: the rank whose messages the stream waits for.
+
         Raises:
-            RankError: another rank failed or died.
+            RankError: another rank failed, died or stopped.
         """
+        if self.of is None or self.of.channel is None:
+            event.synchronize()
+            return
+        channel = self.of.channel
+        until = time.monotonic() + channel.timeout_s
+        self.wait_for(peer)
         while not event.query():
             if self.failure is not None:
                 raise self.failure
+            if time.monotonic() > until:
+                raise channel.culprit([peer], self.phase, channel.timeout_s)
             time.sleep(0)  # lets go of the interpreter, without which no failure comes in
+        self.wait_for(None)
 
     def explain(self, peer: int | None, error: BaseException) -> RankError:
         """Who is to blame for a link to ``peer`` that broke; see `Agreement.explain`."""
@@ -537,7 +550,7 @@ def agreement_of(group: dist.ProcessGroup | None, agree: bool = True) -> Agreeme
     with _making:
         known = _agreements.get(real)
         if known is None or (agree and known.channel is None):
-            channel = meet(real, _timeout_s(real)) if agree and dist.get_world_size(real) > 1 else None
+            channel = meet(real, timeout_s(real)) if agree and dist.get_world_size(real) > 1 else None
             before = known
             known = _agreements[real] = Agreement(real, channel)
             if before is not None:
@@ -623,7 +636,10 @@ def _shown(value: Any) -> str:
     return "/".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _timeout_s(group: dist.ProcessGroup) -> float:
+def timeout_s(group: Any) -> float:
+    """Seconds that messages of a process group may take."""
+    if group in made_for_links and dist.group.WORLD is not None:
+        group = dist.group.WORLD
     for kind in ("cpu", "cuda"):
         with contextlib.suppress(Exception):  # private to torch, and not there for every backend
             backend: Any = group._get_backend(torch.device(kind))

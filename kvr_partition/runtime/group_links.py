@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from kvr_partition.partition import Partition
-from kvr_partition.runtime.agreement import LINK_CTAS, Turn, agreement_of, made_for_links
+from kvr_partition.runtime.agreement import LINK_CTAS, Turn, agreement_of, made_for_links, timeout_s
 from kvr_partition.runtime.links import (
     NO_LIMITS,
     Hop,
@@ -261,8 +262,8 @@ class StreamLinks(_GroupLinks):
             work.wait()
 
     def finish(self) -> list[float]:
-        for stream in self._send_streams.values():
-            self.turn.wait_for_device(stream.record_event())
+        for peer, stream in self._send_streams.items():
+            self.turn.wait_for_device(stream.record_event(), peer)
         return [sum(begin.elapsed_time(end) for begin, end in spans) / 1e3 for spans in self._spans]
 
     def abort(self) -> None:
@@ -300,11 +301,13 @@ def link_group(ranks: Sequence[int] | None = None) -> dist.ProcessGroup | None:
     Args:
         ranks: of the world, those that prefill together; all when None.
     """
-    backend, options = None, None
+    backend, options, timeout = None, None, None
     if "nccl" in dist.get_backend_config():
         backend, options = "nccl", dist.ProcessGroupNCCL.Options()
         options.config.max_ctas = LINK_CTAS
-    group: dist.ProcessGroup | None = dist.new_group(ranks, backend=backend, pg_options=options)
+        # Torch ends the process at its time-out; by then this rank has told who it waited for.
+        timeout = 2 * timedelta(seconds=timeout_s(dist.group.WORLD)) + timedelta(seconds=10)
+    group: dist.ProcessGroup | None = dist.new_group(ranks, timeout=timeout, backend=backend, pg_options=options)
     if isinstance(group, dist.ProcessGroup):
         made_for_links.add(group)
         agreement_of(group)  # ranks meet here, not on the clock of the first prompt

@@ -347,7 +347,7 @@ def run_chunk(
     if rank == ranks - 1:
         turn.now("the first token")
         if execution.to_host and chunk_ids.device.type == "cuda":
-            turn.wait_for_device(torch.cuda.current_stream().record_event())
+            turn.wait_for_device(torch.cuda.current_stream().record_event(), rank - 1)
         logits, token, top = first_token(output, choose, execution.to_host)
     clock.stamp()
     transfer_s = links.finish()

@@ -43,6 +43,11 @@ CASES += [
 CASES += [{"model": "llama-gqa", "method": "zigzag", "sizes": (12, 12), "batch": 1}]  # equal chunks: a collective
 CASES += [{"model": "llama-gqa", "method": "fanout", "sizes": SPLITS[5][1], "batch": 1}]
 
+CASES += [
+    {"model": model, "method": "padded", "sizes": SPLITS[3][0], "batch": 2}
+    for model in ("llama-gqa", "mistral-window", "falcon-alibi", "gpt2", "mpt", "gemma2", "deepseek-v3")
+]
+
 PAST_CASES = [
     {"model": model, "method": method, "sizes": sizes, "batch": batch, "past": past}
     for model in ALL

@@ -266,3 +266,75 @@ def test_inside_torchrun_it_joins_the_world_that_is_there(llama: Path, tmp_path:
     assert done.returncode == 0, done.stderr[-3000:]
     entry = 3 * 2 * 2 * 16 * 4
     assert f"RESULT [[true, {2 * 47 * entry}, 3], [true, {(20 + 35) * entry}, 3]]" in done.stdout
+
+
+def overflowing(folder: Path) -> Path:
+    """A checkpoint whose second layer is out of half precision's range."""
+    model = build("llama-gqa")
+    model.model.layers[0].mlp.up_proj.weight.data.mul_(3e4)
+    model.model.layers[0].mlp.down_proj.weight.data.mul_(3e5)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_numbers_out_of_range_are_no_measurement_and_no_certificate(tmp_path: Path) -> None:
+    folder = overflowing(tmp_path / "overflow")
+    with RankGroup(folder, ranks=2, backend="cpu", dtype="float16", timeout_s=60) as group:
+        failed = group.measure(Partition((30, 17)), plan=FAST)
+        assert failed.failure is not None
+        assert failed.failure.kind == "not-finite"
+        assert "layer 1" in failed.failure.message
+        with pytest.raises(RankError, match="not finite: keys or values of layer 1") as caught:
+            group.verify(Candidate("kvr", Partition((30, 17))))
+        assert (caught.value.kind, caught.value.rank) == ("not-finite", 0)
+    with RankGroup(folder, ranks=2, backend="cpu", timeout_s=60) as group:
+        assert group.measure(Partition((30, 17)), plan=FAST).ok
+
+
+def test_settings_of_a_checkpoint_hold_where_tokens_are_decoded_and_nowhere_else(tmp_path: Path) -> None:
+    model = build("llama-gqa")
+    model.generation_config.suppress_tokens = [7]
+    model.save_pretrained(tmp_path / "checkpoint")
+    file = tmp_path / "checkpoint" / "generation_config.json"
+    ids = list(range(20))
+    import json
+
+    import torch
+
+    given = torch.tensor([ids])
+    plain = model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=5, do_sample=False)[0, 20:]
+    file.write_text(json.dumps({"suppress_tokens": [int(plain[0])], "num_beams": 1}))
+    model.generation_config.suppress_tokens = [int(plain[0])]
+    right = model.generate(given, attention_mask=torch.ones_like(given), max_new_tokens=5, do_sample=False)[0, 20:]
+    tokens: list[int] = []
+    with RankGroup(tmp_path / "checkpoint", ranks=2, backend="cpu", timeout_s=60) as group:
+        group.generate(ids, Partition((12, 8)), 5, lambda token, _: tokens.append(token))
+        assert tokens == right.tolist()
+        assert tokens[0] != int(plain[0])
+        pids = group.pids
+        file.write_text(json.dumps({"num_beams": 3}))
+        # Refused before ranks are asked, and no matter for measuring.
+        with pytest.raises(UnsupportedError, match="num_beams=3"):
+            group.generate(ids, Partition((12, 8)), 5, lambda *_: None)
+        assert group.measure(Partition((12, 8)), plan=FAST).ok
+        assert group.pids == pids
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_stops_is_named_whoever_waits_for_it(llama: Path, rank: int) -> None:
+    with RankGroup(llama, ranks=2, backend="cpu", timeout_s=60) as group:
+        os.kill(group.pids[rank], signal.SIGSTOP)
+        group._transport._timeout_s = 1.0  # type: ignore[union-attr]  # starting needs longer than hanging
+        with pytest.raises(
+            RankError, match=f"rank {rank} did not answer within 1 s: stopped, or hanging"
+        ) as caught:
+            group.sample(Candidate("kvr", Partition((30, 17))))
+        assert (caught.value.kind, caught.value.rank, caught.value.phase) == ("timeout", rank, "prefill")
+
+
+def test_what_goes_wrong_at_the_start_is_of_that_kind(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The process of a rank cannot even begin.
+    monkeypatch.setenv("PYTHONMALLOC", "no such allocator")
+    with pytest.raises(RankError) as caught:
+        RankGroup(llama, ranks=2, backend="cpu", timeout_s=60).start()
+    assert (caught.value.kind, caught.value.phase) == ("start", "start")

@@ -7,11 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from kvr_partition.certificate import Certificate, Deviation
+from kvr_partition.errors import NotFiniteError
 from kvr_partition.runtime.cache import RunaheadCache
 from kvr_partition.runtime.links import NoLinks
 from kvr_partition.runtime.prefill import PrefillResult, chunk_cache, run_chunk
 from kvr_partition.runtime.verify import SingleRun, compare, run_reference, run_single
-from tests.models import build
+from tests.models import build, provenance
 
 IDS = torch.randint(0, 257, (1, 47), generator=torch.Generator().manual_seed(2))
 
@@ -55,3 +57,21 @@ def test_missing_kv_is_infinitely_far() -> None:
     result = behind(model, alone, None, torch.float32)
     result.cache.layers[2].store.rows[3] = float("nan")
     assert compare(result, 47, alone, reference)[2].split == float("inf")
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_certificate_of_what_is_not_finite_never_holds(value: float) -> None:
+    for dtype in ("float32", "float16", "bfloat16"):
+        for split, single in ((value, value), (0.0, value), (value, 0.0)):
+            deviation = Deviation(0, None, split, single)
+            assert not deviation.within(dtype)
+            certificate = Certificate("kvr", (24, 23), "float32", True, (deviation,), provenance(dtype=dtype))
+            assert certificate.divergence == deviation or value != value
+            assert not certificate.holds
+
+
+def test_a_single_run_that_overflows_is_nothing_to_compare_with() -> None:
+    model = build("llama-gqa")
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(NotFiniteError, match="keys or values of layer 2"):
+        run_single(model, IDS)
