@@ -58,10 +58,24 @@ def main() -> None:
 
 def received(device: torch.device) -> torch.Tensor | None:
     """The next prompt, which rank 0 reads, on every rank; None when there are no more."""
-    line = [sys.stdin.readline().split() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(line)
-    words = line[0]
-    return torch.tensor([[int(word) for word in words]], device=device) if words else None
+    ids = [next_prompt() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(ids)
+    return None if ids[0] is None else torch.tensor([ids[0]], device=device)
+
+
+def next_prompt() -> list[int] | None:
+    """The token ids of the next line that has some; None at the end."""
+    for line in sys.stdin:
+        try:
+            ids = [int(word) for word in line.split()]
+        except ValueError:
+            print(f"no answer: a prompt is token ids separated by spaces; got {line.strip()!r}", file=sys.stderr)
+            continue
+        if any(not -(2**63) <= one < 2**63 for one in ids):
+            print("no answer: a token id is beyond 64 bits", file=sys.stderr)
+        elif ids:
+            return ids
+    return None
 
 
 if __name__ == "__main__":

@@ -35,6 +35,9 @@ ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_atte
 EXPERTS = ("eager", "batched_mm", "grouped_mm")
 """Implementations of experts that transformers does not fetch from a hub."""
 
+_TEXT = frozenset({".md", ".txt", ".json", ".py", ".yaml", ".yml", ".toml", ".html"})
+"""Endings of files that say something of weights and hold none."""
+
 _DISTRIBUTED_SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
@@ -227,9 +230,13 @@ def _shards(folder: Path, index: Path) -> tuple[Path, ...]:
 
 
 def _other_weights(folder: Path) -> Iterator[str]:
-    for at, _, names in os.walk(folder):
+    for at, folders, names in os.walk(folder):
+        # What a version control system keeps is not the model's.
+        folders[:] = [name for name in folders if not name.startswith(".git")]
         for name in names:
-            if WEIGHT_SUFFIXES & set(PurePath(name).suffixes) or name.endswith(".index.json"):
+            index = name.endswith((".safetensors.index.json", ".bin.index.json"))
+            suffixes = PurePath(name).suffixes
+            if index or (WEIGHT_SUFFIXES & set(suffixes) and suffixes[-1] not in _TEXT):
                 yield str(PurePath(at, name).relative_to(folder))
 
 

@@ -117,6 +117,11 @@ class Partition:
             PartitionError: more ranks than the context has quanta.
         """
         ranks = whole(ranks, "ranks", 1)
+        context = whole(context, "context", 1)
+        if ranks > context:
+            raise PartitionError(
+                f"a context of {context} tokens cannot give each of {ranks} ranks a token; use fewer ranks"
+            )
         return cls.from_fractions((1.0,) * ranks, context, quantum=quantum, past=past)
 
     @classmethod
@@ -138,6 +143,8 @@ class Partition:
         """
         context = whole(context, "context", 1)
         quantum = whole(quantum, "quantum", 1)
+        if context > LONGEST:
+            raise PartitionError(f"a context of {context} tokens is beyond {LONGEST}, which shares are exact for")
         ranks = len(fractions)
         if ranks == 0:
             raise PartitionError("a partition needs at least one chunk; got no fractions")
@@ -229,6 +236,9 @@ class Partition:
             )
         return partition
 
+
+LONGEST = 2**52
+"""Tokens up to which shares of a context are exact in double precision."""
 
 EMPTY = 1e-300
 """Of a chunk between two equal cuts, so that it has a growth."""

@@ -469,7 +469,7 @@ class RankGroup:
         self.check(Candidate("kvr", partition))
         if partition.past:
             raise PartitionError("generate reads a whole prompt; use a partition without past tokens")
-        check_context(self._folder.config, partition.context + max_new_tokens)
+        check_context(self._folder.config, partition.context + max_new_tokens - 1)
         check_tokens(input_ids, self.geometry.vocab_size)
         check_generation(load_generation_config(self._folder.checkpoint))
         self._ask(

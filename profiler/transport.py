@@ -113,6 +113,7 @@ class Spawned:
         replies: dict[int, messages.Reply] = {}
         failures: dict[int, messages.Failed] = {}
         deadline = time.monotonic() + self._timeout_s
+        until: float | None = None
         with self._selector() as selector:
             while len(replies | failures) < len(self._sockets):
                 ready = selector.select(max(0.0, deadline - time.monotonic()))
@@ -132,16 +133,19 @@ class Spawned:
                         reply = messages.decode_reply(body)
                         if isinstance(reply, messages.Token):
                             # Decoding may take as long as it likes, as long as it goes on.
-                            deadline = time.monotonic() + self._timeout_s
+                            deadline, phase = time.monotonic() + self._timeout_s, "decode"
                             if on_token is not None:
                                 on_token(reply)
                         elif isinstance(reply, messages.Failed):
                             failures[rank] = reply
                         else:
                             replies[rank] = reply
-                    if failures:
-                        # Others may yet say what really happened; the first to notice is often a victim.
-                        deadline = min(deadline, time.monotonic() + 2 * ANSWER_S)
+                if failures:
+                    # Others may yet say what really happened; the first to notice is often a victim.
+                    until = until or time.monotonic() + 2 * ANSWER_S
+                    deadline = min(deadline, until)
+                    if time.monotonic() > until:
+                        break
         if failures:
             raise worst(failures)
         answers = [replies[rank] for rank in range(len(self._sockets))]

@@ -357,9 +357,14 @@ class Worker:
             self._phase = "decode"
             if self.agreement is not None and self.agreement.channel is not None:
                 self.agreement.channel.doing = Doing("decoding")
-            stream(messages.Token(int(result.first_token[0, 0]), time.perf_counter() - began))
+            first = result.first_token
+            if request.max_new_tokens == 1:
+                # The only token may be one that settings force at the end.
+                first = decode(self._model, input_ids, result, 1)
+            stream(messages.Token(int(first[0, 0]), time.perf_counter() - began))
             streamer = _TokenStreamer(lambda token: stream(messages.Token(token, time.perf_counter() - began)))
-            decode(self._model, input_ids, result, request.max_new_tokens, streamer=streamer)
+            if request.max_new_tokens > 1:
+                decode(self._model, input_ids, result, request.max_new_tokens, streamer=streamer)
             if self.agreement is not None and self.agreement.channel is not None:
                 self.agreement.channel.doing = IDLE
         return messages.GenerateDone()

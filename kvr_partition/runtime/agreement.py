@@ -22,7 +22,10 @@ import torch.distributed as dist
 
 from kvr_partition.errors import KVRError, NotFiniteError, PartitionError, RankError, named_ranks
 from kvr_partition.runtime.channel import IDLE, Channel, Doing, meet
-from kvr_partition.runtime.digests import geometry_digest, layers_digest, weights_digest
+from kvr_partition.runtime.digests import geometry_digest, layers_digest, same_past, weights_digest
+
+_NEVER = 2**31 - 1
+"""Tag of a message that is never sent."""
 
 DEFAULT_TIMEOUT_S = 1800.0
 """Where the process group does not tell its own."""
@@ -46,6 +49,8 @@ class Statement(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     weights: int = 0
     batch: int = 0
     past: int = 0
+    past_held: tuple[float, ...] = ()
+    """What the past holds, see `digests.past_fingerprint`; compared as far as rounding lets it."""
     context: int = 0
     prompt: int = 0
     sizes: tuple[int, ...] = ()
@@ -64,13 +69,14 @@ _ITEMS = {
     "weights": "the weights",
     "batch": "the batch",
     "past": "the past tokens",
+    "past_held": "what the past holds",
     "context": "the length of the prompt",
     "prompt": "the prompt",
     "sizes": "the partition",
     "topology": "the topology",
     "limits": "the limits of links",
 }
-_DIGESTS = frozenset({"model", "layers", "weights", "prompt"})
+_DIGESTS = frozenset({"model", "layers", "weights", "prompt", "past_held"})
 
 
 class _Trouble(msgspec.Struct, frozen=True, array_like=True):
@@ -111,6 +117,7 @@ class Agreement:
         self._change = threading.Condition() if channel is None else channel.change
         self._busy = threading.Lock()
         self._renewals = 0
+        self._barriers = 0
         self._failure: RankError | None = None
         self._turn: Turn | None = None
         self._links: dict[tuple[str, bool], Any] = {}
@@ -134,7 +141,7 @@ class Agreement:
         if not self._busy.acquire(blocking=False):
             raise RankError(
                 f"rank {self.rank} is in prefill {self.number} of this group in another thread; "
-                "one prefill at a time, or a group for each thread",
+                "one prefill at a time, or a group and a model for each thread",
                 rank=self.rank,
                 kind="busy",
                 phase="agreement",
@@ -151,6 +158,8 @@ class Agreement:
                 if turn.open and not isinstance(error, NotFiniteError):
                     self.fail(error, turn.phase)
                     self._abort_links()
+                    for thread in turn.threads:
+                        thread.join(1.0)  # one that outlives the interpreter would abort the process
                 raise
             finally:
                 self._turn = None
@@ -193,16 +202,22 @@ class Agreement:
                     found[rank] = other
         return [found[rank] for rank in range(self.ranks)]
 
-    def barrier(self, timeout_s: float | None = None) -> None:
+    def barrier(self) -> None:
         """Wait for all ranks.
 
         Raises:
             RankError: one is gone, stopped or late.
         """
         if self.channel is not None:
-            self._now(Doing("waiting in a barrier", None))
-            self.channel.tell("barrier", b"")
-            self.channel.hear("barrier", "barrier", timeout_s=timeout_s, unless=lambda: self._failure)
+            self._now(Doing("waiting in a barrier"))
+            self._barriers += 1
+            mine = _encode((self._renewals, self._barriers))
+            self.channel.tell("barrier", mine)
+            missing = [rank for rank in range(self.ranks) if rank != self.rank]
+            while missing:
+                heard = self.channel.hear_any("barrier", "barrier", missing, unless=lambda: self._failure)
+                # Those of a request that failed are still there after a renewal.
+                missing = [rank for rank in missing if heard.get(rank) != mine]
             self._now(IDLE)
 
     # ----------------------------------------------------------------- failures
@@ -238,15 +253,10 @@ class Agreement:
                 self._failure = RankError(
                     trouble.message, rank=trouble.rank, kind=trouble.kind, phase=trouble.phase
                 )
-        elif topic == "" and self._failure is None and (turn := self._turn) is not None:
-            assert self.channel is not None
-            # One that left with a goodbye has done its part.
-            if not self.channel.has_left(rank):
-                self._failure = self.channel.lost(rank, turn.phase)
 
     def explain(self, peer: int | None, error: BaseException, phase: str) -> RankError:
         """Who is to blame for a link to ``peer`` that broke; None: for a collective, whose peers are all."""
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        text = _one_line(error)
         if self.channel is None:
             whose = "the others" if peer is None else f"rank {peer}"
             return RankError(
@@ -279,14 +289,26 @@ class Agreement:
             )
         try:
             self._now(Doing("waiting in the renewal of the group"))
-            self.channel.tell("renewal", _encode(_Renewal(self._renewals + 1, self.number)))
-            heard = [_renewal(note) for note in self.channel.hear("renewal", "renewal").values()]
+            target, heard = self._renewals + 1, {self.rank: _Renewal(self._renewals + 1, self.number)}
+            self.channel.tell("renewal", _encode(heard[self.rank]))
+            while len(heard) < self.ranks:
+                missing = [rank for rank in range(self.ranks) if rank not in heard]
+                for rank, note in self.channel.hear("renewal", "renewal", missing).items():
+                    other = _renewal(note)
+                    # One that gave up waiting has told its renewal before, and tells it again.
+                    if other.renewals >= target:
+                        heard[rank] = other
+                if (latest := max(each.renewals for each in heard.values())) > target:
+                    target, heard = latest, {rank: each for rank, each in heard.items() if each.renewals == latest}
+                    heard[self.rank] = _Renewal(latest, self.number)
+                    self.channel.tell("renewal", _encode(heard[self.rank]))
             self._abort_links()
             old, self._links = list(self._links), {}
             self._connected.clear()
             with self._change:
-                self._renewals = max([self._renewals + 1, *(other.renewals for other in heard)])
-                self.number = max([self.number, *(other.number for other in heard)])
+                self._renewals = target
+                self.number = max(each.number for each in heard.values())
+                self._barriers = 0
                 self._failure = None
             # The group itself is as out of step as links of our own would be.
             for kind, limited in old:
@@ -300,8 +322,15 @@ class Agreement:
 
         The group itself stays as it is: it belongs to the program.
         """
-        for links in self._links.values():
+        for (device_type, _), links in self._links.items():
             if links is self._group() and links not in made_for_links:
+                continue
+            if device_type != "cuda":
+                # A message that nobody sends, waited for no time at all, makes gloo close all connections.
+                with contextlib.suppress(RuntimeError):
+                    links.recv([torch.empty(1)], (self.rank + 1) % self.ranks, _NEVER).wait(
+                        timedelta(milliseconds=1)
+                    )
                 continue
             with contextlib.suppress(RuntimeError, AttributeError):
                 # Its peers may be gone, which is why it goes. Backends of older torch cannot be aborted: there
@@ -397,12 +426,14 @@ class Turn:
         number: of this prefill in its group; 0 without a group.
         compare: whether ranks compare what they are about to run.
         open: whether other ranks may be running it, so that a failure leaves them out of step.
+        threads: those that carry its messages.
     """
 
     of: Agreement | None
     number: int = 0
     compare: bool = False
     open: bool = field(default=False, init=False)
+    threads: list[threading.Thread] = field(default_factory=list, init=False)
     _phase: str = field(default="", init=False)
 
     def checked(self, check: Callable[[], Any]) -> Any:
@@ -413,9 +444,12 @@ class Turn:
         """
         try:
             return check()
-        except Exception as error:
+        except BaseException as error:
+            if not isinstance(error, Exception):
+                self.open = self.compare  # others are told that this one was interrupted
+                raise
             if self.of is not None and self.compare:
-                text = (str(error).strip() or type(error).__name__).splitlines()[0]
+                text = _one_line(error)
                 said = text if isinstance(error, KVRError) else f"{type(error).__name__}: {text}"
                 every = self._exchange(Statement(renewals=self.of.renewals, number=self.number, refusal=said))
                 self.open = False
@@ -432,6 +466,7 @@ class Turn:
         *,
         sizes: Sequence[int] = (),
         past: int = 0,
+        past_held: Sequence[float] = (),
         topology: str = "",
         limits: object = "",
     ) -> None:
@@ -445,25 +480,36 @@ class Turn:
             RankError: ranks disagree; it names the item and the ranks. Or one is gone, stopped or late.
         """
         if self.of is not None and self.compare:
-            mine = Statement(
-                renewals=self.of.renewals,
-                number=self.number,
-                method=method,
-                model=geometry_digest(model),
-                layers=layers_digest(model),
-                dtype=str(model.dtype).removeprefix("torch."),
-                device=input_ids.device.type,
-                weights=self.of.weights(model),
-                batch=input_ids.shape[0],
-                past=past,
-                context=input_ids.shape[1],
-                prompt=prompt,
-                sizes=tuple(sizes),
-                topology=topology,
-                limits=str(limits),
+            agreement = self.of
+            mine = self.checked(
+                lambda: Statement(
+                    renewals=agreement.renewals,
+                    number=self.number,
+                    method=method,
+                    model=geometry_digest(model),
+                    layers=layers_digest(model),
+                    dtype=str(model.dtype).removeprefix("torch."),
+                    device=input_ids.device.type,
+                    weights=agreement.weights(model),
+                    batch=input_ids.shape[0],
+                    past=past,
+                    past_held=tuple(past_held),
+                    context=input_ids.shape[1],
+                    prompt=prompt,
+                    sizes=tuple(sizes),
+                    topology=topology,
+                    limits=str(limits),
+                )
             )
             every = self._exchange(mine)
-            if any(other != mine for other in every):
+            # All compare with the first rank, so that all come to the same end.
+            every = [
+                msgspec.structs.replace(each, past_held=every[0].past_held)
+                if same_past(each.past_held, every[0].past_held, mine.dtype)
+                else each
+                for each in every
+            ]
+            if any(other != every[0] for other in every):
                 # Nobody runs it, so all are in step; unless they count differently.
                 self.open = len({other.number for other in every}) > 1
                 raise _disagreement(every)
@@ -519,6 +565,10 @@ class Turn:
         while not event.query():
             if self.failure is not None:
                 raise self.failure
+            # One that left with a goodbye has done its part.
+            died = [rank for rank in channel.gone if not channel.has_left(rank)]
+            if died:
+                raise channel.lost(min(died), self.phase)
             if time.monotonic() > until:
                 raise channel.culprit([peer], self.phase, channel.timeout_s)
             time.sleep(0)  # lets go of the interpreter, without which no failure comes in
@@ -548,6 +598,8 @@ def agreement_of(group: dist.ProcessGroup | None, agree: bool = True) -> Agreeme
     if not isinstance(real, dist.ProcessGroup) or dist.get_rank(real) < 0:
         raise PartitionError("this process is not a rank of the group")
     with _making:
+        making = _meetings.setdefault(real, threading.Lock())
+    with making:
         known = _agreements.get(real)
         if known is None or (agree and known.channel is None):
             channel = meet(real, timeout_s(real)) if agree and dist.get_world_size(real) > 1 else None
@@ -575,6 +627,13 @@ def renew(group: dist.ProcessGroup | None = None) -> None:
     agreement_of(group).renew()
 
 
+def _one_line(error: BaseException) -> str:
+    """The first line of an error's message, without what gloo adds for its own developers."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = line.split(". This is typically caused by")[0]
+    return line.split("] ", 1)[1] if line.startswith("[/") and "] " in line else line
+
+
 def is_link_error(error: BaseException) -> bool:
     """Whether this is how a process group tells of a peer that is gone or late."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
@@ -586,7 +645,7 @@ def as_rank_error(error: BaseException, rank: int | None, phase: str) -> RankErr
         return error
     if isinstance(error, NotFiniteError):
         return RankError(str(error), rank=error.rank, kind="not-finite", phase=phase)
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = _one_line(error)
     who = "a rank" if rank is None else f"rank {rank}"
     where = f" in {phase}" if phase else ""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -651,4 +710,5 @@ made_for_links: weakref.WeakSet[Any] = weakref.WeakSet()
 """Process groups that nobody uses but links."""
 
 _agreements: weakref.WeakKeyDictionary[Any, Agreement] = weakref.WeakKeyDictionary()
+_meetings: weakref.WeakKeyDictionary[Any, threading.Lock] = weakref.WeakKeyDictionary()
 _making = threading.Lock()

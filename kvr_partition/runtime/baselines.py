@@ -26,6 +26,7 @@ from kvr_partition.runtime.prefill import PrefillResult, check_ids, not_finite, 
 from kvr_partition.runtime.support import (
     ModelSupport,
     check_context,
+    exclusively,
     first_token,
     forward,
     own_attention,
@@ -157,8 +158,10 @@ def _together(
     agree: bool,
 ) -> PrefillResult:
     """A gathering method on all ranks of a group, in one turn."""
-    with agreement_of(group, agree).turn(agree) as turn:
+    with ExitStack() as stack:
+        turn = stack.enter_context(agreement_of(group, agree).turn(agree))
         assert turn.of is not None
+        turn.checked(lambda: stack.enter_context(exclusively(model)))
         ranks = turn.of.ranks
         prompt = turn.checked(lambda: _checked_prompt(model, input_ids, method, ranks))
         turn.agree(method, model, input_ids, prompt, limits=limits)

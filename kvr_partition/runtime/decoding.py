@@ -109,7 +109,7 @@ class Greedy:
                 if getattr(config, name, None) not in harmless:
                     raise UnsupportedError(
                         f"the generation setting {name} looks at all token ids of the prompt, and {past} "
-                        f"of them are known from the cache only; give input_ids of all {total} tokens to decode"
+                        f"of them are known from the cache only; give input_ids of all {total} tokens"
                     )
             # Nothing reads them; they keep the count.
             ids = torch.cat([ids.new_zeros((ids.shape[0], total - ids.shape[1])), ids], dim=1)
@@ -238,7 +238,7 @@ def decode(
             + (f", or with its past, [{batch}, {held}]" if result.past else "")
             + f"; got {list(input_ids.shape)}"
         )
-    check_context(model.config, held + max_new_tokens)
+    check_context(model.config, held + max_new_tokens - 1)  # nobody reads the last one
     greedy = Greedy.under(
         config,
         input_ids,
@@ -283,8 +283,10 @@ def decode(
     change = rules.LogitsProcessorList(
         [_Finite(tokens.shape[1]), *greedy.processors, *(passed.pop("logits_processor", None) or [])]
     )
-    with configured(model, ours):
-        whole: torch.Tensor = model.generate(
+    # A copy that shares everything but its settings: another thread may be reading a prompt meanwhile.
+    alone = copy.copy(model)
+    with configured(alone, ours):
+        whole: torch.Tensor = alone.generate(
             tokens,
             attention_mask=mask,
             past_key_values=result.cache,
@@ -326,6 +328,11 @@ def _settings(model: Any, generate: dict[str, Any]) -> tuple[Any, dict[str, Any]
     except ValueError as error:  # transformers finds that settings do not go together
         raise UnsupportedError(f"transformers does not accept these generation settings: {error}") from None
     check_generation(config)
+    unknown = sorted(
+        passed.keys() - {"streamer", "logits_processor", "stopping_criteria", "tokenizer", "synced_gpus"}
+    )
+    if unknown:
+        raise UnsupportedError(f"decode knows no {unknown[0]}; go on with model.generate, as the README shows")
     return config, passed
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,10 +38,46 @@ def prompt_digest(input_ids: torch.Tensor, attention_mask: torch.Tensor | None =
     return digest, low, high
 
 
+def past_fingerprint(keys: torch.Tensor, values: torch.Tensor) -> tuple[float, ...]:
+    """A few sums over the keys and values of cached tokens ``[batch, heads, tokens, dim]``.
+
+    Ranks that computed them apart may differ by rounding, so that bits cannot be compared. Tokens are added with
+    pseudo-random signs: what differs adds up, and what is rounded does not.
+    """
+    sums = []
+    for states in (keys, values):
+        tokens = states.shape[2]
+        signs = 1.0 - (_factors_for(states.device, tokens) >> 40 & 1).to(torch.float32) * 2
+        summed = (states.to(torch.float32) * signs[:, None]).sum(dim=2).reshape(-1)
+        folded = torch.nn.functional.pad(summed, (0, -summed.numel() % _FOLDS)).view(-1, _FOLDS).sum(dim=0)
+        sums += [folded, torch.linalg.vector_norm(states.to(torch.float32)).reshape(1)]
+    return tuple(torch.cat(sums).tolist())
+
+
+def same_past(one: Sequence[float], other: Sequence[float], dtype: str) -> bool:
+    """Whether two fingerprints differ by no more than rounding makes them."""
+    if len(one) != len(other):
+        return False
+    tolerance = max(1e-3, 4 * torch.finfo(getattr(torch, dtype)).eps)
+    for at in range(0, len(one), _FOLDS + 1):
+        scale = max(one[at + _FOLDS], other[at + _FOLDS])
+        if any(abs(one[at + fold] - other[at + fold]) > tolerance * scale for fold in range(_FOLDS)):
+            return False
+    return True
+
+
+_FOLDS = 8
+"""Sums of a fingerprint."""
+
+
 def weights_digest(model: Any) -> int:
     """Digest of every parameter and every buffer that a checkpoint keeps, names, shapes and dtypes included."""
     names, sums = [], []
     for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, torch.Tensor):
+            # What modules keep besides (quantisation does) is told apart by how it shows itself.
+            names.append(f"{name} {type(tensor).__name__}")
+            continue
         names.append(f"{name} {tuple(tensor.shape)} {tensor.dtype}")
         if type(tensor.data) is torch.Tensor and tensor.layout is torch.strided and tensor.numel():
             sums.append(_tensor_sum(tensor.detach()))
@@ -102,6 +138,8 @@ def _tensor_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _weighted_sum(words: torch.Tensor) -> torch.Tensor:
+    # A change of the top bit alone would be the same whatever it is multiplied with.
+    words = words ^ ((words >> 32) & 0xFFFFFFFF)
     return (words * _factors_for(words.device, words.numel())).sum()
 
 

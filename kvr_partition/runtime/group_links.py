@@ -166,9 +166,11 @@ class HostLinks(_GroupLinks):
         raise self.turn.explain(peer, error) from error
 
     def _spawn(self, name: str, peer: int, target: Callable[[], None]) -> None:
-        threading.Thread(
+        thread = threading.Thread(
             target=self._guard, args=(peer, target), name=f"kvr-rank{self.rank}-{name}", daemon=True
-        ).start()
+        )
+        self.turn.threads.append(thread)
+        thread.start()
 
     def _guard(self, peer: int, target: Callable[[], None]) -> None:
         try:
@@ -301,12 +303,13 @@ def link_group(ranks: Sequence[int] | None = None) -> dist.ProcessGroup | None:
     Args:
         ranks: of the world, those that prefill together; all when None.
     """
-    backend, options, timeout = None, None, None
+    backend, options = None, None
+    timeout = timedelta(seconds=timeout_s(dist.group.WORLD))
     if "nccl" in dist.get_backend_config():
         backend, options = "nccl", dist.ProcessGroupNCCL.Options()
         options.config.max_ctas = LINK_CTAS
         # Torch ends the process at its time-out; by then this rank has told who it waited for.
-        timeout = 2 * timedelta(seconds=timeout_s(dist.group.WORLD)) + timedelta(seconds=10)
+        timeout = 2 * timeout + timedelta(seconds=10)
     group: dist.ProcessGroup | None = dist.new_group(ranks, timeout=timeout, backend=backend, pg_options=options)
     if isinstance(group, dist.ProcessGroup):
         made_for_links.add(group)

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from transformers.cache_utils import Cache
 
 from kvr_partition.errors import NotFiniteError, PartitionError
-from kvr_partition.partition import Partition
+from kvr_partition.partition import Partition, whole
 from kvr_partition.predictor import PartitionPredictor
 from kvr_partition.runtime import attention
 from kvr_partition.runtime.agreement import Turn, agreement_of
-from kvr_partition.runtime.cache import RunaheadCache, RunaheadLayer, check_past
+from kvr_partition.runtime.cache import RunaheadCache, RunaheadLayer, check_past, held_states
 from kvr_partition.runtime.decoding import Greedy, top_is_finite
-from kvr_partition.runtime.digests import prompt_digest
+from kvr_partition.runtime.digests import past_fingerprint, prompt_digest
 from kvr_partition.runtime.execution import AT_ONCE, Execution
 from kvr_partition.runtime.group_links import group_links
 from kvr_partition.runtime.kernels import CudnnPlans
@@ -29,6 +29,7 @@ from kvr_partition.runtime.support import (
     check_context,
     check_model,
     check_tokens,
+    exclusively,
     first_token,
     forward,
     probe,
@@ -97,7 +98,8 @@ def prefill(
 
     Args:
         model: a Hugging Face causal LM, in eval mode, on this rank's device.
-        input_ids: the whole prompt, ``[batch, context]``; shorter prompts of a batch are padded on the left.
+        input_ids: the whole prompt, ``[batch, context]``; shorter prompts of a batch are padded on the left. With
+            a past and a partition, past tokens may stand in front, which settings that penalise them need.
         partition: one chunk per rank of the group; or a table or predictor, which is asked for the prompt's
             length, the group's ranks and what ``past`` holds.
         group: the process group; the default group when None. A single-chunk partition needs none.
@@ -125,12 +127,13 @@ def prefill(
         turn = Turn(None)
         if not alone and _world_size(group) > 1:
             turn = stack.enter_context(agreement_of(group, agree).turn(agree))
+        turn.checked(lambda: stack.enter_context(exclusively(model)))
         plan = turn.checked(
             lambda: _planned(
                 model, input_ids, partition, turn, depth, reserve, topology, limits, past, attention_mask
             )
         )
-        split, rank = plan.partition, plan.rank
+        split, rank, input_ids = plan.partition, plan.rank, plan.input_ids
         turn.agree(
             "kvr",
             model,
@@ -138,6 +141,7 @@ def prefill(
             plan.prompt,
             sizes=split.sizes,
             past=split.past,
+            past_held=plan.past_held,
             topology=topology,
             limits=limits,
         )
@@ -174,8 +178,10 @@ class _Plan:
     rank: int
     greedy: Greedy
     padding: Padding | None
+    input_ids: torch.Tensor
     prompt: int
     """Digest of the prompt and its mask."""
+    past_held: tuple[float, ...]
 
 
 def _planned(
@@ -195,8 +201,12 @@ def _planned(
     if topology not in TOPOLOGIES:
         raise PartitionError(f"topology must be one of {', '.join(TOPOLOGIES)}; got {topology!r}")
     check_ids(model, input_ids)
+    reserve = whole(reserve, "reserve", 0)
     support = probe(model)
     held = 0 if past is None else check_past(past, support.layers, input_ids.shape[0], model.dtype)
+    whole_ids = input_ids
+    if held and isinstance(partition, Partition) and input_ids.shape[1] == held + partition.context:
+        input_ids = input_ids[:, held:]
     if isinstance(partition, PartitionTable | PartitionPredictor):
         partition = chosen_partition(partition, input_ids.shape[1], world, held)
     if not isinstance(partition, Partition):
@@ -217,8 +227,14 @@ def _planned(
     padding = read_padding(model, attention_mask, input_ids.shape[0], held, partition.context, depth)
     mask = None if padding is None else padding.mask
     support.choose("cache" if padding is not None and depth == "auto" else depth)
-    greedy = Greedy.under(model.generation_config, input_ids, past=held, attention_mask=mask)
-    return _Plan(partition, rank, greedy, padding, read_prompt(model, input_ids, mask))
+    unknown = held + input_ids.shape[1] - whole_ids.shape[1]
+    greedy = Greedy.under(model.generation_config, whole_ids, past=unknown, attention_mask=mask)
+    fingerprint: tuple[float, ...] = ()
+    if past is not None and held and turn.compare:
+        # What the last layer keeps depends on all that the others do.
+        fingerprint = past_fingerprint(*held_states(past.layers[support.last_kv_layer]))
+    prompt = read_prompt(model, input_ids, mask)
+    return _Plan(partition, rank, greedy, padding, input_ids, prompt, fingerprint)
 
 
 def read_prompt(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> int:
@@ -263,7 +279,17 @@ def chosen_partition(
 
 
 def _world_size(group: dist.ProcessGroup | None) -> int:
-    return dist.get_world_size(group) if dist.is_initialized() else 1
+    """Ranks of a group.
+
+    Raises:
+        PartitionError: something else than a process group, or one that this process is not in.
+    """
+    if not dist.is_initialized():
+        return 1
+    real: object = dist.group.WORLD if group is None else group
+    if not isinstance(real, dist.ProcessGroup) or dist.get_rank(real) < 0:
+        raise PartitionError(f"group must be a process group with this process in it; got {group!r}")
+    return dist.get_world_size(real)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -13,7 +14,7 @@ import torch
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from kvr_partition.errors import PartitionError, UnsupportedError
+from kvr_partition.errors import PartitionError, RankError, UnsupportedError
 from kvr_partition.runtime import attention
 from kvr_partition.runtime.cache import DummyLayer, LayerKV
 
@@ -72,6 +73,11 @@ class ModelSupport:
         """Layers that keep KV."""
         return sum(layer is not None for layer in self.layers)
 
+    @property
+    def last_kv_layer(self) -> int:
+        """Index of the last layer that keeps KV."""
+        return max(index for index, layer in enumerate(self.layers) if layer is not None)
+
     def entry_elements(self, batch: int = 1) -> int:
         """Elements of KV that one token keeps over all layers."""
         return sum(layer.entry(batch) for layer in self.layers if layer is not None)
@@ -94,6 +100,8 @@ class ModelSupport:
         Raises:
             UnsupportedError: attention depth was asked for and the model does not allow it.
         """
+        if depth not in ("auto", "attention", "cache"):
+            raise UnsupportedError(f"depth must be auto, attention or cache; got {depth!r}")
         if depth == "cache" or (depth == "auto" and not self.attention_depth):
             return "cache"
         if not self.attention_depth:
@@ -343,6 +351,31 @@ def _why_no_attention_depth(
     if cache.events != ["update", "attend"] * len(windows):
         return f"{name} does not attend once right after storing the KV of each layer"
     return ""
+
+
+_running: weakref.WeakKeyDictionary[Any, threading.Lock] = weakref.WeakKeyDictionary()
+_running_known = threading.Lock()
+
+
+@contextmanager
+def exclusively(model: Any) -> Iterator[None]:
+    """A model whose attention nobody else replaces meanwhile: that is a setting of the model, not of a thread.
+
+    Raises:
+        RankError: another thread prefills with the same model.
+    """
+    with _running_known:
+        lock = _running.setdefault(model, threading.Lock())
+    if not lock.acquire(blocking=False):
+        raise RankError(
+            "another thread prefills with the same model; one prefill at a time, or a model for each thread",
+            kind="busy",
+            phase="agreement",
+        )
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class runahead_attention:  # noqa: N801 - reads as a statement: with runahead_attention(model): ...

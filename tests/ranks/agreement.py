@@ -30,6 +30,9 @@ from tests.models import build
 DEVICE = torch.device("cpu")
 """Of this rank; a GPU where the scenarios ask for NCCL."""
 
+WAIT_S = 4.0
+"""Time-out of the worlds in which ranks come late."""
+
 SPLITS = {2: (20, 12), 3: (14, 5, 13)}
 CONTEXT = 32
 
@@ -129,6 +132,81 @@ def failed_before_its_links(world: World) -> dict[str, Any]:
     return {"first": first, "after": after, "renewed": world.prefill(4), "right": world.single(4)}
 
 
+def first_of_all(world: World) -> dict[str, Any]:
+    """Rank 1 fails in the very first prefill of the group, before anything was ever sent."""
+    return failed_before_its_links(world)
+
+
+def late_renewal(world: World) -> dict[str, Any]:
+    """Rank 0 gives up on a renewal before the last rank comes to it, and all agree on the next one."""
+    world.prefill(1)
+    if world.rank == 1:
+        with world.broken(1, out_of_memory):
+            world.prefill(2)
+    else:
+        world.prefill(2)
+    given_up = None
+    if world.rank == world.ranks - 1:
+        time.sleep(1.5 * WAIT_S)
+    else:
+        given_up = world.attempt(renew)
+    again = world.attempt(renew)
+    for _ in range(2):
+        first = world.prefill(3)
+        if world.rank == 1:
+            with world.broken(1, out_of_memory):
+                world.prefill(2)
+        else:
+            world.prefill(2)
+        world.prefill(2)
+        again = world.attempt(renew)
+    return {
+        "given_up": given_up,
+        "again": again,
+        "first": first,
+        "next": world.prefill(4),
+        "right": world.single(4),
+    }
+
+
+def threads_of_one_model(world: World) -> dict[str, Any]:
+    """Two threads prefill in a group each, with one model."""
+    groups = [dist.new_group(list(range(world.ranks))) for _ in range(2)]
+    found: list[tuple[int, dict[str, Any]]] = []
+
+    def work(group: Any, numbers: range) -> None:
+        for number in numbers:
+            found.append((number, world.prefill(number, group=group)))
+
+    for number in range(200, 240):
+        world.single(number)
+    threads = [
+        threading.Thread(target=work, args=(group, range(low, low + 20)))
+        for group, low in zip(groups, (200, 220), strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    wrong = [
+        number for number, one in found if one.get("token") is not None and one["token"] != world.single(number)
+    ]
+    return {"wrong": wrong, "next": world.prefill(7), "right": world.single(7)}
+
+
+def another_past(world: World) -> dict[str, Any]:
+    """The last rank holds the past of other tokens, the same number of them."""
+    odd = world.rank == world.ranks - 1
+    split = Partition(world.split.sizes, past=9)
+    pasts = [single(world.model, prompt(50 + other)[:, :9]).cache for other in (0, 1)]
+    return {
+        "first": world.prefill(11, past=pasts[int(odd)], split=split),
+        "same": world.prefill(11, past=pasts[0], split=split),
+        "next": world.prefill(11),
+        "right": world.single(11),
+    }
+
+
 def another_order(world: World) -> dict[str, Any]:
     """The last rank reads two prompts in another order."""
     order = (6, 5) if world.rank == world.ranks - 1 else (5, 6)
@@ -174,6 +252,10 @@ def disagreements(world: World) -> dict[str, Any]:
             parameter.data.add_(1e-3)
     nearly = build("llama-gqa")
     nearly.model.layers[2].mlp.down_proj.weight.data[3, 5] += 1e-6
+    # An even number of top bits cancels in a sum of products, unless words are mixed first.
+    flipped = build("llama-gqa")
+    for parameter in flipped.parameters():
+        parameter.data.reshape(-1)[1::2] *= -1
     past = single(world.model, prompt(50)[:, :4]).cache
     with_past = Partition(world.split.sizes, past=4)
     ways: dict[str, dict[str, Any]] = {
@@ -190,6 +272,7 @@ def disagreements(world: World) -> dict[str, Any]:
         "weights": {"model": other_weights},
         "one weight": {"model": nearly},
         "dtype": {"model": build("llama-gqa").to(torch.bfloat16)},
+        "signs": {"model": flipped},
         "KV heads": {"model": build("llama-mha")},
         "layers": {"model": build("llama-gqa", num_hidden_layers=2)},
         "window": {"model": build("mistral-window")},
