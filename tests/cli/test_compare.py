@@ -70,14 +70,17 @@ def test_compare_takes_the_methods_it_is_given(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
     assert lines[0][:2] == ["llama", "on"]
-    assert lines[2][:2] == ["context", "method"]
-    assert [line[0] for line in lines[4:]] == ["64", "tensor", "KVR-E", "96", "tensor", "KVR-E"]
+    assert lines[1] == ["weights:", "random(seed=0)"]
+    assert lines[3][:2] == ["context", "method"]
+    assert [line[0] for line in lines[5:]] == ["64", "tensor", "KVR-E", "96", "tensor", "KVR-E"]
 
 
 def test_verify_prints_and_writes_certificates(folder: Path) -> None:
     done = run("verify --model llama --context 48 --partition 30/18 --methods kvr,zigzag --out certified", folder)
     assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines()][2:]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert lines[1] == ["weights:", "random(seed=0)"]
+    rows = lines[5:]
     assert [row[:3] for row in rows] == [["kvr", "30/18", "holds"], ["zigzag", "24/24", "holds"]]
     certificate = json.loads((folder / "certified" / "kvr.certificate.json").read_text())
     assert certificate["schema"] == "kvr-partition/certificate/1"
