@@ -288,6 +288,36 @@ def test_settings_that_look_at_ids_which_nobody_has_are_refused(llama: Any) -> N
     assert decode(llama, ids, out, NEW, repetition_penalty=1.5).tolist() == right
 
 
+def test_a_penalty_behind_a_past_is_read_with_the_ids_of_the_past_in_front(llama: Any) -> None:
+    ids = prompt()
+    llama.generation_config.repetition_penalty = 1.6
+    with pytest.raises(UnsupportedError, match="give input_ids of all 24 tokens"):
+        read(llama, ids, past=9)
+    before = single(llama, ids[:, :9]).cache
+    out = prefill(llama, ids, Partition((15,), 9), past=before)
+    right = stock(llama, ids)
+    assert out.first_token is not None
+    assert out.first_token.tolist() == [row[:1] for row in right]
+    assert decode(llama, ids, out, NEW).tolist() == right
+
+
+def test_settings_of_one_thread_that_decodes_are_not_those_of_another_that_prefills(llama: Any) -> None:
+    ids = prompt()
+    banned = stock(llama, ids, 1)[0][0]
+    llama.generation_config.suppress_tokens = [banned]
+    right = stock(llama, ids)
+    seen: list[list[int]] = []
+
+    def meanwhile(input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        first = read(llama, ids).first_token
+        assert first is not None
+        seen.append(first[0].tolist())
+        return scores
+
+    assert decode(llama, ids, read(llama, ids), NEW, logits_processor=[meanwhile]).tolist() == right
+    assert seen == [right[0][:1]] * (NEW - 1)
+
+
 # ------------------------------------------------------------- padding and modes
 
 
