@@ -119,7 +119,6 @@ class Agreement:
         self._renewals = 0
         self._barriers = 0
         self._failure: RankError | None = None
-        self._turn: Turn | None = None
         self._links: dict[tuple[str, bool], Any] = {}
         self._connected: set[tuple[int, int]] = set()
         self._weights: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -150,7 +149,7 @@ class Agreement:
             if (unusable := self._unusable()) is not None:
                 raise unusable
             self.number += 1
-            turn = self._turn = Turn(self, self.number, compare and self.channel is not None)
+            turn = Turn(self, self.number, compare and self.channel is not None)
             try:
                 yield turn
             except BaseException as error:
@@ -162,7 +161,6 @@ class Agreement:
                         thread.join(1.0)  # one that outlives the interpreter would abort the process
                 raise
             finally:
-                self._turn = None
                 self._now(IDLE)
         finally:
             self._busy.release()
