@@ -88,6 +88,10 @@ class _Trouble(msgspec.Struct, frozen=True, array_like=True):
     kind: str
     phase: str
 
+    def error(self) -> RankError:
+        """The error itself."""
+        return RankError(self.message, rank=self.rank, kind=self.kind, phase=self.phase)
+
 
 class _Renewal(msgspec.Struct, frozen=True, array_like=True):
     renewals: int
@@ -119,6 +123,7 @@ class Agreement:
         self._renewals = 0
         self._barriers = 0
         self._failure: RankError | None = None
+        self._early: _Trouble | None = None
         self._links: dict[tuple[str, bool], Any] = {}
         self._connected: set[tuple[int, int]] = set()
         self._weights: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -247,10 +252,11 @@ class Agreement:
         """Look at what arrives; called by the channel's thread."""
         if topic == "trouble":
             trouble = _trouble(body)
-            if trouble.renewals == self._renewals and self._failure is None:
-                self._failure = RankError(
-                    trouble.message, rank=trouble.rank, kind=trouble.kind, phase=trouble.phase
-                )
+            if trouble.renewals > self._renewals:
+                # A rank that was renewed sooner has failed again already; it counts once this one is renewed, too.
+                self._early = trouble
+            elif trouble.renewals == self._renewals and self._failure is None:
+                self._failure = trouble.error()
 
     def explain(self, peer: int | None, error: BaseException, phase: str) -> RankError:
         """Who is to blame for a link to ``peer`` that broke; None: for a collective, whose peers are all."""
@@ -307,7 +313,8 @@ class Agreement:
                 self._renewals = target
                 self.number = max(each.number for each in heard.values())
                 self._barriers = 0
-                self._failure = None
+                early = self._early
+                self._failure = early.error() if early is not None and early.renewals == target else None
             # The group itself is as out of step as links of our own would be.
             for kind, limited in old:
                 self._links[kind, limited] = self._new_links(kind, limited)

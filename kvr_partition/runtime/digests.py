@@ -61,7 +61,8 @@ def same_past(one: Sequence[float], other: Sequence[float], dtype: str) -> bool:
     tolerance = max(1e-3, 4 * torch.finfo(getattr(torch, dtype)).eps)
     for at in range(0, len(one), _FOLDS + 1):
         scale = max(one[at + _FOLDS], other[at + _FOLDS])
-        if any(abs(one[at + fold] - other[at + fold]) > tolerance * scale for fold in range(_FOLDS)):
+        # Written so that what is not a number is never the same.
+        if not all(abs(one[at + fold] - other[at + fold]) <= tolerance * scale for fold in range(_FOLDS)):
             return False
     return True
 

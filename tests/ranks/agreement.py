@@ -356,22 +356,23 @@ def killed(world: World) -> dict[str, Any]:
     return {"first": world.prefill(1), "after": world.prefill(2), "renewed": world.attempt(renew)}
 
 
-def first_killed(world: World) -> dict[str, Any]:
-    """The first rank is killed in a layer, once links have been used."""
+def struck_first(world: World, by: signal.Signals) -> dict[str, Any]:
+    """The first rank gets a signal in a layer, once links have been used."""
     world.prefill(1)
     if world.rank == 0:
-        with world.broken(1, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+        with world.broken(1, lambda: os.kill(os.getpid(), by)):
             world.prefill(2)
     return {"first": world.prefill(2)}
+
+
+def first_killed(world: World) -> dict[str, Any]:
+    """The first rank is killed in a layer."""
+    return struck_first(world, signal.SIGKILL)
 
 
 def stopped(world: World) -> dict[str, Any]:
     """The first rank is stopped in a layer; all others wait for it, directly or not."""
-    world.prefill(1)
-    if world.rank == 0:
-        with world.broken(1, lambda: os.kill(os.getpid(), signal.SIGSTOP)):
-            world.prefill(2)
-    return {"first": world.prefill(2)}
+    return struck_first(world, signal.SIGSTOP)
 
 
 def late(world: World) -> dict[str, Any]:

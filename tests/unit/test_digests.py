@@ -9,7 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvr_partition.runtime.digests import geometry_digest, layers_digest, prompt_digest, weights_digest
+from kvr_partition.runtime.digests import (
+    geometry_digest,
+    layers_digest,
+    past_fingerprint,
+    prompt_digest,
+    same_past,
+    weights_digest,
+)
 from tests.models import build
 
 ids = st.lists(st.integers(0, 200_000), min_size=1, max_size=40)
@@ -39,6 +46,24 @@ def test_a_mask_counts_with_its_past() -> None:
             mask[0, :padded] = 0
             seen.add(prompt_digest(prompt, mask)[0])
     assert len(seen) == 7
+
+
+def test_pasts_are_the_same_as_far_as_rounding_goes_and_never_where_they_are_no_numbers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(1, 2, 40, 16, generator=generator) for _ in range(2))
+    one = past_fingerprint(keys, values)
+    rounded = past_fingerprint(keys.bfloat16(), values.bfloat16())
+    assert same_past(one, one, "float32")
+    assert same_past(one, rounded, "bfloat16")
+    other = values.clone()
+    other[:, :, 7:] = torch.randn(1, 2, 33, 16, generator=generator)
+    assert not same_past(one, past_fingerprint(keys, other), "bfloat16")
+    assert not same_past(one, past_fingerprint(keys, values.flip(2)), "bfloat16")
+    other[0, 0, 3, 2] = float("nan")
+    spoilt = past_fingerprint(keys, other)
+    assert not same_past(one, spoilt, "float32")
+    assert not same_past(spoilt, spoilt, "float32")
+    assert not same_past(one, (), "float32")
 
 
 @pytest.fixture(scope="module")
