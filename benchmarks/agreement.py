@@ -117,7 +117,7 @@ def rank_main(rank: int, ranks: int, device_type: str, folder: str, answers: Any
     from kvr_partition import Partition
     from kvr_partition.runtime import link_group, prefill
     from kvr_partition.runtime.agreement import agreement_of
-    from kvr_partition.runtime.links import NO_LIMITS
+    from kvr_partition.runtime.links.plan import NO_LIMITS
     from kvr_partition.runtime.prefill import _planned
 
     torch.set_num_threads(1)

@@ -10,7 +10,7 @@ import torch
 
 from kvr_partition.runtime.cache import RunaheadCache
 from kvr_partition.runtime.execution import AT_ONCE, Execution
-from kvr_partition.runtime.links import NoLinks
+from kvr_partition.runtime.links.plan import NoLinks
 from kvr_partition.runtime.prefill import PrefillResult, run_chunk
 from kvr_partition.runtime.support import Depth
 from kvr_partition.timeline import RankTimeline

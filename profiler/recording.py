@@ -13,7 +13,7 @@ import torch
 from kvr_partition.errors import KVRError
 from kvr_partition.partition import Partition
 from kvr_partition.runtime.gather import Runs
-from kvr_partition.runtime.links import Hop, Slot, Topology, receives, sends
+from kvr_partition.runtime.links.plan import Hop, Slot, Topology, receives, sends
 from kvr_partition.runtime.prefill import PrefillResult
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kvr_partition.runtime.links import LinkLimits
+from kvr_partition.runtime.links.plan import LinkLimits
 from profiler.green import SMGroup
 from profiler.recording import Recording
 

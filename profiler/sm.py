@@ -27,7 +27,7 @@ from kvr_partition.runtime.baselines import gathered
 from kvr_partition.runtime.decoding import top_is_finite
 from kvr_partition.runtime.execution import Execution
 from kvr_partition.runtime.kernels import planning
-from kvr_partition.runtime.links import LinkLimits, NoLinks, Topology
+from kvr_partition.runtime.links.plan import LinkLimits, NoLinks, Topology
 from kvr_partition.runtime.prefill import PrefillResult, chunk_cache, not_finite, run_chunk
 from kvr_partition.runtime.verify import run_reference, run_single
 from profiler import messages

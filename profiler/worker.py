@@ -29,7 +29,7 @@ from kvr_partition.runtime.cache import RunaheadCache
 from kvr_partition.runtime.channel import IDLE, Doing
 from kvr_partition.runtime.decoding import configured
 from kvr_partition.runtime.kernels import planning
-from kvr_partition.runtime.links import LinkLimits, NoLinks, Topology
+from kvr_partition.runtime.links.plan import LinkLimits, NoLinks, Topology
 from kvr_partition.runtime.prefill import PrefillResult, chunk_cache, run_chunk
 from kvr_partition.runtime.support import Depth, runahead_attention
 from kvr_partition.runtime.verify import SingleRun, compare, run_reference, run_single

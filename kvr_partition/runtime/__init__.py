@@ -3,8 +3,8 @@
 from kvr_partition.runtime.agreement import renew
 from kvr_partition.runtime.baselines import single, tsp, zigzag
 from kvr_partition.runtime.decoding import check_generation, decode
-from kvr_partition.runtime.group_links import link_group
-from kvr_partition.runtime.links import LinkLimits
+from kvr_partition.runtime.links.group import link_group
+from kvr_partition.runtime.links.plan import LinkLimits
 from kvr_partition.runtime.loading import load_model, load_tokenizer
 from kvr_partition.runtime.prefill import PrefillResult, prefill, warm_up
 from kvr_partition.runtime.support import ModelSupport, check_config, check_context, probe

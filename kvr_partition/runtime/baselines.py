@@ -20,7 +20,7 @@ from kvr_partition.runtime.cache import LayerKV, RunaheadCache, RunaheadLayer
 from kvr_partition.runtime.decoding import Greedy, check_generation, top_is_finite
 from kvr_partition.runtime.execution import AT_ONCE, Execution
 from kvr_partition.runtime.gather import Gather, GroupGather, Runs
-from kvr_partition.runtime.links import NO_LIMITS, LinkLimits, visible_prefix
+from kvr_partition.runtime.links.plan import NO_LIMITS, LinkLimits, visible_prefix
 from kvr_partition.runtime.padding import read_padding
 from kvr_partition.runtime.prefill import PrefillResult, check_ids, not_finite, read_prompt
 from kvr_partition.runtime.support import (

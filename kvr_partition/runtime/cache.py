@@ -18,7 +18,7 @@ from transformers.cache_utils import (
 )
 
 from kvr_partition.errors import PartitionError, UnsupportedError
-from kvr_partition.runtime.links import Slot, visible_prefix
+from kvr_partition.runtime.links.plan import Slot, visible_prefix
 
 # Newer transformers have a placeholder in the cache for a layer without KV of its own; older ones have
 # no place for it at all, so that there none is ever needed.

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from kvr_partition.runtime.links import NO_LIMITS, LinkLimits
+from kvr_partition.runtime.links.plan import NO_LIMITS, LinkLimits
 
 Runs = list[tuple[int, int]]
 """Runs of rows ``(start, end)`` that one rank has computed."""

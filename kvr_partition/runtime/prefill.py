@@ -20,9 +20,9 @@ from kvr_partition.runtime.cache import RunaheadCache, RunaheadLayer, check_past
 from kvr_partition.runtime.decoding import Greedy, top_is_finite
 from kvr_partition.runtime.digests import past_fingerprint, prompt_digest
 from kvr_partition.runtime.execution import AT_ONCE, Execution
-from kvr_partition.runtime.group_links import group_links
 from kvr_partition.runtime.kernels import CudnnPlans
-from kvr_partition.runtime.links import NO_LIMITS, TOPOLOGIES, LinkLimits, Links, NoLinks, Topology
+from kvr_partition.runtime.links.group import group_links
+from kvr_partition.runtime.links.plan import NO_LIMITS, TOPOLOGIES, LinkLimits, Links, NoLinks, Topology
 from kvr_partition.runtime.padding import Padding, read_padding
 from kvr_partition.runtime.support import (
     Depth,

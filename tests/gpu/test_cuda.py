@@ -12,7 +12,7 @@ from kvr_partition import Partition
 from kvr_partition.errors import UnsupportedError
 from kvr_partition.runtime import decode, prefill, probe, single
 from kvr_partition.runtime.cache import RunaheadCache
-from kvr_partition.runtime.links import NoLinks
+from kvr_partition.runtime.links.plan import NoLinks
 from kvr_partition.runtime.prefill import PrefillResult, chunk_cache, run_chunk
 from profiler import Candidate, RankGroup, SamplingPlan
 from tests.models import CORE, build, write_folder

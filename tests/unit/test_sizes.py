@@ -20,7 +20,7 @@ from kvr_partition.cost import ChunkCost, LinkCost, steps_of
 from kvr_partition.errors import FileFormatError, UnsupportedError
 from kvr_partition.profile import Profile, load_profile
 from kvr_partition.runtime import probe
-from kvr_partition.runtime.links import NoLinks
+from kvr_partition.runtime.links.plan import NoLinks
 from kvr_partition.runtime.prefill import chunk_cache, run_chunk
 from kvr_partition.schedule import Setting, best_split, simulate
 from kvr_partition.search.beliefs import surprise

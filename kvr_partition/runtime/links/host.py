@@ -1,0 +1,145 @@
+"""Links over a process group that works on host memory: threads send and receive, compute does neither."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch.distributed as dist
+
+from kvr_partition.runtime.links.messages import PlannedLinks
+from kvr_partition.runtime.links.plan import Hop, Slot
+
+
+@dataclass(eq=False)
+class HostLinks(PlannedLinks):
+    """Links over a process group that works on host memory (gloo).
+
+    One thread for each rank that sends here waits for arrivals in order, and one for each rank that is
+    sent to writes, so the compute thread does neither. A chunk is forwarded the moment it has arrived,
+    before the rest of the prefix has: the chain costs one hop of latency per rank, not one whole prefix.
+    """
+
+    _missing: list[int] = field(init=False, default_factory=list)
+    _change: threading.Condition = field(init=False)
+    _outboxes: dict[int, queue.SimpleQueue[tuple[int, Hop | None] | None]] = field(
+        init=False, default_factory=dict
+    )
+    _receiving: int = field(init=False, default=0)
+    _sending: int = field(init=False, default=0)
+    _transfer_s: list[float] = field(init=False, default_factory=list)
+    _error: tuple[int, BaseException] | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self._change = self.turn.change
+
+    def start(self, slots: Sequence[Slot]) -> None:
+        self._plan(slots)
+        self._transfer_s = [0.0] * len(slots)
+        self._missing = [len(hops) for hops in self._receives]
+        arrivals: dict[int, list[tuple[int, Hop | None, dist.Work]]] = {}
+        for layer, hops in enumerate(self._receives):
+            if self._noisy(layer) == self.rank - 1:
+                arrivals.setdefault(self.rank - 1, []).append((layer, None, self._irecv_foreign(layer)))
+            for hop in hops:
+                arrivals.setdefault(hop.peer, []).append((layer, hop, self._irecv(layer, hop)))
+        peers = {hop.peer for by_chunk in self._sends for hops in by_chunk.values() for hop in hops}
+        if any(self._noisy(layer) == self.rank for layer in range(len(slots))):
+            peers.add(self.rank + 1)
+        self._outboxes = {peer: queue.SimpleQueue() for peer in sorted(peers)}
+        self._receiving, self._sending = len(arrivals), len(peers)
+        for peer in peers:
+            self._spawn(f"send{peer}", peer, partial(self._send_to, peer))
+        for peer, works in arrivals.items():
+            self._spawn(f"receive{peer}", peer, partial(self._receive, works))
+
+    def own_ready(self, layer: int) -> None:
+        if self._noisy(layer) == self.rank:
+            self._outboxes[self.rank + 1].put((layer, None))
+        self._send_on(layer, self.rank)
+
+    def wait_prefix(self, layer: int) -> None:
+        self._wait_until(lambda: self._missing[layer] <= 0, self.rank - 1)
+
+    def finish(self) -> list[float]:
+        # Once everything has arrived, everything that is to be forwarded is queued.
+        self._wait_until(lambda: self._receiving == 0, self.rank - 1)
+        self.abort()
+        self._wait_until(lambda: self._sending == 0, self.rank + 1)
+        return self._transfer_s
+
+    def abort(self) -> None:
+        for outbox in self._outboxes.values():
+            outbox.put(None)
+
+    def _wait_until(self, done: Callable[[], bool], peer: int) -> None:
+        """Wait for the threads of the links, as long as no rank has failed."""
+        with self._change:
+            if not done():
+                self.turn.wait_for(peer)
+                self._change.wait_for(lambda: done() or self._error is not None or self.turn.failure is not None)
+            if done() and self._error is None:
+                self.turn.wait_for(None)
+                return
+            failure, broken = self.turn.failure, self._error
+        if failure is not None:
+            raise failure
+        assert broken is not None
+        peer, error = broken
+        raise self.turn.explain(peer, error) from error
+
+    def _spawn(self, name: str, peer: int, target: Callable[[], None]) -> None:
+        thread = threading.Thread(
+            target=self._guard, args=(peer, target), name=f"kvr-rank{self.rank}-{name}", daemon=True
+        )
+        self.turn.threads.append(thread)
+        thread.start()
+
+    def _guard(self, peer: int, target: Callable[[], None]) -> None:
+        try:
+            target()
+        except BaseException as error:  # handed to the compute thread, which raises it
+            with self._change:
+                self._error = self._error or (peer, error)
+                self._change.notify_all()
+
+    def _ended(self, receiving: int = 0, sending: int = 0) -> None:
+        with self._change:
+            self._receiving -= receiving
+            self._sending -= sending
+            self._change.notify_all()
+
+    def _receive(self, works: list[tuple[int, Hop | None, dist.Work]]) -> None:
+        for layer, hop, work in works:
+            work.wait()
+            if hop is None:
+                continue
+            self._send_on(layer, hop.piece.chunk)
+            with self._change:
+                self._missing[layer] -= 1
+                self._change.notify_all()
+        self._ended(receiving=1)
+
+    def _send_on(self, layer: int, chunk: int) -> None:
+        for hop in self._sends[layer].get(chunk, ()):
+            self._outboxes[hop.peer].put((layer, hop))
+
+    def _send_to(self, peer: int) -> None:
+        free_at = 0.0
+        while (job := self._outboxes[peer].get()) is not None:
+            layer, hop = job
+            began = time.perf_counter()
+            size = self.limits.noise if hop is None else self._slots[layer].at(hop.piece).nbytes
+            free_at = max(free_at, began) + self.limits.held_s(size)
+            while (left := free_at - time.perf_counter()) > 0:
+                time.sleep(left)
+            if hop is None:
+                self._isend_foreign(layer).wait()
+            else:
+                self._isend(layer, hop).wait()
+                self._transfer_s[layer] += time.perf_counter() - began
+        self._ended(sending=1)
