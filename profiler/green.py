@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvr_partition.errors import UnsupportedError
+from kvr_partition.runtime.driver import cuda_driver, values
 
 
 @dataclass(frozen=True)
@@ -73,22 +74,11 @@ def _create(driver: Any, resource: Any, device: Any) -> SMGroup:
 
 
 def _driver() -> Any:
-    try:
-        from cuda.bindings import driver
-    except ImportError:
-        raise UnsupportedError(
-            "SM-partition ranks need cuda-bindings; install kvr-partition with the [gpu] extra"
-        ) from None
-    return driver
+    return cuda_driver("SM-partition ranks need")
 
 
 def _values(result: tuple[Any, ...]) -> tuple[Any, ...]:
-    error, *values = result
-    if int(error) != 0:
-        raise UnsupportedError(
-            f"this GPU or its driver has no SM partitions ({error.name}); CUDA 12.4 or newer is needed"
-        )
-    return tuple(values)
+    return values(result, "this GPU or its driver has no SM partitions, which take CUDA 12.4 or newer")
 
 
 def _checked(result: tuple[Any, ...]) -> Any:

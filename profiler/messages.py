@@ -27,6 +27,7 @@ class Setup(msgspec.Struct, frozen=True, tag=True):
     timeout_s: float
     backend: str = "cpu"
     topology: str = "chain"
+    links: str = "auto"
     noise_seed: int = 0
     scratch: str = ""
     """A folder that all ranks of this machine share."""
@@ -118,6 +119,9 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     cuda: str | None
     nccl: str | None
     driver: str | None
+    link: str = "none"
+    topology: str = "chain"
+    """What the group's links are, and how KV travels with method ``"kvr"``."""
 
 
 class PrefillDone(msgspec.Struct, frozen=True, tag=True):

@@ -15,6 +15,7 @@ import msgspec
 from kvr_partition._version import __version__
 from kvr_partition.certificate import Certificate
 from kvr_partition.errors import PartitionError, UnsupportedError
+from kvr_partition.link_kinds import COPIES, GLOO
 from kvr_partition.measurement import Measurement, Sample
 from kvr_partition.methods import BASELINES
 from kvr_partition.partition import Partition
@@ -29,7 +30,8 @@ from profiler.transport import Spawned, Transport, in_torchrun, join
 
 BACKENDS = ("auto", "cpu", "cuda", "sm", "simulate")
 DEPTHS = ("auto", "attention", "cache")
-TOPOLOGIES = ("chain", "fanout")
+TOPOLOGIES = ("auto", "chain", "fanout")
+LINKS = ("auto", "peer", "nccl")
 GPU_TILE = 128
 """Rows of the tiles that kernels of cuBLAS and cuDNN mostly cut chunks into; docs/search.md has what it costs."""
 
@@ -55,7 +57,9 @@ class RankGroup:
         threads: compute threads of each CPU rank.
         seed: of the random weights.
         batch: equal prompts per prefill.
-        topology: how KV travels with method ``"kvr"``: ``"chain"`` or ``"fanout"``.
+        topology: how KV travels with method ``"kvr"``: ``"chain"``, ``"fanout"`` or ``"auto"``, which suits the
+            links. Once ranks run it tells which one that is.
+        links: between GPUs: ``"peer"``, ``"nccl"`` or ``"auto"``, the best kind that each pair of ranks has.
         bandwidth: bytes per second that each link is held to; None for what it can.
         noise_seed: of the choice of links that foreign traffic disturbs.
         profile: what to simulate; for backend ``"simulate"`` only.
@@ -77,12 +81,14 @@ class RankGroup:
     threads: int = 1
     seed: int = 0
     batch: int = 1
-    topology: str = "chain"
+    topology: str = "auto"
+    links: str = "auto"
     bandwidth: float | None = None
     noise_seed: int = 0
     profile: Profile | None = None
     timeout_s: float = 600.0
     log: MeasurementLog | None = None
+    wanted_topology: str = field(init=False, repr=False)
     _folder: ModelFolder = field(init=False, repr=False)
     _transport: Transport | None = field(init=False, default=None, repr=False)
     _ready: list[messages.Ready] = field(init=False, default_factory=list, repr=False)
@@ -95,6 +101,7 @@ class RankGroup:
             ("dtype", self.dtype, DTYPES),
             ("depth", self.depth, DEPTHS),
             ("topology", self.topology, TOPOLOGIES),
+            ("links", self.links, LINKS),
         ):
             if value not in known:
                 raise UnsupportedError(f"unknown {what} {value!r}; there are {', '.join(known)}")
@@ -103,6 +110,11 @@ class RankGroup:
                 raise UnsupportedError(f"{name} must be at least {least}; got {getattr(self, name)}")
         _check_bandwidth(self.bandwidth)
         self.backend = _choose_backend(self.backend, self.ranks)
+        self.wanted_topology = self.topology
+        if self.topology == "auto" and self.backend != "cuda":
+            self.topology = "chain" if self.profile is None else self.profile.provenance.topology
+        if self.links != "auto" and self.backend != "cuda":
+            raise UnsupportedError(f"links {self.links!r} are between GPUs; use --backend cuda, or links 'auto'")
         self._folder = open_model(self.model)
         if (self.profile is None) == (self.backend == "simulate"):
             raise UnsupportedError("a profile goes with backend 'simulate', and that with a profile")
@@ -145,6 +157,8 @@ class RankGroup:
             self.close()
             raise
         self._ready = [reply for reply in replies if isinstance(reply, messages.Ready)]
+        if self.backend == "cuda":
+            self.topology = self._ready[0].topology
         self._begin_run()
 
     def hold_links(self, bandwidth: float | None) -> None:
@@ -212,16 +226,17 @@ class RankGroup:
 
     def requested_conditions(self) -> dict[str, object]:
         """Those of the `provenance` conditions that are settled before any rank starts."""
-        return {
+        settled = {
             "model": msgspec.to_builtins(self._folder.geometry),
             "dtype": self.dtype,
             "weights": self.weights.removesuffix(ROUTED),
             "ranks": self.ranks,
             "backend": self.backend,
             "batch": self.batch,
-            "topology": self.topology,
             "threads_per_rank": self.threads,
         }
+        # Links that are not there yet decide about it.
+        return settled if self.topology == "auto" else {**settled, "topology": self.topology}
 
     @property
     def weights(self) -> str:
@@ -556,9 +571,9 @@ class RankGroup:
             return f"simulated {self.profile.provenance.link}" + (
                 "" if self.bandwidth is None else f", held to {self.bandwidth / 1e9:g} GB/s"
             )
-        kind = {"cuda": "nccl", "sm": "copies on the device"}.get(self.backend)
-        if kind is None:
-            kind = "gloo over loopback" if len({ready.host for ready in self._ready}) == 1 else "gloo"
+        kind = COPIES.name if self.backend == "sm" else self._ready[0].link
+        if kind == GLOO.name and len({ready.host for ready in self._ready}) == 1:
+            kind += " over loopback"
         return kind if self.bandwidth is None else f"{kind}, held to {self.bandwidth / 1e9:g} GB/s"
 
     def _setups(self, rendezvous: str = "", devices: Sequence[str] | None = None) -> list[messages.Setup]:
@@ -578,7 +593,8 @@ class RankGroup:
                 rendezvous=rendezvous,
                 timeout_s=self.timeout_s,
                 backend=self.backend,
-                topology=self.topology,
+                topology=self.wanted_topology if on_cuda else self.topology,
+                links=self.links,
                 noise_seed=self.noise_seed,
             )
             for rank in range(self.ranks)

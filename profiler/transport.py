@@ -75,9 +75,8 @@ class Spawned:
         environment["OMP_NUM_THREADS"] = environment["MKL_NUM_THREADS"] = str(setup.threads)
         # Gloo looks up the host name to find an interface, which fails on many laptops and containers.
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
-        if self._shared:
-            # Streams beyond the default 8 share hardware queues, and so wait for each other.
-            environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+        # Streams beyond the default 8 share hardware queues, and so wait for each other.
+        environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
         environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         with self._output(setup.rank).open("wb") as output, theirs:
             process = subprocess.Popen(

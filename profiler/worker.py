@@ -28,8 +28,11 @@ from kvr_partition.runtime.agreement import agreement_of, as_rank_error, is_link
 from kvr_partition.runtime.cache import RunaheadCache
 from kvr_partition.runtime.channel import IDLE, Doing
 from kvr_partition.runtime.decoding import configured
+from kvr_partition.runtime.execution import AT_ONCE
 from kvr_partition.runtime.kernels import planning
-from kvr_partition.runtime.links.plan import LinkLimits, NoLinks, Topology
+from kvr_partition.runtime.links.group import links_of
+from kvr_partition.runtime.links.plan import AnyTopology, LinkLimits, NoLinks
+from kvr_partition.runtime.links.probe import time_pairs
 from kvr_partition.runtime.prefill import PrefillResult, chunk_cache, run_chunk
 from kvr_partition.runtime.support import Depth, runahead_attention
 from kvr_partition.runtime.verify import SingleRun, compare, run_reference, run_single
@@ -61,8 +64,10 @@ class Worker:
                 device_id=self._device if self._device.type == "cuda" else None,
             )
         # Baselines keep the world's own group, which may take all the SMs it likes.
-        self._links = link_group() if setup.backend == "cuda" and self._world > 1 else None
+        on_gpus = setup.backend == "cuda" and self._world > 1
+        self._links = link_group(links=setup.links) if on_gpus else None  # type: ignore[arg-type]
         self.agreement = agreement_of(self._links) if self._world > 1 else None
+        self._link_setup = links_of(self._links, self._device) if self._world > 1 else None
         self._phase = "start"
         folder = open_model(setup.model)
         self._model = build_model(folder, dtype=setup.dtype, device=setup.device, seed=setup.seed)
@@ -81,6 +86,7 @@ class Worker:
     def ready(self) -> messages.Reply:
         """What the driver wants to know of a rank that has started."""
         on_cuda = self._device.type == "cuda"
+        wanted: AnyTopology = self._setup.topology  # type: ignore[assignment]
         return messages.Ready(
             device_name=torch.cuda.get_device_name(self._device) if on_cuda else cpu_name(),
             host=platform.node(),
@@ -90,6 +96,8 @@ class Worker:
             cuda=torch.version.cuda if on_cuda else None,
             nccl=".".join(map(str, torch.cuda.nccl.version())) if on_cuda else None,
             driver=driver_version() if on_cuda else None,
+            link="none" if self._link_setup is None else self._link_setup.link,
+            topology="chain" if self._link_setup is None else self._link_setup.topology(wanted),
         )
 
     @property
@@ -193,7 +201,7 @@ class Worker:
         last = setup.rank == setup.ranks - 1
         match request.method:
             case "kvr" | "kvr-chain" | "kvr-fanout":
-                topology: Topology = "fanout" if request.method == "kvr-fanout" else "chain"
+                topology: AnyTopology = "fanout" if request.method == "kvr-fanout" else "chain"
                 if request.method == "kvr":
                     topology = setup.topology  # type: ignore[assignment]
                 past = self._past_rows(before, ids, partition.ends[setup.rank])
@@ -258,8 +266,9 @@ class Worker:
         past = before.shape[1]
         if not past:
             return None
-        room = end - past
-        return chunk_cache(self._model, ids[:, :0], prefix=past, reserve=room, past=self._past_cache(before))
+        room, kept = end - past, self._past_cache(before)
+        execution = AT_ONCE if self._link_setup is None else self._link_setup.execution
+        return chunk_cache(self._model, ids[:, :0], prefix=past, reserve=room, past=kept, execution=execution)
 
     def _tensor_parallel(self) -> Any:
         """The same model, its layers cut across all ranks by transformers; built at the first call."""
@@ -299,10 +308,22 @@ class Worker:
         return chunk_done(request, result)
 
     def _timed_link(self, request: messages.TimeLink) -> messages.Reply:
-        """There and back again, halved: clocks of two ranks need not agree to a microsecond."""
+        """There and back again, halved: clocks of two ranks need not agree to a microsecond.
+
+        Between GPUs one clock is enough: a stream is busy with a message until that is there.
+        """
         rank, took = self._setup.rank, []
         limits = LinkLimits(request.bandwidth)
-        message = torch.zeros(request.nbytes, dtype=torch.uint8, device=self._device)
+        if self._device.type == "cuda":
+            assert self.agreement is not None
+            held = limits.held_s(request.nbytes)
+            for low in range(self._world - 1):
+                for times in time_pairs(
+                    self.agreement, self._device, [(low, low + 1)], request.nbytes, request.repeats
+                ).values():
+                    took += [held + seconds for seconds in times]
+            return messages.LinkDone(tuple(took))
+        message = torch.zeros(request.nbytes, dtype=torch.uint8)
         for source in range(self._world - 1):
             self._barrier()
             for _ in range(request.repeats if rank in (source, source + 1) else 0):
@@ -312,14 +333,12 @@ class Worker:
                     time.sleep(limits.held_s(request.nbytes))
                     held = time.perf_counter() - began
                     began = time.perf_counter()
-                    dist.send(message, dst=source + 1, group=self._links)
-                    dist.recv(message, src=source + 1, group=self._links)
-                    self._synchronize()
+                    dist.send(message, dst=source + 1)
+                    dist.recv(message, src=source + 1)
                     took.append(held + (time.perf_counter() - began) / 2)
                 else:
-                    dist.recv(message, src=source, group=self._links)
-                    dist.send(message, dst=source, group=self._links)
-                    self._synchronize()
+                    dist.recv(message, src=source)
+                    dist.send(message, dst=source)
         return messages.LinkDone(tuple(took))
 
     def _synchronize(self) -> None:

@@ -49,7 +49,14 @@ def add_ranks(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16 (default float32)")
     group.add_argument("--depth", default="auto", help="auto, attention or cache (default auto)")
     group.add_argument("--threads", type=int, default=1, help="compute threads of each CPU rank (default 1)")
-    group.add_argument("--topology", default="chain", help="how KV travels: chain or fanout (default chain)")
+    group.add_argument(
+        "--topology",
+        default="auto",
+        help="how KV travels: chain, fanout or auto (default auto: what suits the links)",
+    )
+    group.add_argument(
+        "--links", default="auto", help="between GPUs: peer, nccl or auto (default auto: the best there is)"
+    )
     group.add_argument("--bandwidth", metavar="RATE", help="hold every link to this rate, like 10GB/s")
     group.add_argument("--batch", type=int, default=1, help="equal prompts per prefill (default 1)")
     group.add_argument("--seed", type=int, default=0, help="seed of random weights (default 0)")
@@ -86,6 +93,7 @@ def make_group(options: argparse.Namespace) -> RankGroup:
         threads=options.threads,
         batch=options.batch,
         topology=options.topology,
+        links=options.links,
         bandwidth=None if options.bandwidth is None else parse_rate(options.bandwidth),
         profile=profile,
         seed=options.seed,

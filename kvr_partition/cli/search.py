@@ -359,8 +359,11 @@ def sampling_plan(samples: int | None, backend: str) -> SamplingPlan:
 def default_out(group: RankGroup) -> Path:
     """Where results go unless said otherwise."""
     name = f"{group.geometry.name}-{group.ranks}x{group.backend}-{group.dtype}"
-    if group.topology != "chain":
-        name += f"-{group.topology}"
+    usual = ("auto",) if group.backend == "cuda" else ("auto", "chain")
+    if group.wanted_topology not in usual:
+        name += f"-{group.wanted_topology}"
+    if group.links != "auto":
+        name += f"-{group.links}"
     if group.bandwidth is not None:
         name += f"-{group.bandwidth / 1e9:g}GBs"
     return Path("kvr-runs") / name

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import torch
@@ -37,7 +37,6 @@ LINK_CTAS = 4
 class Statement(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """What one rank is about to run. Digests are those of `digests`."""
 
-    renewals: int
     number: int
     refusal: str = ""
     """Why this rank runs nothing; the rest is then empty."""
@@ -79,6 +78,13 @@ _ITEMS = {
 _DIGESTS = frozenset({"model", "layers", "weights", "prompt", "past_held"})
 
 
+class _Note(msgspec.Struct, frozen=True, array_like=True):
+    """What a rank tells all others in one step of a turn."""
+
+    renewals: int
+    body: bytes
+
+
 class _Trouble(msgspec.Struct, frozen=True, array_like=True):
     """A `RankError` on its way to the other ranks."""
 
@@ -99,9 +105,20 @@ class _Renewal(msgspec.Struct, frozen=True, array_like=True):
 
 
 _encode = msgspec.msgpack.Encoder().encode
+_note = msgspec.msgpack.Decoder(_Note).decode
 _statement = msgspec.msgpack.Decoder(Statement).decode
 _trouble = msgspec.msgpack.Decoder(_Trouble).decode
 _renewal = msgspec.msgpack.Decoder(_Renewal).decode
+
+
+class Guarded(Protocol):
+    """What makes a device wait for another rank, and can end that wait."""
+
+    def release(self) -> None:
+        """End all waits of this rank, whatever they wait for; what was read since counts for nothing."""
+
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until nothing of the turn is under way on this rank's device; False: it still is."""
 
 
 class Agreement:
@@ -110,6 +127,9 @@ class Agreement:
     Attributes:
         rank, ranks: this rank, of how many.
         number: of the latest turn; all messages of a prefill carry it.
+        guarded: what makes this rank's device wait for others.
+        exposed: turns in which peers were told where to write, and from which they may still be writing.
+        kept: whatever links keep for this group from one turn to the next.
     """
 
     def __init__(self, group: dist.ProcessGroup, channel: Channel | None) -> None:
@@ -127,6 +147,10 @@ class Agreement:
         self._links: dict[tuple[str, bool], Any] = {}
         self._connected: set[tuple[int, int]] = set()
         self._weights: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self.guarded: list[Guarded] = []
+        self.exposed: set[int] = set()
+        self.kept: dict[Any, Any] = {}
+        self._drained: set[int] = set()
         if channel is not None:
             channel.watch(self._noticed)
 
@@ -157,6 +181,7 @@ class Agreement:
             turn = Turn(self, self.number, compare and self.channel is not None)
             try:
                 yield turn
+                self.exposed.discard(turn.number)
             except BaseException as error:
                 # Numbers that are not finite are found when nothing is under way any more.
                 if turn.open and not isinstance(error, NotFiniteError):
@@ -164,6 +189,9 @@ class Agreement:
                     self._abort_links()
                     for thread in turn.threads:
                         thread.join(1.0)  # one that outlives the interpreter would abort the process
+                    self._drain()
+                else:
+                    self.exposed.discard(turn.number)
                 raise
             finally:
                 self._now(IDLE)
@@ -185,24 +213,24 @@ class Agreement:
         error.__cause__ = first
         return error
 
-    def exchange(self, mine: Statement, phase: str) -> list[Statement]:
-        """Every rank's statement on this turn.
+    def exchange(self, mine: bytes, phase: str) -> list[bytes]:
+        """What every rank tells all others in one step of a turn.
 
         Raises:
             RankError: a rank is gone, stopped, late, or failed before.
         """
         if self.channel is None:
             return [mine]
-        self.channel.state(_encode(mine))
+        self.channel.state(_encode(_Note(self._renewals, mine)))
         found = {self.rank: mine}
         while len(found) < self.ranks:
             missing = [rank for rank in range(self.ranks) if rank not in found]
             self._now(Doing(f"in {phase}", missing[0]))
             for rank, note in self.channel.stated(missing, phase, self._unusable).items():
-                other = _statement(note)
+                other = _note(note)
                 # What an earlier renewal left in the box was never run.
                 if other.renewals >= self._renewals:
-                    found[rank] = other
+                    found[rank] = other.body
         return [found[rank] for rank in range(self.ranks)]
 
     def barrier(self) -> None:
@@ -257,6 +285,8 @@ class Agreement:
                 self._early = trouble
             elif trouble.renewals == self._renewals and self._failure is None:
                 self._failure = trouble.error()
+        elif topic == "drained" and body == _encode(self._renewals):
+            self._drained.add(rank)
 
     def explain(self, peer: int | None, error: BaseException, phase: str) -> RankError:
         """Who is to blame for a link to ``peer`` that broke; None: for a collective, whose peers are all."""
@@ -293,6 +323,14 @@ class Agreement:
             )
         try:
             self._now(Doing("waiting in the renewal of the group"))
+            if not self._drain():
+                raise RankError(
+                    f"the device of rank {self.rank} does not come to an end with the prefill that failed; "
+                    "end its process",
+                    rank=self.rank,
+                    kind="timeout",
+                    phase="renewal",
+                )
             target, heard = self._renewals + 1, {self.rank: _Renewal(self._renewals + 1, self.number)}
             self.channel.tell("renewal", _encode(heard[self.rank]))
             while len(heard) < self.ranks:
@@ -313,6 +351,8 @@ class Agreement:
                 self._renewals = target
                 self.number = max(each.number for each in heard.values())
                 self._barriers = 0
+                self._drained.clear()
+                self.exposed.clear()  # nobody tells a renewal before its device has come to an end
                 early = self._early
                 self._failure = early.error() if early is not None and early.renewals == target else None
             # The group itself is as out of step as links of our own would be.
@@ -322,13 +362,35 @@ class Agreement:
             self._now(IDLE)
             self._busy.release()
 
+    def _drain(self) -> bool:
+        """Wait until this rank's device writes to nobody any more, and tell the others."""
+        if not self.guarded or self.channel is None:
+            return True
+        drained = True
+        for each in self.guarded:
+            drained = each.drain(self.channel.timeout_s) and drained
+        if drained:
+            self.channel.tell("drained", _encode(self._renewals))
+        return drained
+
+    def settled(self, number: int) -> bool:
+        """Whether no rank writes any more to what it was told of in a turn: it went well, or all have drained."""
+        if number in self.exposed and self._failure is not None and self.channel is not None:
+            others = set(range(self.ranks)) - {self.rank}
+            # The driver ends what a process had under way before the system closes its sockets.
+            if others <= self._drained | self.channel.gone:
+                self.exposed.discard(number)
+        return number not in self.exposed
+
     def _abort_links(self) -> None:
         """Let go of links after a failure, of threads and kernels that still wait for a message on them.
 
         The group itself stays as it is: it belongs to the program.
         """
+        for each in self.guarded:
+            each.release()
         for (device_type, _), links in self._links.items():
-            if links is self._group() and links not in made_for_links:
+            if links is self._group():
                 continue
             if device_type != "cuda":
                 # A message that nobody sends, waited for no time at all, makes gloo close all connections.
@@ -345,8 +407,10 @@ class Agreement:
     def links(self, device: torch.device, peers: Sequence[int]) -> Any:
         """What carries the KV of this group's prefills: has ``send`` and ``recv`` of a process group.
 
-        It is a backend of its own, so that nobody else's messages are taken for KV, and so that it can be given up
-        when a prefill fails; unless the group was made for that by `link_group`.
+        It is a backend of its own, so that nobody else's messages are taken for KV, and so that it can be given
+        up when a prefill fails. A group of NCCL that was made for one device (``device_id=``) has one communicator
+        and one stream, on which messages to one rank stand behind those from another. This one has a communicator
+        for each pair, whatever the group is.
 
         Args:
             peers: ranks that it connects; all ranks of each pair call this.
@@ -366,10 +430,8 @@ class Agreement:
     def _backend(self, device_type: str, limited: bool) -> Any:
         kind = (device_type, limited)
         if kind not in self._links:
-            group = self._group()
-            given = device_type == "cuda" and (not limited or group in made_for_links)
-            own = self.channel is not None and not given
-            self._links[kind] = self._new_links(*kind) if own else group
+            own = self.channel is not None and (limited or device_type != "cuda")
+            self._links[kind] = self._new_links(*kind) if own else self._group()
         return self._links[kind]
 
     def _connect(self, links: Any, device: torch.device, peers: Sequence[int]) -> None:
@@ -432,6 +494,8 @@ class Turn:
         compare: whether ranks compare what they are about to run.
         open: whether other ranks may be running it, so that a failure leaves them out of step.
         threads: those that carry its messages.
+        waits_in: tells the layer in which this rank's device waits for another rank, as `phase` would; None while
+            it waits for none.
     """
 
     of: Agreement | None
@@ -439,6 +503,7 @@ class Turn:
     compare: bool = False
     open: bool = field(default=False, init=False)
     threads: list[threading.Thread] = field(default_factory=list, init=False)
+    waits_in: Callable[[], str | None] = field(default=lambda: None, init=False)
     _phase: str = field(default="", init=False)
 
     def checked(self, check: Callable[[], Any]) -> Any:
@@ -456,7 +521,7 @@ class Turn:
             if self.of is not None and self.compare:
                 text = _one_line(error)
                 said = text if isinstance(error, KVRError) else f"{type(error).__name__}: {text}"
-                every = self._exchange(Statement(renewals=self.of.renewals, number=self.number, refusal=said))
+                every = self._exchange(Statement(number=self.number, refusal=said))
                 self.open = False
                 if not all(each.refusal for each in every):
                     raise _refused(every) from error
@@ -488,7 +553,6 @@ class Turn:
             agreement = self.of
             mine = self.checked(
                 lambda: Statement(
-                    renewals=agreement.renewals,
                     number=self.number,
                     method=method,
                     model=geometry_digest(model),
@@ -525,7 +589,32 @@ class Turn:
         assert self.of is not None
         self.open = True
         self._phase = "agreement"
+        return [_statement(body) for body in self.exchange(_encode(mine))]
+
+    def exchange(self, mine: bytes) -> list[bytes]:
+        """What every rank tells all others now, in order of ranks.
+
+        Raises:
+            RankError: a rank is gone, stopped, late, or failed.
+        """
+        assert self.of is not None
         return self.of.exchange(mine, self.phase)
+
+    def expose(self) -> Callable[[], bool]:
+        """Note that peers are about to be told where to write.
+
+        Returns:
+            Whether they may still be writing there.
+        """
+        assert self.of is not None
+        self.of.exposed.add(self.number)
+        of, number = weakref.ref(self.of), self.number
+
+        def written() -> bool:
+            agreement = of()
+            return agreement is not None and not agreement.settled(number)
+
+        return written
 
     def now(self, what: str) -> None:
         """Note what is under way, for errors and for ranks that ask."""
@@ -569,15 +658,30 @@ class Turn:
         self.wait_for(peer)
         while not event.query():
             if self.failure is not None:
-                raise self.failure
+                raise self.failed()
             # One that left with a goodbye has done its part.
             died = [rank for rank in channel.gone if not channel.has_left(rank)]
             if died:
-                raise channel.lost(min(died), self.phase)
+                raise channel.lost(min(died), self.waits_in() or self.phase)
             if time.monotonic() > until:
-                raise channel.culprit([peer], self.phase, channel.timeout_s)
+                raise channel.culprit([peer], self.waits_in() or self.phase, channel.timeout_s)
             time.sleep(0)  # lets go of the interpreter, without which no failure comes in
         self.wait_for(None)
+
+    def failed(self) -> RankError:
+        """The error of the rank that failed, with the layer in which this one waited for KV that never came."""
+        failure, where = self.failure, self.waits_in()
+        assert failure is not None
+        if where is None or where == failure.phase:
+            return failure
+        error = RankError(
+            f"{failure}; rank {self.of.rank if self.of is not None else 0} was in {where}",
+            rank=failure.rank,
+            kind=failure.kind,
+            phase=where,
+        )
+        error.__cause__ = failure
+        return error
 
     def explain(self, peer: int | None, error: BaseException) -> RankError:
         """Who is to blame for a link to ``peer`` that broke; see `Agreement.explain`."""
@@ -589,7 +693,8 @@ def agreement_of(group: dist.ProcessGroup | None, agree: bool = True) -> Agreeme
     """The agreement of a process group, the default one when None; made at the first call, by all its ranks.
 
     Args:
-        agree: whether ranks tell each other what they run.
+        agree: whether ranks tell each other what they run. Groups that have NCCL meet all the same: links of their
+            own take it.
 
     Raises:
         RankError: ranks cannot reach each other.
@@ -605,6 +710,7 @@ def agreement_of(group: dist.ProcessGroup | None, agree: bool = True) -> Agreeme
     with _making:
         making = _meetings.setdefault(real, threading.Lock())
     with making:
+        agree = agree or "nccl" in dist.get_backend_config(real)
         known = _agreements.get(real)
         if known is None or (agree and known.channel is None):
             channel = meet(real, timeout_s(real)) if agree and dist.get_world_size(real) > 1 else None
@@ -702,17 +808,12 @@ def _shown(value: Any) -> str:
 
 def timeout_s(group: Any) -> float:
     """Seconds that messages of a process group may take."""
-    if group in made_for_links and dist.group.WORLD is not None:
-        group = dist.group.WORLD
     for kind in ("cpu", "cuda"):
         with contextlib.suppress(Exception):  # private to torch, and not there for every backend
             backend: Any = group._get_backend(torch.device(kind))
             return float(backend.options._timeout.total_seconds())
     return DEFAULT_TIMEOUT_S
 
-
-made_for_links: weakref.WeakSet[Any] = weakref.WeakSet()
-"""Process groups that nobody uses but links."""
 
 _agreements: weakref.WeakKeyDictionary[Any, Agreement] = weakref.WeakKeyDictionary()
 _meetings: weakref.WeakKeyDictionary[Any, threading.Lock] = weakref.WeakKeyDictionary()

@@ -16,7 +16,7 @@ from pathlib import Path
 _SLOTS = 8
 """Messages of a rank that are kept. Ranks in step are never more than two apart."""
 
-_SLOT = 1024
+_SLOT = 4096
 _HEAD = 64
 _ROW = _HEAD + _SLOTS * _SLOT
 LONGEST = _SLOT - 8

@@ -18,6 +18,7 @@ from transformers.cache_utils import (
 )
 
 from kvr_partition.errors import PartitionError, UnsupportedError
+from kvr_partition.runtime.execution import AT_ONCE, Execution
 from kvr_partition.runtime.links.plan import Slot, visible_prefix
 
 # Newer transformers have a placeholder in the cache for a layer without KV of its own; older ones have
@@ -107,6 +108,7 @@ class RunaheadLayer(CacheLayerMixin):
         device: torch.device,
         empty: Callable[..., torch.Tensor] = torch.empty,
         past: Any = None,
+        in_place: bool = True,
     ) -> None:
         self.kv = kv
         self.is_sliding = kv.window is not None
@@ -114,7 +116,7 @@ class RunaheadLayer(CacheLayerMixin):
         self.is_initialized = True
         self.kept_prefix = visible_prefix(prefix, kv.window)
         rows = self.kept_prefix + chunk + reserve
-        if isinstance(past, RunaheadLayer) and not self.is_sliding and past.store.rows.shape[0] >= rows:
+        if in_place and fits_in_place(past, rows):
             # Its rows are where they belong, and there is room behind them.
             self.store: TokenRows = past.store
             self.store.taken_from.append(self.kept_prefix)
@@ -248,6 +250,11 @@ class RunaheadLayer(CacheLayerMixin):
         self._filled = self.store.write(0, keys, values)
 
 
+def fits_in_place(past: Any, rows: int) -> bool:
+    """Whether a layer of a past cache has room for so many rows, the first of which are where they belong."""
+    return isinstance(past, RunaheadLayer) and not past.is_sliding and past.store.rows.shape[0] >= rows
+
+
 def held_states(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values that a cache layer holds, ``[batch, heads, tokens, dim]``, latest token last.
 
@@ -345,15 +352,25 @@ class RunaheadCache(Cache):
         reserve: int = 0,
         dtype: torch.dtype,
         device: torch.device,
-        empty: Callable[..., torch.Tensor] = torch.empty,
+        execution: Execution = AT_ONCE,
         past: Cache | None = None,
     ) -> RunaheadCache:
         """Rows for exactly the tokens a rank can see, and for ``reserve`` tokens to decode.
 
         Args:
+            execution: allocates the rows.
             past: a cache with the first tokens of the prefix. Their KV is copied from it; where it is a
                 `RunaheadCache` with room for all that follows, its rows are gone on with in place.
         """
+        before: Sequence[Any] = past.layers if past is not None and past.get_seq_length() else [None] * len(kv)
+        in_place, sizes = [], []
+        for one, layer in zip(kv, before, strict=False):
+            rows = 0 if one is None else visible_prefix(prefix, one.window) + chunk + reserve
+            stays = one is not None and fits_in_place(layer, rows) and execution.owns(layer.store.rows)
+            in_place.append(stays)
+            if one is not None and not stays:
+                sizes.append(rows * one.entry(batch) * dtype.itemsize)
+        execution.make_room(sizes)
         return cls(
             [
                 None
@@ -366,8 +383,9 @@ class RunaheadCache(Cache):
                     reserve=reserve,
                     dtype=dtype,
                     device=device,
-                    empty=empty,
-                    past=past.layers[index] if past is not None and past.get_seq_length() else None,
+                    empty=execution.empty,
+                    past=before[index],
+                    in_place=in_place[index],
                 )
                 for index, one in enumerate(kv)
             ]

@@ -410,7 +410,7 @@ def meet(group: dist.ProcessGroup, timeout_s: float) -> Channel:
     """
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     try:
-        hosts = _everyones(group, (_host(), os.urandom(16)))
+        hosts = _everyones(group, (host_name(), os.urandom(16)))
         nonce = hosts[0][1]
         one_host = len({host for host, _ in hosts}) == 1
         server = socket.create_server(("127.0.0.1" if one_host else "", 0), backlog=ranks)
@@ -484,7 +484,7 @@ def _everyones(group: dist.ProcessGroup, mine: _T) -> list[_T]:
     return found
 
 
-def _host() -> str:
+def host_name() -> str:
     """What ranks have in common that reach each other over loopback: a running system and its network."""
     parts = [platform.node()]
     with contextlib.suppress(OSError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +18,15 @@ class Execution:
         clock: takes the stamps of the timeline.
         to_host: whether the first token is copied to the host, which waits for the device.
         empty: allocates the rows of KV, like ``torch.empty``.
+        owns: whether rows that a past cache has lie where this run needs them, so that it can go on with them.
+        make_room: told how many bytes `empty` is about to be asked for, piece by piece.
     """
 
     clock: Callable[[torch.device], Clock] = clock_for
     to_host: bool = True
     empty: Callable[..., torch.Tensor] = torch.empty
+    owns: Callable[[torch.Tensor], bool] = lambda _: True
+    make_room: Callable[[Sequence[int]], None] = lambda _: None
 
 
 AT_ONCE = Execution()

@@ -21,8 +21,8 @@ from kvr_partition.runtime.decoding import Greedy, top_is_finite
 from kvr_partition.runtime.digests import past_fingerprint, prompt_digest
 from kvr_partition.runtime.execution import AT_ONCE, Execution
 from kvr_partition.runtime.kernels import CudnnPlans
-from kvr_partition.runtime.links.group import group_links
-from kvr_partition.runtime.links.plan import NO_LIMITS, TOPOLOGIES, LinkLimits, Links, NoLinks, Topology
+from kvr_partition.runtime.links.group import link_setup
+from kvr_partition.runtime.links.plan import NO_LIMITS, AnyTopology, LinkLimits, Links, NoLinks, check_topology
 from kvr_partition.runtime.padding import Padding, read_padding
 from kvr_partition.runtime.support import (
     Depth,
@@ -85,7 +85,7 @@ def prefill(
     group: dist.ProcessGroup | None = None,
     depth: Depth = "auto",
     reserve: int = 0,
-    topology: Topology = "chain",
+    topology: AnyTopology = "auto",
     limits: LinkLimits = NO_LIMITS,
     past: Cache | None = None,
     attention_mask: torch.Tensor | None = None,
@@ -106,7 +106,7 @@ def prefill(
         depth: how far to reach into the model; ``"auto"`` takes attention depth where it is exact.
         reserve: tokens of room for decoding to allocate at once on the last rank.
         topology: ``"chain"``: each rank hands on everything to the next, as published; ``"fanout"``: each
-            sends its own chunk to all later ones.
+            sends its own chunk to all later ones; ``"auto"``: what suits the links, see `link_setup`.
         limits: what links are held to, for experiments.
         past: on every rank, a cache that holds the partition's ``past`` tokens before this prompt (a
             prefix-cache hit): a ``DynamicCache`` or ``StaticCache``, which is copied, or a `RunaheadCache` with
@@ -149,8 +149,13 @@ def prefill(
         chunk_ids = input_ids[:, start:end]
         room = reserve if rank == split.ranks - 1 else 0
         # Connecting takes all ranks: before anything that may fail on one of them.
-        links = group_links(split, rank, input_ids.device, turn=turn, topology=topology, limits=limits)
-        cache = chunk_cache(model, chunk_ids, prefix=split.starts[rank], reserve=room, past=past)
+        setup = link_setup(turn, input_ids.device)
+        chosen = setup.topology(topology)
+        setup.connect(turn, input_ids.device, chosen)
+        cache = chunk_cache(
+            model, chunk_ids, prefix=split.starts[rank], reserve=room, past=past, execution=setup.execution
+        )
+        links = setup.links(split, cache, input_ids.device, turn, chosen, limits)
         try:
             return run_chunk(
                 model,
@@ -191,15 +196,14 @@ def _planned(
     turn: Turn,
     depth: Depth,
     reserve: int,
-    topology: Topology,
+    topology: AnyTopology,
     limits: LinkLimits,
     past: Cache | None,
     attention_mask: torch.Tensor | None,
 ) -> _Plan:
     """Everything that can be refused without asking another rank."""
     rank, world = (0, 1) if turn.of is None else (turn.of.rank, turn.of.ranks)
-    if topology not in TOPOLOGIES:
-        raise PartitionError(f"topology must be one of {', '.join(TOPOLOGIES)}; got {topology!r}")
+    check_topology(topology)
     check_ids(model, input_ids)
     reserve = whole(reserve, "reserve", 0)
     support = probe(model)
@@ -319,7 +323,7 @@ def chunk_cache(
         reserve=reserve,
         dtype=model.dtype,
         device=chunk_ids.device,
-        empty=execution.empty,
+        execution=execution,
         past=past,
     )
 

@@ -23,17 +23,18 @@ import torch
 import torch.distributed as dist
 
 from kvr_partition import Partition, PartitionTable
-from kvr_partition.runtime import LinkLimits, prefill, probe, renew, single, tsp, zigzag
+from kvr_partition.runtime import LinkLimits, decode, prefill, probe, renew, single, tsp, zigzag
 from kvr_partition.table import Entry
 from tests.models import build
+from tests.ranks.launch import rank_device
 
 DEVICE = torch.device("cpu")
-"""Of this rank; a GPU where the scenarios ask for NCCL."""
+"""Of this rank; a GPU where the scenarios ask for one."""
 
 WAIT_S = 4.0
 """Time-out of the worlds in which ranks come late."""
 
-SPLITS = {2: (20, 12), 3: (14, 5, 13)}
+SPLITS = {2: (20, 12), 3: (14, 5, 13), 4: (12, 5, 7, 8), 5: (10, 4, 5, 6, 7)}
 CONTEXT = 32
 
 
@@ -56,8 +57,8 @@ def said(error: BaseException) -> dict[str, Any]:
 class World:
     """One rank of the world and its model."""
 
-    def __init__(self, rank: int, ranks: int) -> None:
-        self.rank, self.ranks = rank, ranks
+    def __init__(self, rank: int, ranks: int, folder: Path) -> None:
+        self.rank, self.ranks, self.folder = rank, ranks, folder
         self.split = Partition(SPLITS[ranks])
         self.model = build("llama-gqa").to(DEVICE)
         probe(self.model)
@@ -356,6 +357,93 @@ def killed(world: World) -> dict[str, Any]:
     return {"first": world.prefill(1), "after": world.prefill(2), "renewed": world.attempt(renew)}
 
 
+def flood() -> None:
+    """More kernels than a stream takes: the host waits until the stream has come to some of them."""
+    numbers = torch.zeros(1, device=DEVICE)
+    for _ in range(5000):
+        numbers.add_(1)
+
+
+def killed_behind_a_full_stream(world: World) -> dict[str, Any]:
+    """Rank 1 is killed in a layer, when the host of the last rank is held up by its own stream."""
+    world.prefill(1)
+    if world.rank == 1:
+        with world.broken(1, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+            world.prefill(2)
+    if world.rank == world.ranks - 1:
+        with world.broken(2, flood):
+            return {"first": world.prefill(2)}
+    return {"first": world.prefill(2)}
+
+
+def goes_on_without_the_dead(world: World) -> dict[str, Any]:
+    """Rank 1 is killed in a layer; the others make a world of their own and read prompts in that."""
+    found = killed(world)
+    dist.destroy_process_group()
+    survivors = [rank for rank in range(world.ranks) if rank != 1]
+    dist.init_process_group(
+        "gloo",
+        init_method=(world.folder / "meet-again").as_uri(),
+        rank=survivors.index(world.rank),
+        world_size=len(survivors),
+        timeout=timedelta(seconds=60),
+    )
+    split = Partition(SPLITS[len(survivors)])
+    return {
+        **found,
+        "next": [world.prefill(number, split=split) for number in (3, 4)],
+        "right": [world.single(number) for number in (3, 4)],
+    }
+
+
+def early(world: World) -> dict[str, Any]:
+    """Rank 0 stays in its second layer until the last rank has read the KV of the first one, from all ranks."""
+    seen: dict[str, Any] = {"right": world.single(61)}
+    for topology in ("chain", "fanout"):
+        there = world.folder / f"there-{topology}"
+
+        def arrived(there: Path = there) -> None:
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+            there.touch()
+
+        def wait(there: Path = there) -> None:
+            until = time.monotonic() + 20
+            while not there.exists():
+                assert time.monotonic() < until, "the KV of the first layer did not come before the others"
+                time.sleep(0.01)
+
+        if world.rank == 0:
+            with world.broken(1, wait):
+                seen[topology] = world.prefill(61, topology=topology)
+        elif world.rank == world.ranks - 1:
+            with world.broken(1, arrived):
+                seen[topology] = world.prefill(61, topology=topology)
+        else:
+            seen[topology] = world.prefill(61, topology=topology)
+    return seen
+
+
+def mixed_lengths(world: World) -> dict[str, Any]:
+    """Prompts of many lengths and batches, one after the other, decoded on while others are read."""
+    wrong: list[int] = []
+    kept: list[Any] = []
+    lengths = torch.randint(world.ranks, 48, (60,), generator=torch.Generator().manual_seed(3)).tolist()
+    for number, length in enumerate(lengths):
+        ids = torch.randint(0, 257, (1 + number % 3, length), generator=torch.Generator().manual_seed(number))
+        ids = ids.to(DEVICE)
+        out = prefill(world.model, ids, Partition.even(length, world.ranks), reserve=16)
+        if out.is_last:
+            kept = [*kept[-3:], (ids, out)]
+            # The prompt before the last one: its rows are still its own, though another prompt was read since.
+            before, result = kept[0]
+            if len(kept) == 4:
+                right = single(world.model, before)
+                same = torch.equal(decode(world.model, before, result, 16), decode(world.model, before, right, 16))
+                wrong += [] if same else [number]
+    return {"wrong": wrong}
+
+
 def struck_first(world: World, by: signal.Signals) -> dict[str, Any]:
     """The first rank gets a signal in a layer, once links have been used."""
     world.prefill(1)
@@ -449,18 +537,22 @@ def main() -> None:
     folder, rank, ranks = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
     asked = json.loads((folder / "scenarios.json").read_text())
-    if asked.get("device") == "cuda":
-        global DEVICE
-        DEVICE = torch.device(f"cuda:{rank}")
-        torch.cuda.set_device(DEVICE)
+    global DEVICE
+    DEVICE = rank_device(asked["device"], rank)
+    # Some machines need longer to start than a world may take to meet.
+    (folder / f"started{rank}").touch()
+    while not all((folder / f"started{other}").exists() for other in range(ranks)):
+        time.sleep(0.01)
+    eager = {"device_id": DEVICE} if asked["device"] == "cuda" and asked.get("eager") else {}
     dist.init_process_group(
-        "nccl" if DEVICE.type == "cuda" else "gloo",
+        "nccl" if asked["device"] == "cuda" else "gloo",
         init_method=(folder / "meet").as_uri(),
         rank=rank,
         world_size=ranks,
         timeout=timedelta(seconds=asked["timeout_s"]),
+        **eager,
     )
-    world = World(rank, ranks)
+    world = World(rank, ranks, folder)
     seen = {}
     for name in asked["names"]:
         began = time.perf_counter()

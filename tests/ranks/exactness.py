@@ -21,8 +21,10 @@ from kvr_partition import Partition
 from kvr_partition.errors import UnsupportedError
 from kvr_partition.runtime import LinkLimits, PrefillResult, decode, prefill, probe, single, tsp, zigzag
 from kvr_partition.runtime.baselines import check_gathering, parts_of
+from kvr_partition.runtime.links.group import links_of
 from kvr_partition.runtime.prefill import chunk_cache
 from tests.models import build
+from tests.ranks.launch import rank_device
 
 NEW_TOKENS = 32
 LIMITS = LinkLimits(bandwidth=20e6, noise=30_000, seed=3)
@@ -72,12 +74,14 @@ def run(case: dict[str, Any], model: Any) -> dict[str, Any] | None:
     past: int = case.get("past", 0)
     context = past + sum(sizes)
     generator = torch.Generator().manual_seed(context)
-    input_ids = torch.randint(0, 257, (batch, context), generator=generator)
+    input_ids = torch.randint(0, 257, (batch, context), generator=generator).to(model.device)
     partition = Partition(sizes, past)
     before: Any = single(model, input_ids[:, :past]).cache if past else None
+    links_of_all = links_of(None, model.device)
     if case["method"] == "past-in-place":
         room = partition.ends[rank] - past
-        before = chunk_cache(model, input_ids[:, :0], prefix=past, reserve=room, past=before)
+        execution = links_of_all.execution
+        before = chunk_cache(model, input_ids[:, :0], prefix=past, reserve=room, past=before, execution=execution)
     out: PrefillResult
     with LargestAllocation() as largest:
         match case["method"]:
@@ -94,6 +98,8 @@ def run(case: dict[str, Any], model: Any) -> dict[str, Any] | None:
             case "past" | "past-in-place" | "past-cache-depth":
                 depth = "cache" if case["method"] == "past-cache-depth" else "auto"
                 out = prefill(model, input_ids[:, past:], partition, depth=depth, past=before)
+            case "chain":
+                out = prefill(model, input_ids, partition, topology="chain")
             case "fanout":
                 out = prefill(model, input_ids, partition, topology="fanout")
             case "padded":
@@ -135,7 +141,9 @@ def run(case: dict[str, Any], model: Any) -> dict[str, Any] | None:
             else (layer.keys, layer.values)
         )
         # What padding leaves in a cache is seen by nobody.
-        real = torch.ones(batch, context) if out.attention_mask is None else out.attention_mask
+        real = (
+            torch.ones(batch, context, device=model.device) if out.attention_mask is None else out.attention_mask
+        )
         kept = real[:, None, -keys.shape[2] :, None]
         kv_errors.append(relative(keys * kept, right.cache.layers[index].keys * kept))
         kv_errors.append(relative(values * kept, right.cache.layers[index].values * kept))
@@ -163,6 +171,7 @@ def run(case: dict[str, Any], model: Any) -> dict[str, Any] | None:
         "largest_allocation_op": largest.op,
         "attention_depth": support.attention_depth,
         "past_rows_shared": shared,
+        "link": links_of_all.link,
         "full_layers": any(layer is not None and layer.window is None for layer in support.layers),
     }
 
@@ -183,11 +192,13 @@ def main() -> None:
     results = []
     with group(folder, rank, ranks):
         built: dict[str, Any] = {}
+        asked = folder / "device"
+        device = rank_device(asked.read_text() if asked.exists() else "cpu", rank)
         for case in json.loads((folder / "cases.json").read_text()):
             model = built.get(case["model"])
             if model is None:
                 built.clear()
-                model = built[case["model"]] = build(case["model"])
+                model = built[case["model"]] = build(case["model"]).to(device)
                 model.generation_config.pad_token_id = 0
             support = probe(model)
             if case["method"] == "attention" and not support.attention_depth:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -15,10 +17,20 @@ def ranks_environment() -> dict[str, str]:
     return {
         **os.environ,
         "OMP_NUM_THREADS": "1",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "32",
         "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "HF_HUB_OFFLINE": "1",
     }
+
+
+def rank_device(kind: str, rank: int) -> torch.device:
+    """The device of a rank: the CPU, a GPU of its own ("cuda"), or one that it may share ("shared")."""
+    if kind == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", rank if kind == "cuda" else rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
 
 
 def launch(module: str, folder: Path, ranks: int, timeout_s: float = 240) -> None:

@@ -33,7 +33,7 @@ def play(
 
     Args:
         timeout_s: of the process group.
-        device: ``"cuda"`` for ranks over NCCL, a GPU each.
+        device: of the ranks, see `rank_device`.
         missing: a rank that does not live to tell; it is ended once all others have told.
     """
     (folder / "scenarios.json").write_text(json.dumps({"names": names, "timeout_s": timeout_s, "device": device}))
@@ -70,6 +70,7 @@ TOGETHER = {
     3: [
         *("failed_prefill", "another_order", "two_threads", "disagreements", "refusals", "other_methods"),
         *("without_agreement", "subgroup", "own_messages", "another_past", "threads_of_one_model", "fuzz"),
+        *("early", "mixed_lengths"),
     ],
 }
 
@@ -91,6 +92,15 @@ def of(seen: dict[str, Seen], name: str) -> Seen:
 def right(seen: Seen, key: str = "next") -> None:
     """The last rank has the token that one rank gives."""
     assert [one[key].get("token", one[key]) for one in seen] == [None] * (len(seen) - 1) + [seen[-1]["right"]]
+
+
+def test_a_rank_has_the_first_layer_s_kv_before_those_before_it_are_through(seen: dict[str, Seen]) -> None:
+    for topology in ("chain", "fanout"):
+        right(of(seen, "early"), topology)
+
+
+def test_rows_are_a_prompt_s_own_for_as_long_as_it_is_decoded(seen: dict[str, Seen]) -> None:
+    assert all(one["wrong"] == [] for one in of(seen, "mixed_lengths"))
 
 
 def all_told(told: list[dict[str, Any]], kind: str, *words: str) -> None:
@@ -142,7 +152,7 @@ ITEMS = {
     "padding": ("the prompt of",),
     "batch": ("the batch", "have 1", "has 2"),
     "context": ("the length of the prompt", "have 32", "has 31"),
-    "topology": ("the topology", "chain", "fanout"),
+    "topology": ("the topology", "auto", "fanout"),
     "limits": ("the limits of links", "what they can", "1e+09 bytes/s"),
     "weights": ("the weights",),
     "one weight": ("the weights",),

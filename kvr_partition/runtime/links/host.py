@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch.distributed as dist
 
-from kvr_partition.runtime.links.messages import PlannedLinks
+from kvr_partition.runtime.links.messages import Messages, PlannedLinks
 from kvr_partition.runtime.links.plan import Hop, Slot
 
 
@@ -24,6 +25,8 @@ class HostLinks(PlannedLinks):
     before the rest of the prefix has: the chain costs one hop of latency per rank, not one whole prefix.
     """
 
+    group: Any
+    _messages: Messages = field(init=False)
     _missing: list[int] = field(init=False, default_factory=list)
     _change: threading.Condition = field(init=False)
     _outboxes: dict[int, queue.SimpleQueue[tuple[int, Hop | None] | None]] = field(
@@ -39,14 +42,18 @@ class HostLinks(PlannedLinks):
 
     def start(self, slots: Sequence[Slot]) -> None:
         self._plan(slots)
+        self._messages = Messages(self.group, self.turn.number, len(slots), self.partition.ranks)
         self._transfer_s = [0.0] * len(slots)
         self._missing = [len(hops) for hops in self._receives]
         arrivals: dict[int, list[tuple[int, Hop | None, dist.Work]]] = {}
         for layer, hops in enumerate(self._receives):
             if self._noisy(layer) == self.rank - 1:
-                arrivals.setdefault(self.rank - 1, []).append((layer, None, self._irecv_foreign(layer)))
+                assert self._foreign is not None
+                work = self._messages.receive_foreign(layer, self.rank - 1, self._foreign)
+                arrivals.setdefault(self.rank - 1, []).append((layer, None, work))
             for hop in hops:
-                arrivals.setdefault(hop.peer, []).append((layer, hop, self._irecv(layer, hop)))
+                work = self._messages.receive(layer, hop, slots[layer].at(hop.piece))
+                arrivals.setdefault(hop.peer, []).append((layer, hop, work))
         peers = {hop.peer for by_chunk in self._sends for hops in by_chunk.values() for hop in hops}
         if any(self._noisy(layer) == self.rank for layer in range(len(slots))):
             peers.add(self.rank + 1)
@@ -138,8 +145,10 @@ class HostLinks(PlannedLinks):
             while (left := free_at - time.perf_counter()) > 0:
                 time.sleep(left)
             if hop is None:
-                self._isend_foreign(layer).wait()
+                assert self._foreign is not None
+                self._messages.send_foreign(layer, peer, self._foreign).wait()
             else:
-                self._isend(layer, hop).wait()
+                self.sent_bytes += size
+                self._messages.send(layer, hop, self._slots[layer].at(hop.piece)).wait()
                 self._transfer_s[layer] += time.perf_counter() - began
         self._ended(sending=1)

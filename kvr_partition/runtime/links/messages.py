@@ -1,4 +1,4 @@
-"""What all links of a process group share: the plan of one prefill and the messages that carry it out.
+"""What all links of a process group share: the plan of one prefill, and the messages that carry it out.
 
 All messages of a prefill carry its number, so that none is ever taken for one of another prefill.
 """
@@ -20,13 +20,12 @@ _TAGS = 2**31 - 1
 
 @dataclass(eq=False)
 class PlannedLinks:
-    """What both kinds share: the plan of a prefill and the messages that carry it out."""
+    """The plan of one prefill, which all kinds of links carry out."""
 
     partition: Partition
     rank: int
     topology: Topology
     limits: LinkLimits
-    group: Any
     turn: Turn
     sent_bytes: int = field(init=False, default=0)
     _slots: Sequence[Slot] = field(init=False, default=())
@@ -41,31 +40,44 @@ class PlannedLinks:
         if self.limits.noise:
             self._foreign = torch.zeros(self.limits.noise, dtype=torch.uint8, device=slots[0].rows.device)
 
-    def _tag(self, layer: int, chunk: int) -> int:
-        of_one = len(self._slots) * (self.partition.ranks + 1)
-        # Tags are 31 bits wide; by the time they come round again, nothing of the first prefill is left.
-        return self.turn.number % (_TAGS // of_one) * of_one + layer * (self.partition.ranks + 1) + chunk
-
-    def _isend(self, layer: int, hop: Hop) -> Any:
-        rows = self._slots[layer].at(hop.piece)
-        self.sent_bytes += rows.nbytes
-        return self.group.send([rows], hop.peer, self._tag(layer, hop.piece.chunk))
-
-    def _irecv(self, layer: int, hop: Hop) -> Any:
-        rows = self._slots[layer].at(hop.piece)
-        return self.group.recv([rows], hop.peer, self._tag(layer, hop.piece.chunk))
-
     def _noisy(self, layer: int) -> int | None:
         return self.limits.noisy_link(layer, self.partition.ranks)
 
-    def _isend_foreign(self, layer: int) -> Any:
-        assert self._foreign is not None
-        tag = self._tag(layer, self.partition.ranks)
-        return self.group.send([self._foreign], self.rank + 1, tag)
 
-    def _irecv_foreign(self, layer: int) -> Any:
-        assert self._foreign is not None
-        tag = self._tag(layer, self.partition.ranks)
+@dataclass(frozen=True)
+class Messages:
+    """The messages of one prefill, over a process group or a backend of one.
+
+    Attributes:
+        group: has ``send`` and ``recv`` of a process group.
+        number: of the prefill.
+        layers, ranks: how many it has.
+    """
+
+    group: Any
+    number: int
+    layers: int
+    ranks: int
+
+    def _tag(self, layer: int, chunk: int) -> int:
+        of_one = self.layers * (self.ranks + 1)
+        # Tags are 31 bits wide; by the time they come round again, nothing of the first prefill is left.
+        return self.number % (_TAGS // of_one) * of_one + layer * (self.ranks + 1) + chunk
+
+    def send(self, layer: int, hop: Hop, rows: torch.Tensor) -> Any:
+        """Send a piece of a layer; returns what is waited for."""
+        return self.group.send([rows], hop.peer, self._tag(layer, hop.piece.chunk))
+
+    def receive(self, layer: int, hop: Hop, rows: torch.Tensor) -> Any:
+        """Receive a piece of a layer in place; returns what is waited for."""
+        return self.group.recv([rows], hop.peer, self._tag(layer, hop.piece.chunk))
+
+    def send_foreign(self, layer: int, peer: int, foreign: torch.Tensor) -> Any:
+        """Send foreign traffic ahead of a layer's KV."""
+        return self.group.send([foreign], peer, self._tag(layer, self.ranks))
+
+    def receive_foreign(self, layer: int, peer: int, foreign: torch.Tensor) -> Any:
+        """Receive foreign traffic as large as ``foreign``."""
         # What arrives is never read; a buffer of its own keeps it from what this rank may be sending.
-        into = torch.empty_like(self._foreign)
-        return self.group.recv([into], self.rank - 1, tag)
+        into = torch.empty_like(foreign)
+        return self.group.recv([into], peer, self._tag(layer, self.ranks))

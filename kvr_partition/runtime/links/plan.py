@@ -8,12 +8,23 @@ from typing import Literal, Protocol
 
 import torch
 
-from kvr_partition.errors import UnsupportedError
+from kvr_partition.errors import PartitionError, UnsupportedError
 from kvr_partition.noise import noisy_link
 from kvr_partition.partition import Partition
 
 Topology = Literal["chain", "fanout"]
-TOPOLOGIES: tuple[Topology, ...] = ("chain", "fanout")
+AnyTopology = Literal["auto", "chain", "fanout"]
+TOPOLOGIES: tuple[AnyTopology, ...] = ("auto", "chain", "fanout")
+
+
+def check_topology(topology: str) -> None:
+    """Refuse what is no topology.
+
+    Raises:
+        PartitionError: it is none of `TOPOLOGIES`.
+    """
+    if topology not in TOPOLOGIES:
+        raise PartitionError(f"topology must be one of {', '.join(TOPOLOGIES)}; got {topology!r}")
 
 
 @dataclass(frozen=True, slots=True)

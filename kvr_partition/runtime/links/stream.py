@@ -2,87 +2,175 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 
 from kvr_partition.runtime.links.messages import PlannedLinks
 from kvr_partition.runtime.links.plan import Hop, Slot
 
 
+class Wire(Protocol):
+    """What carries rows to or from one other rank, in the order of streams.
+
+    A stream is a ``torch.cuda.Stream``. What `send` puts on it has left once the stream comes to what follows.
+    """
+
+    def post(self, layer: int, hop: Hop, rows: torch.Tensor) -> Any:
+        """Have rows received in place; returns what `wait` takes."""
+
+    def wait(self, posted: Any, stream: Any) -> None:
+        """Have a stream wait for rows."""
+
+    def send(self, layer: int, hop: Hop, rows: torch.Tensor, stream: Any) -> None:
+        """Send rows on a stream."""
+
+    def post_foreign(self, layer: int, foreign: torch.Tensor) -> None:
+        """Have foreign traffic received, as large as ``foreign``, which nobody reads."""
+
+    def send_foreign(self, layer: int, foreign: torch.Tensor, stream: Any) -> None:
+        """Send foreign traffic on a stream."""
+
+
+class Watch(Protocol):
+    """Looks after the waits of one prefill, and ends those that nobody will fulfil."""
+
+    def begin(self, receives: Sequence[Sequence[Hop]]) -> None:
+        """The prefill is about to begin on the current stream."""
+
+    def before(self, layer: int, stream: Any) -> None:
+        """A stream is about to wait for a layer's rows."""
+
+    def after(self, layer: int, stream: Any) -> None:
+        """A stream has all rows of a layer."""
+
+    def end(self) -> None:
+        """The prefill is over.
+
+        Raises:
+            RankError: waits were ended, so that what was read counts for nothing.
+        """
+
+
+class Streams:
+    """Where links put their work on the current CUDA device: a stream to each peer, kept for all prefills."""
+
+    def __init__(self) -> None:
+        self._to: dict[int, Any] = {}
+
+    def current(self) -> Any:
+        """The stream of the model's own work."""
+        return torch.cuda.current_stream()
+
+    def to(self, peer: int) -> Any:
+        """The stream of what is sent to a peer."""
+        if peer not in self._to:
+            self._to[peer] = torch.cuda.Stream()
+        return self._to[peer]
+
+    def timer(self) -> Any:
+        """An event that knows its time."""
+        return torch.cuda.Event(enable_timing=True)
+
+    def hold(self, stream: Any, seconds: float) -> None:
+        """Keep a stream busy for so long."""
+        from kvr_partition.runtime.triton_kernels import hold
+
+        with torch.cuda.stream(stream):
+            hold(seconds)
+
+
 @dataclass(eq=False)
 class StreamLinks(PlannedLinks):
-    """Links over NCCL: sends and receives are ordered by streams and the host waits for none of them."""
+    """Sends and receives that are ordered by streams, whatever carries them.
 
-    _receive_streams: dict[int, torch.cuda.Stream] = field(init=False, default_factory=dict)
-    _send_streams: dict[int, torch.cuda.Stream] = field(init=False, default_factory=dict)
-    _works: list[list[tuple[Hop, dist.Work]]] = field(init=False, default_factory=list)
-    _foreign_works: list[dist.Work] = field(init=False, default_factory=list)
-    _spans: list[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = field(init=False, default_factory=list)
+    Each peer has a stream of its own. What goes to it is put there in the order of `plan`: foreign traffic, the
+    rank's own chunk, then what it forwards, nearest chunk first. A message waits for those ahead of it to the same
+    peer, and for no other.
+    """
+
+    wires: Mapping[int, Wire]
+    streams: Streams
+    watch: Watch | None = None
+    _posted: list[list[tuple[Hop, Any]]] = field(init=False, default_factory=list)
+    _used: dict[int, Any] = field(init=False, default_factory=dict)
+    _spans: list[list[tuple[Any, Any]]] = field(init=False, default_factory=list)
 
     def start(self, slots: Sequence[Slot]) -> None:
         self._plan(slots)
         self._spans = [[] for _ in slots]
+        if self.watch is not None:
+            self.watch.begin(self._receives)
+        peers = {hop.peer for by_chunk in self._sends for hops in by_chunk.values() for hop in hops}
+        if any(self._noisy(layer) == self.rank for layer in range(len(slots))):
+            peers.add(self.rank + 1)
+        for peer in sorted(peers):
+            # Nothing may be sent before what is under way on the rows now.
+            self._used[peer] = self.streams.to(peer)
+            self._used[peer].wait_stream(self.streams.current())
         for layer, hops in enumerate(self._receives):
             if self._noisy(layer) == self.rank - 1:
-                with torch.cuda.stream(self._stream(self._receive_streams, self.rank - 1)):
-                    self._foreign_works.append(self._irecv_foreign(layer))
-            works = []
-            for hop in hops:
-                stream = self._stream(self._receive_streams, hop.peer)
-                slots[layer].rows.record_stream(stream)
-                with torch.cuda.stream(stream):
-                    works.append((hop, self._irecv(layer, hop)))
-            self._works.append(works)
+                assert self._foreign is not None
+                self.wires[self.rank - 1].post_foreign(layer, self._foreign)
+            self._posted.append(
+                [(hop, self.wires[hop.peer].post(layer, hop, slots[layer].at(hop.piece))) for hop in hops]
+            )
 
     def own_ready(self, layer: int) -> None:
-        ready = torch.cuda.current_stream().record_event()
+        self._check()
         if self._noisy(layer) == self.rank:
-            with torch.cuda.stream(self._stream(self._send_streams, self.rank + 1)):
-                self._hold(self.limits.noise)
-                self._isend_foreign(layer).wait()
-        for hop in self._sends[layer].get(self.rank, ()):
-            with torch.cuda.stream(self._stream(self._send_streams, hop.peer)):
-                torch.cuda.current_stream().wait_event(ready)
-                self._timed_send(layer, hop)
-        for received, work in self._works[layer]:
-            for hop in self._sends[layer].get(received.piece.chunk, ()):
-                with torch.cuda.stream(self._stream(self._send_streams, hop.peer)):
-                    work.wait()
-                    self._timed_send(layer, hop)
+            assert self._foreign is not None
+            stream = self._used[self.rank + 1]
+            self._hold(stream, self.limits.noise)
+            self.wires[self.rank + 1].send_foreign(layer, self._foreign, stream)
+        sends = self._sends[layer]
+        own = sends.get(self.rank, ())
+        if own:
+            ready = self.streams.current().record_event()
+            for hop in own:
+                self._used[hop.peer].wait_event(ready)
+                self._send(layer, hop)
+        for received, posted in self._posted[layer]:
+            for hop in sends.get(received.piece.chunk, ()):
+                self.wires[received.peer].wait(posted, self._used[hop.peer])
+                self._send(layer, hop)
 
     def wait_prefix(self, layer: int) -> None:
-        for _, work in self._works[layer]:
-            work.wait()
+        self._check()
+        stream = self.streams.current()
+        if self.watch is not None:
+            self.watch.before(layer, stream)
+        for hop, posted in self._posted[layer]:
+            self.wires[hop.peer].wait(posted, stream)
+        if self.watch is not None:
+            self.watch.after(layer, stream)
 
     def finish(self) -> list[float]:
-        for peer, stream in self._send_streams.items():
+        for peer, stream in self._used.items():
             self.turn.wait_for_device(stream.record_event(), peer)
+        if self.watch is not None:
+            self.watch.end()
         return [sum(begin.elapsed_time(end) for begin, end in spans) / 1e3 for spans in self._spans]
 
     def abort(self) -> None:
         pass
 
-    def _stream(self, streams: dict[int, torch.cuda.Stream], peer: int) -> torch.cuda.Stream:
-        if peer not in streams:
-            streams[peer] = torch.cuda.Stream()
-            # The rows were allocated on the compute stream; nothing may be written to them before that.
-            streams[peer].wait_stream(torch.cuda.current_stream())
-        return streams[peer]
+    def _check(self) -> None:
+        if self.turn.failure is not None:
+            raise self.turn.failed()
 
-    def _timed_send(self, layer: int, hop: Hop) -> None:
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self._slots[layer].rows.record_stream(torch.cuda.current_stream())
-        begin.record()
-        self._hold(self._slots[layer].at(hop.piece).nbytes)
-        self._isend(layer, hop).wait()
-        end.record()
+    def _send(self, layer: int, hop: Hop) -> None:
+        stream, rows = self._used[hop.peer], self._slots[layer].at(hop.piece)
+        begin, end = self.streams.timer(), self.streams.timer()
+        begin.record(stream)
+        self._hold(stream, rows.nbytes)
+        self.wires[hop.peer].send(layer, hop, rows, stream)
+        end.record(stream)
         self._spans[layer].append((begin, end))
+        self.sent_bytes += rows.nbytes
 
-    def _hold(self, nbytes: int) -> None:
+    def _hold(self, stream: Any, nbytes: int) -> None:
         if self.limits.bandwidth is not None:
-            from kvr_partition.runtime.triton_kernels import hold
-
-            hold(self.limits.held_s(nbytes))
+            self.streams.hold(stream, self.limits.held_s(nbytes))

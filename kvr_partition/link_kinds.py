@@ -1,0 +1,52 @@
+"""The kinds of links there are. What any other part says or decides about one is written here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class LinkKind:
+    """A way for KV to get from one rank to another.
+
+    Attributes:
+        name: in provenance, logs and messages.
+        title: in words, for people.
+        needs: what a pair of ranks must have for it.
+        topology: what serves a group best that has this kind between all its ranks.
+    """
+
+    name: str
+    title: str
+    needs: str
+    topology: Literal["chain", "fanout"] = "chain"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+PEER = LinkKind(
+    "peer",
+    "peer memory: copy engines write into the memory of the later rank's GPU",
+    "two processes of one host whose GPUs reach each other's memory (or that share a GPU), and cuda-bindings, "
+    "which the [gpu] extra installs",
+    topology="fanout",
+)
+NCCL = LinkKind("nccl", "NCCL, a communicator for each pair of ranks", "a GPU for each rank")
+GLOO = LinkKind("gloo", "gloo, between the hosts' memories", "nothing but a network")
+COPIES = LinkKind("copies on the device", "copies within one GPU", "ranks that share a process")
+
+KINDS = (PEER, NCCL, GLOO, COPIES)
+
+
+def kind_of(link: str) -> LinkKind:
+    """The slowest kind that a provenance's ``link`` names, which is the one that tells.
+
+    Raises:
+        KeyError: it names none.
+    """
+    found = [kind for kind in KINDS if kind.name in link]
+    if not found:
+        raise KeyError(link)
+    return found[-1]
