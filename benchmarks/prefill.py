@@ -42,10 +42,10 @@ def searched(group: RankGroup, context: int, quantum: int, budget: int) -> tuple
     guess = guessed_setting(group, context, lambda one: group.measure_many([one], plan=FEW, purpose="guess")[0])
 
     def confirm(splits: Sequence[Partition]) -> list[Measurement]:
-        return group.measure_many([Candidate("kvr-chain", one) for one in splits], plan=FEW, purpose="confirm")
+        return group.measure_many([Candidate("kvr", one) for one in splits], plan=FEW, purpose="confirm")
 
     def measure(split: Partition) -> Measurement:
-        found = group.measure_many([Candidate("kvr-chain", split)], plan=FEW, purpose="search")[0]
+        found = group.measure_many([Candidate("kvr", split)], plan=FEW, purpose="search")[0]
         took = ", ".join(f"{median([one.ranks[at].compute_s for one in found.samples]) * 1e3:.0f}"
                          for at in range(group.ranks)) if found.ok else found.failure  # fmt: skip
         print(f"  {split}: {found.ttft_s * 1e3:.1f} ms, ranks compute {took} ms", flush=True)
@@ -216,6 +216,7 @@ def main() -> None:
                     ranks,
                     backend=backend,
                     dtype=options.dtype,
+                    topology="chain",
                     log=log,
                     timeout_s=300,
                 ) as group,

@@ -3,7 +3,12 @@
 from kvr_partition.runtime.agreement import renew
 from kvr_partition.runtime.baselines import single, tsp, zigzag
 from kvr_partition.runtime.decoding import check_generation, decode
-from kvr_partition.runtime.links.group import link_group
+from kvr_partition.runtime.links.group import (
+    link_group,
+    link_memory_use,
+    release_link_memory,
+    reserve_link_memory,
+)
 from kvr_partition.runtime.links.plan import LinkLimits
 from kvr_partition.runtime.loading import load_model, load_tokenizer
 from kvr_partition.runtime.prefill import PrefillResult, prefill, warm_up
@@ -18,11 +23,14 @@ __all__ = [
     "check_generation",
     "decode",
     "link_group",
+    "link_memory_use",
     "load_model",
     "load_tokenizer",
     "prefill",
     "probe",
+    "release_link_memory",
     "renew",
+    "reserve_link_memory",
     "single",
     "tsp",
     "warm_up",
