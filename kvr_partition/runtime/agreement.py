@@ -503,7 +503,7 @@ class Turn:
     compare: bool = False
     open: bool = field(default=False, init=False)
     threads: list[threading.Thread] = field(default_factory=list, init=False)
-    waits_in: Callable[[], str | None] = field(default=lambda: None, init=False)
+    waits_in: Callable[[], str | None] = field(default_factory=lambda: lambda: None, init=False)
     _phase: str = field(default="", init=False)
 
     def checked(self, check: Callable[[], Any]) -> Any:

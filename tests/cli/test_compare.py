@@ -100,7 +100,7 @@ def test_verify_prints_and_writes_certificates(folder: Path) -> None:
         (
             "compare --model llama --context 64 --topology ring",
             1,
-            "unknown topology 'ring'; there are chain, fanout",
+            "unknown topology 'ring'; there are auto, chain, fanout",
         ),
         ("compare --model llama --context 64 --backend sm", 1, "cuts one NVIDIA GPU into ranks"),
     ],

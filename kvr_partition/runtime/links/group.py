@@ -22,7 +22,7 @@ from kvr_partition.runtime.links.memory import LinkMemory, LinkMemoryUse, link_m
 from kvr_partition.runtime.links.messages import Messages
 from kvr_partition.runtime.links.nccl import NcclWire
 from kvr_partition.runtime.links.peer import Peers, PeerWatch, PeerWire, Rows
-from kvr_partition.runtime.links.plan import AnyTopology, LinkLimits, Links, Slot, Topology
+from kvr_partition.runtime.links.plan import AnyTopology, LinkLimits, Links, NoLinks, Slot, Topology
 from kvr_partition.runtime.links.stream import StreamLinks, Streams, Wire
 from kvr_partition.runtime.support import probe
 
@@ -98,7 +98,8 @@ class LinkSetup:
         limits: LinkLimits,
     ) -> Links:
         """The links of one prefill, once all ranks have their rows."""
-        assert turn.of is not None
+        if turn.of is None:
+            return NoLinks()
         if device.type != "cuda":
             group = turn.of.links(device, self._near(topology))
             return HostLinks(partition, self.rank, topology, limits, turn, group)

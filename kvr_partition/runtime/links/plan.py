@@ -14,17 +14,17 @@ from kvr_partition.partition import Partition
 
 Topology = Literal["chain", "fanout"]
 AnyTopology = Literal["auto", "chain", "fanout"]
-TOPOLOGIES: tuple[AnyTopology, ...] = ("auto", "chain", "fanout")
+TOPOLOGIES: tuple[Topology, ...] = ("chain", "fanout")
 
 
 def check_topology(topology: str) -> None:
     """Refuse what is no topology.
 
     Raises:
-        PartitionError: it is none of `TOPOLOGIES`.
+        PartitionError: it is none of `TOPOLOGIES`, nor ``"auto"``.
     """
-    if topology not in TOPOLOGIES:
-        raise PartitionError(f"topology must be one of {', '.join(TOPOLOGIES)}; got {topology!r}")
+    if topology not in ("auto", *TOPOLOGIES):
+        raise PartitionError(f"topology must be one of auto, {', '.join(TOPOLOGIES)}; got {topology!r}")
 
 
 @dataclass(frozen=True, slots=True)
