@@ -15,12 +15,14 @@ class LinkKind:
         title: in words, for people.
         needs: what a pair of ranks must have for it.
         topology: what serves a group best that has this kind between all its ranks.
+        maps: whether a rank writes to another's memory itself.
     """
 
     name: str
     title: str
     needs: str
     topology: Literal["chain", "fanout"] = "chain"
+    maps: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -32,6 +34,7 @@ PEER = LinkKind(
     "two processes of one host whose GPUs reach each other's memory (or that share a GPU), and cuda-bindings, "
     "which the [gpu] extra installs",
     topology="fanout",
+    maps=True,
 )
 NCCL = LinkKind("nccl", "NCCL, a communicator for each pair of ranks", "a GPU for each rank")
 GLOO = LinkKind("gloo", "gloo, between the hosts' memories", "nothing but a network")

@@ -14,6 +14,8 @@ from typing import Any
 
 from kvr_partition._version import __version__
 from kvr_partition.cli.options import add_output
+from kvr_partition.errors import KVRError
+from kvr_partition.link_kinds import KINDS
 
 _EXTRAS = {
     "run": ("torch", "transformers", "numpy"),
@@ -24,12 +26,17 @@ _EXTRAS = {
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of ``doctor``."""
+    parser.add_argument(
+        "--links",
+        action=argparse.BooleanOptionalAction,
+        help="try every link between ranks (default: where there are two GPUs or more)",
+    )
     add_output(parser)
 
 
 def run(options: argparse.Namespace) -> None:
     """Look around and report."""
-    report = examine()
+    report = examine(links=options.links)
     if options.format == "json":
         from kvr_partition.cli.show import print_json
 
@@ -46,14 +53,20 @@ def run(options: argparse.Namespace) -> None:
         print(f"backend  {name}: {state}")
     for kernel in report["kernels"]:
         print(f"kernel   {kernel['name']} ({kernel['device']}, {kernel['dtype']}): {kernel['state']}")
+    for line in link_lines(report["links"]) if report["links"] else ():
+        print(line)
     if not report["backends"]:
         print("next     pip install 'kvr-partition[all]' to measure and search on this machine")
     elif not options.quiet:
         print("next     kvr-partition search")
 
 
-def examine() -> dict[str, Any]:
-    """Everything that ``doctor`` tells, as data."""
+def examine(links: bool | None = None) -> dict[str, Any]:
+    """Everything that ``doctor`` tells, as data.
+
+    Args:
+        links: whether to try links between ranks; None: where there are two GPUs or more.
+    """
     report: dict[str, Any] = {
         "kvr_partition": __version__,
         "python": platform.python_version(),
@@ -64,6 +77,7 @@ def examine() -> dict[str, Any]:
         "gpus": [],
         "backends": {},
         "kernels": [],
+        "links": None,
     }
     if report["packages"]["run"]["torch"] is None or report["packages"]["run"]["transformers"] is None:
         return report
@@ -86,7 +100,8 @@ def examine() -> dict[str, Any]:
     nccl = dist.is_available() and dist.is_nccl_available()
     report["backends"]["cpu"] = "ready (gloo)" if gloo else "this torch has no gloo"
     report["backends"]["cuda"] = (
-        f"ready (NCCL), up to {len(gpus)} ranks"
+        f"ready ({'peer memory or ' if report['packages']['gpu']['cuda-bindings'] else ''}NCCL), "
+        f"up to {len(gpus)} ranks"
         if nccl and gpus
         else "no GPU"
         if nccl
@@ -94,7 +109,34 @@ def examine() -> dict[str, Any]:
     )
     devices = ["cpu", *(["cuda"] if gpus else [])]
     report["kernels"] = [line for device in devices for line in _kernels(device)]
+    if links or (links is None and len(gpus) > 1):
+        report["links"] = _links(len(gpus))
     return report
+
+
+def _links(gpus: int) -> dict[str, Any]:
+    from profiler.linktest import try_links
+
+    try:
+        return try_links(gpus)
+    except KVRError as error:
+        return {"pairs": [], "held": [], "failed": str(error)}
+
+
+def link_lines(links: dict[str, Any]) -> list[str]:
+    """What was found out about links, in words."""
+    titles = {kind.name: kind.title.split(":")[0] for kind in KINDS}
+    lines = [
+        f"link     {one['from']}→{one['to']}: {titles[one['kind']]}, {one['latency_s'] * 1e6:.0f} µs, "
+        f"{one['bandwidth'] / 1e9:.3g} GB/s alone, {one['bandwidth_together'] / 1e9:.3g} with all others"
+        for one in links["pairs"]
+    ]
+    for one in links["held"]:
+        how = "moves" if one["moves"] else "does NOT move"
+        lines.append(f"link     {one['link']} {how} while {one['while']} is held")
+    if "failed" in links:
+        lines.append(f"link     could not be tried: {links['failed']}")
+    return lines
 
 
 def _kernels(device: str) -> list[dict[str, str]]:

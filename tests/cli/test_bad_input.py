@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvr_partition import PartitionTable
+from kvr_partition.cli.doctor import link_lines
 from kvr_partition.table import Entry
 from tests.cli.program import one_error, program
 from tests.models import write_folder, write_tokenizer
@@ -129,4 +130,16 @@ def test_doctor_looks_at_this_machine(folder: Path) -> None:
     cpu = [kernel for kernel in report["kernels"] if kernel["device"] == "cpu"]
     assert cpu
     assert all(kernel["state"] == "works" for kernel in cpu)
-    assert "kvr-partition search" in program("doctor", cwd=folder).stdout
+    printed = program("doctor", "--links", cwd=folder).stdout
+    assert "kvr-partition search" in printed
+    for pair in ("0→1", "0→2", "1→2"):
+        assert f"{pair}: gloo" in printed
+    assert "1→2 moves while 0→1 is held" in printed
+
+
+def test_doctor_says_of_a_link_that_waits_for_another_that_it_does() -> None:
+    found = {"pairs": [], "held": [{"link": "1→2", "while": "0→1", "moves": False}], "failed": "rank 2 is gone"}
+    assert link_lines(found) == [
+        "link     1→2 does NOT move while 0→1 is held",
+        "link     could not be tried: rank 2 is gone",
+    ]

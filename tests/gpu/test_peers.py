@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from profiler.linktest import tried
 from tests.ranks.launch import launch
 from tests.ranks.test_agreement import all_told, play, right
 
@@ -82,6 +83,43 @@ def test_a_failed_prefill_over_peer_links_ends_the_group_until_it_is_renewed(ran
     assert [one["wrong"] for one in seen["threads_of_one_model"]] == [[]] * ranks
     assert [one["wrong"] for one in seen["fuzz"]] == [0] * ranks
     assert seen["fuzz"][-1]["right"] > 50
+
+
+def test_link_memory_is_taken_once_and_given_back(tmp_path: Path) -> None:
+    seen = play(tmp_path, 3, ["link_memory_is_kept"], device="shared")["link_memory_is_kept"]
+    right(seen)
+    for rank, one in enumerate(seen):
+        assert one["flat"]
+        assert one["reserved"] > 0
+        assert (one["used_while_alive"] > 0) == (rank > 0)
+        assert one["given_back"] + one["given_back_while_alive"] >= one["reserved"]
+        assert one["left"] == 0
+
+
+def test_every_link_is_tried_and_none_holds_up_another() -> None:
+    devices = [f"cuda:{rank % torch.cuda.device_count()}" for rank in range(4)]
+    found = tried(devices, 4)
+    assert [(one["from"], one["to"]) for one in found["pairs"]] == [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)]
+    for one in found["pairs"]:
+        assert one["kind"] == "peer"
+        assert one["mapped"]
+        assert 0 < one["latency_s"] < 1
+        assert one["bandwidth"] > 0
+        assert one["bandwidth_together"] > 0
+    assert [(one["link"], one["moves"]) for one in found["held"]] == [("1→2", True), ("2→3", True)]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("eager", [False, True])
+def test_kinds_of_links_mix_whatever_the_world_is(eager: bool, tmp_path: Path) -> None:
+    ranks = min(3, torch.cuda.device_count())
+    seen = play(tmp_path, ranks, ["kinds", "early"], device="cuda", eager=eager)
+    for topology in ("chain", "fanout"):
+        right(seen["early"], topology)
+        for name in ("auto", "nccl", "mixed"):
+            right(seen["kinds"], f"{name} {topology}")
+    links = {name: seen["kinds"][0][f"{name} link"] for name in ("auto", "nccl", "mixed")}
+    assert links == {"auto": "peer", "nccl": "nccl", "mixed": "peer and nccl" if ranks > 2 else "nccl"}
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,21 @@ import torch
 import torch.distributed as dist
 
 from kvr_partition import Partition, PartitionTable
-from kvr_partition.runtime import LinkLimits, decode, prefill, probe, renew, single, tsp, zigzag
+from kvr_partition.runtime import (
+    LinkLimits,
+    decode,
+    link_group,
+    link_memory_use,
+    prefill,
+    probe,
+    release_link_memory,
+    renew,
+    reserve_link_memory,
+    single,
+    tsp,
+    zigzag,
+)
+from kvr_partition.runtime.links.group import links_of
 from kvr_partition.table import Entry
 from tests.models import build
 from tests.ranks.launch import rank_device
@@ -442,6 +456,40 @@ def mixed_lengths(world: World) -> dict[str, Any]:
                 same = torch.equal(decode(world.model, before, result, 16), decode(world.model, before, right, 16))
                 wrong += [] if same else [number]
     return {"wrong": wrong}
+
+
+def link_memory_is_kept(world: World) -> dict[str, Any]:
+    """Memory that peers write to: set aside once, the same for prompt after prompt, and given back."""
+    reserved = reserve_link_memory(world.model, 64)
+    uses = []
+    for number in range(70, 90):
+        world.prefill(number)
+        uses.append(link_memory_use())
+    kept = prefill(world.model, prompt(90), world.split)
+    while_alive, nothing = link_memory_use(), release_link_memory()
+    del kept
+    given_back = release_link_memory()
+    return {
+        "reserved": reserved.reserved_bytes,
+        "flat": len({use.reserved_bytes for use in uses}) == 1,
+        "used_while_alive": while_alive.used_bytes,
+        "given_back_while_alive": nothing,
+        "given_back": given_back,
+        "left": link_memory_use().reserved_bytes,
+        "next": world.prefill(91),
+        "right": world.single(91),
+    }
+
+
+def kinds(world: World) -> dict[str, Any]:
+    """Groups over each kind of link, one of them over both."""
+    found: dict[str, Any] = {"right": world.single(92)}
+    for name, wanted in (("auto", "auto"), ("nccl", "nccl"), ("mixed", "nccl" if world.rank == 1 else "auto")):
+        group = link_group(links=wanted)  # type: ignore[arg-type]
+        found[f"{name} link"] = links_of(group, DEVICE).link
+        for topology in ("chain", "fanout"):
+            found[f"{name} {topology}"] = world.prefill(92, group=group, topology=topology)
+    return found
 
 
 def struck_first(world: World, by: signal.Signals) -> dict[str, Any]:

@@ -28,15 +28,19 @@ def play(
     timeout_s: float = 60,
     missing: int | None = None,
     device: str = "cpu",
+    eager: bool = False,
 ) -> Any:
     """Run scenarios on real ranks; what each rank saw of each, by name.
 
     Args:
         timeout_s: of the process group.
         device: of the ranks, see `rank_device`.
+        eager: whether a world over NCCL is made for one device.
         missing: a rank that does not live to tell; it is ended once all others have told.
     """
-    (folder / "scenarios.json").write_text(json.dumps({"names": names, "timeout_s": timeout_s, "device": device}))
+    (folder / "scenarios.json").write_text(
+        json.dumps({"names": names, "timeout_s": timeout_s, "device": device, "eager": eager})
+    )
     command = [sys.executable, "-m", "tests.ranks.agreement", str(folder)]
     outputs = [(folder / f"printed{rank}").open("w") for rank in range(ranks)]
     processes = [

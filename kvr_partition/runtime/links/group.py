@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -98,12 +98,24 @@ class LinkSetup:
         limits: LinkLimits,
     ) -> Links:
         """The links of one prefill, once all ranks have their rows."""
+        slots = [layer.slot for _, layer in cache.kv_layers]
+        return self.row_links(partition, slots, device, turn, topology, limits)
+
+    def row_links(
+        self,
+        partition: Partition,
+        slots: Sequence[Slot],
+        device: torch.device,
+        turn: Turn,
+        topology: Topology,
+        limits: LinkLimits,
+    ) -> Links:
+        """The same, given each layer's rows."""
         if turn.of is None:
             return NoLinks()
         if device.type != "cuda":
             group = turn.of.links(device, self._near(topology))
             return HostLinks(partition, self.rank, topology, limits, turn, group)
-        slots = [layer.slot for _, layer in cache.kv_layers]
         wires, watch = self.wires(partition, slots, device, turn, self._near(topology), limits.noise)
         return StreamLinks(partition, self.rank, topology, limits, turn, wires, self.streams, watch)
 
@@ -123,7 +135,6 @@ class LinkSetup:
             near: the other ranks.
             noise: bytes of foreign traffic.
         """
-        assert turn.of is not None
         rows: list[Rows] = []
         watch = None
         if self.has_peers and self.peers is None:
@@ -131,19 +142,8 @@ class LinkSetup:
         elif self.peers is not None:
             rows = self.peers.state_rows(turn, slots if self._receives else (), noise)
             watch = PeerWatch(self.peers, turn, partition.ranks)
-        wires: dict[int, Wire] = {}
-        for peer in near:
-            if self.kind(peer) is PEER:
-                assert self.peers is not None
-                there = rows[peer] if peer > self.rank else None
-                start = partition.starts[peer]
-                wires[peer] = PeerWire(self.peers, peer, turn, partition.ranks, there, start, slots)
-        others = [peer for peer in near if peer not in wires]
-        if others:
-            group = turn.of.links(device, others)
-            messages = Messages(group, turn.number, len(slots), partition.ranks)
-            wires |= {peer: NcclWire(peer, messages) for peer in others}
-        return wires, watch
+        wiring = _Wiring(self, partition, slots, device, turn, rows)
+        return {peer: WIRES[self.kind(peer)](wiring, peer) for peer in near}, watch
 
     @property
     def streams(self) -> Streams:
@@ -178,6 +178,37 @@ class LinkSetup:
         # In a chain neighbours talk to each other, in a fan-out all do.
         reach = 1 if topology == "chain" else self.ranks
         return [peer for peer in range(self.ranks) if 0 < abs(peer - self.rank) <= reach]
+
+
+@dataclass(frozen=True)
+class _Wiring:
+    """What any wire of a prefill is made from, on one rank."""
+
+    setup: LinkSetup
+    partition: Partition
+    slots: Sequence[Slot]
+    device: torch.device
+    turn: Turn
+    rows: Sequence[Rows]
+    """Where each rank's rows are, of those that have told."""
+
+
+def _peer_wire(wiring: _Wiring, peer: int) -> Wire:
+    setup, partition = wiring.setup, wiring.partition
+    assert setup.peers is not None
+    there = wiring.rows[peer] if peer > setup.rank else None
+    start = partition.starts[peer]
+    return PeerWire(setup.peers, peer, wiring.turn, partition.ranks, there, start, wiring.slots)
+
+
+def _nccl_wire(wiring: _Wiring, peer: int) -> Wire:
+    assert wiring.turn.of is not None
+    group = wiring.turn.of.links(wiring.device, [peer])
+    return NcclWire(peer, Messages(group, wiring.turn.number, len(wiring.slots), wiring.partition.ranks))
+
+
+WIRES: dict[LinkKind, Callable[[_Wiring, int], Wire]] = {PEER: _peer_wire, NCCL: _nccl_wire}
+"""How each kind between GPUs is made for one prefill; gloo has `HostLinks` for all peers at once."""
 
 
 def link_group(ranks: Sequence[int] | None = None, links: WantedLinks = "auto") -> dist.ProcessGroup | None:
