@@ -8,17 +8,26 @@ from collections.abc import Sequence
 import msgspec
 
 from kvr_partition.partition import Partition
+from kvr_partition.timeline import RankTimeline
 
 
 class RankTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How one rank spent one prefill, in seconds.
 
-    ``transfer_s`` is the time its outgoing KV was on the wire; it overlaps with the other two.
+    ``transfer_s`` is the time its outgoing KV was on the wire; it overlaps with the other two. ``first_wait_s`` is
+    the part of the waiting that was for the first layer's KV, where that is known.
     """
 
     compute_s: float
     wait_s: float
     transfer_s: float
+    first_wait_s: float | None = None
+
+    @classmethod
+    def of(cls, timeline: RankTimeline) -> RankTimes:
+        """The sums over a timeline's layers."""
+        first = timeline.layers[0].wait_s if timeline.layers else None
+        return cls(timeline.compute_s, timeline.wait_s, timeline.transfer_s, first)
 
 
 class Sample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

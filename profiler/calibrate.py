@@ -135,6 +135,46 @@ def time_links(group: RankGroup, log: MeasurementLog) -> tuple[LinkCost, ...]:
     return _links(log, group.ranks)
 
 
+def timed_links(group: RankGroup) -> tuple[LinkCost, ...]:
+    """The same, without a log.
+
+    Raises:
+        RankError: timing failed.
+        FitError: the times explain no link.
+    """
+    timed = []
+    for nbytes in LINK_BYTES:
+        group.time_links(nbytes, LINK_REPEATS)
+        timed.append((nbytes, group.time_links(nbytes, LINK_REPEATS)))
+    return tuple(
+        LinkCost.fit([(nbytes, median(seconds[at])) for nbytes, seconds in timed]) for at in range(group.ranks - 1)
+    )
+
+
+def rough_setting(group: RankGroup, found: Measurement) -> Setting:
+    """What waits can be held against where no chunk was timed: a guess of costs, and links as they are.
+
+    Args:
+        found: of one rank, or of all.
+
+    Raises:
+        RankError: timing failed.
+        FitError: the times explain no link.
+    """
+    cost = _guessed_cost(group.operations, found, group.backend, group.ranks)
+    return replace(_guess(group, cost), link=timed_links(group))
+
+
+def _guess(group: RankGroup, cost: ChunkCost) -> Setting:
+    return Setting(
+        cost,
+        len(group.windows),
+        group.entry_bytes,
+        topology="fanout" if group.topology == "fanout" else "chain",
+        overlap=group.resolved_depth == "attention",
+    )
+
+
 def _alone_speed(log: MeasurementLog) -> float:
     """How much faster the first rank is while all others are idle; 1 where nothing was timed alone."""
     ratios = []
@@ -176,13 +216,7 @@ def guessed_setting(group: RankGroup, context: int, measure: Callable[[Candidate
     counted = group.operations
     if group.log is not None and group.log.operations is None:
         group.log.append(OperationsLine(group.run, counted.per_token, counted.per_pair, counted.before_kv))
-    return Setting(
-        _guessed_cost(counted, found, group.backend, group.ranks),
-        len(group.windows),
-        group.entry_bytes,
-        topology="fanout" if group.topology == "fanout" else "chain",
-        overlap=group.resolved_depth == "attention",
-    )
+    return _guess(group, _guessed_cost(counted, found, group.backend, group.ranks))
 
 
 def guessed_setting_of_log(

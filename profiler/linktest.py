@@ -191,6 +191,9 @@ def _held(agreement: Any, device: Any, middle: int, folder: Path) -> dict[str, A
         setup.connect(turn, device, "chain")
         execution = setup.execution
         rows = execution.empty((ranks, 1024), dtype=torch.int32, device=device).zero_()
+        aside = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # A kernel that is run for the first time may wait for all that is under way.
+        _has(rows[0], 0, aside)
         links = setup.row_links(
             Partition((1,) * ranks), [Slot(rows[: rank + 1], 0, None)], device, turn, "chain", NO_LIMITS
         )
@@ -203,7 +206,6 @@ def _held(agreement: Any, device: Any, middle: int, folder: Path) -> dict[str, A
                 time.sleep(0.001)
         links.own_ready(0)
         if rank == middle + 1:
-            aside = torch.cuda.Stream(device) if device.type == "cuda" else None
             moves = False
             while not moves and time.monotonic() < until:
                 moves = _has(rows[middle], middle + 1, aside)

@@ -91,7 +91,7 @@ class Simulated:
             case _:
                 timeline = simulate(partition, setting)
                 ttft = timeline.ttft_s
-                times = [RankTimes(one.compute_s, one.wait_s, one.transfer_s) for one in timeline.ranks]
+                times = [RankTimes.of(one) for one in timeline.ranks]
                 row = setting.entry_bytes * setting.layers
                 sent = [
                     sum(partition.sizes[: rank + 1]) * row

@@ -101,7 +101,7 @@ class SMWorker(Worker):
                 messages.PrefillDone(
                     began=times.began,
                     ended=times.ended if finishing else times.done_at[rank],
-                    times=RankTimes(timeline.compute_s, timeline.wait_s, timeline.transfer_s),
+                    times=RankTimes.of(timeline),
                     kv_bytes=_wire_bytes(recording, rank),
                     first_token=int(recording.host_token[0, 0]) if finishing else None,
                     host_s=times.enqueued - times.began,

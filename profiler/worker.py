@@ -186,7 +186,7 @@ class Worker:
         return messages.PrefillDone(
             began=began,
             ended=ended,
-            times=RankTimes(timeline.compute_s, timeline.wait_s, timeline.transfer_s),
+            times=RankTimes.of(timeline),
             kv_bytes=result.kv_bytes,
             first_token=None if result.first_token is None else int(result.first_token[0, 0]),
         )

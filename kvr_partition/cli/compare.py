@@ -13,7 +13,7 @@ Example:
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +27,9 @@ from kvr_partition.cli.options import (
     parse_bytes,
     parse_contexts,
 )
-from kvr_partition.errors import KVRError, OutOfRangeError, PartitionError, UnsupportedError
+from kvr_partition.cost import FitError
+from kvr_partition.errors import KVRError, OutOfRangeError, PartitionError, RankError, UnsupportedError
+from kvr_partition.findings import Finding, findings, worst
 from kvr_partition.loading import load_predictor, load_table
 from kvr_partition.methods import BASELINES
 from kvr_partition.partition import Partition
@@ -37,6 +39,7 @@ from kvr_partition.table import Lookup, PartitionTable
 
 if TYPE_CHECKING:
     from kvr_partition.cli.show import Progress
+    from kvr_partition.measurement import Measurement
     from profiler.measure import Candidate
     from profiler.ranks import RankGroup
 
@@ -98,11 +101,12 @@ def run(options: argparse.Namespace) -> None:
 
     from kvr_partition.cli.comparison import Comparison, together
     from kvr_partition.cli.search import sampling_plan
-    from kvr_partition.cli.show import Progress, print_json, print_table
+    from kvr_partition.cli.show import Progress, print_findings, print_json, print_table
     from profiler.store import MeasurementLog
 
     plan = sampling_plan(options.samples, group.backend)
     results: list[tuple[int, Comparison]] = []
+    noticed: list[tuple[int, Sequence[Finding]]] = []
     work = sum(contexts) * len(wanted) * (2.0 if noise else 1.0) * (plan.warmup + plan.most)
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(work, options.quiet))
@@ -129,6 +133,7 @@ def run(options: argparse.Namespace) -> None:
                 on_sample=lambda candidate, sample, warmup: progress.advance(candidate.partition.context),
             )
             found = dict(zip(timed, measurements, strict=True))
+            noticed.append((context, _noticed(group, measurements, progress)))
             results.append(
                 (
                     context,
@@ -151,15 +156,34 @@ def run(options: argparse.Namespace) -> None:
                     "context": context,
                     "backend": group.backend,
                     "weights": group.weights,
+                    "findings": findings_of,
                     "methods": comparison.facts(),
                 }
-                for context, comparison in results
+                for (context, comparison), (_, findings_of) in zip(results, noticed, strict=True)
             ]
         )
         return
     print(f"{group.geometry.name} on {group.ranks} {group.backend} ranks, {group.dtype}")
     print(f"{weights_line(group.weights)}\n")
     print_table(*together([(str(context), comparison) for context, comparison in results]), left=2)
+    print_findings(noticed)
+
+
+def _noticed(group: RankGroup, measurements: Sequence[Measurement], progress: Progress) -> list[Finding]:
+    """What measurements show that their schedules do not; nothing where there is nothing to hold them against."""
+    from profiler.calibrate import rough_setting
+
+    timed = [one for one in measurements if one.ok and (one.method == "single" or one.method.startswith("kvr"))]
+    if not any(one.method.startswith("kvr") for one in timed):
+        return []
+    base = next((one for one in timed if one.method == "single"), timed[0])
+    try:
+        setting = rough_setting(group, base)
+    except (FitError, RankError) as error:
+        progress.say(f"  waits are not held against the schedule: {error}")
+        return []
+    seed = group.noise_seed
+    return worst(one for found in timed for one in findings(found, setting, chunks_timed=False, noise_seed=seed))
 
 
 def _noisy(candidate: Candidate, noise: int) -> Candidate:

@@ -27,6 +27,7 @@ from kvr_partition.cli.options import (
     parse_contexts,
 )
 from kvr_partition.errors import OutOfRangeError, RankError
+from kvr_partition.findings import Finding, contradict, findings, worst
 from kvr_partition.partition import Partition
 from kvr_partition.provenance import weights_line
 
@@ -136,6 +137,8 @@ class ContextResult:
     held_out: bool
     named: list[tuple[str, Measurement]]
     measured: int
+    stopped: str = ""
+    findings: Sequence[Finding] = ()
 
 
 class _Session:
@@ -159,6 +162,9 @@ class _Session:
         self._past: int = options.past
         self._setting: Setting | None = None
         self._setting_known = False
+        self._reference: Setting | None = None
+        self._chunks_timed = False
+        self._said: set[object] = set()
         self.costs_known = False
         """Whether the log tells what chunks cost, which a predictor is trained from."""
         self._planned = 0.0
@@ -186,6 +192,15 @@ class _Session:
             time = "failed" if trial.ttft_s is None else f"{trial.ttft_s * 1e3:.1f} ms"
             self._progress.say(f"  {context:>7} tokens  {trial.partition!s:<24} {time:>12}  {trial.source}")
 
+        def enough(measured: Sequence[Measurement]) -> bool:
+            why = contradict([self._findings(one) for one in measured])
+            if why is not None:
+                self._progress.say(
+                    f"  context {context}: no more partitions are measured, since what was measured contradicts "
+                    f"the costs that the search goes by: {why}"
+                )
+            return why is not None
+
         setting = None if self._options.sampler == "hierarchical" else self._measured_setting()
         # Without a cost to correct there is nothing to be informed by.
         lost = setting is None and self._options.sampler == "informed"
@@ -206,6 +221,7 @@ class _Session:
             seed=self._options.seed,
             confirm=confirm,
             on_trial=told,
+            enough=enough,
         )
         entry = Entry(
             context,
@@ -226,7 +242,9 @@ class _Session:
         named = [(names[one.method], result) for one, result in finals if one.method in names]
         named += [("KVR-E", result) for one, result in finals if one == Candidate("kvr", even)]
         named.append(("KVR-S", found.measurement))
-        return ContextResult(context, False, named, len(found.trials))
+        every = [*(trial.measurement for trial in found.trials), *(result for _, result in finals)]
+        noticed = worst(one for result in every for one in self._findings(result))
+        return ContextResult(context, False, named, len(found.trials), found.stopped, noticed)
 
     def predict(self, context: int) -> ContextResult:
         """Time the table's answer for a context that was not searched, beside the baselines."""
@@ -248,7 +266,20 @@ class _Session:
             names.append("KVR-P")
         measurements = self._measure(candidates, f"predict/{self._label(context)}")
         self._finish_phase(context, searched=False)
-        return ContextResult(context, True, list(zip(names, measurements, strict=True)), 0)
+        noticed = worst(one for result in measurements for one in self._findings(result))
+        return ContextResult(context, True, list(zip(names, measurements, strict=True)), 0, findings=noticed)
+
+    def _findings(self, measurement: Measurement) -> list[Finding]:
+        """What a measurement shows that its schedule does not; said the first time."""
+        if self._reference is None:
+            return []
+        seed = self._group.noise_seed
+        found = findings(measurement, self._reference, chunks_timed=self._chunks_timed, noise_seed=seed)
+        for one in found:
+            if one.about not in self._said:
+                self._said.add(one.about)
+                self._progress.say(f"  {measurement.partition}: {one.text}")
+        return found
 
     def _conditions(self) -> dict[str, object]:
         """What a shared study must agree on; the model by its digest, which is short."""
@@ -304,7 +335,7 @@ class _Session:
     def _measured_setting(self) -> Setting | None:
         """What chunks and links cost here, found out once for all contexts; None if nothing tells."""
         from kvr_partition.cost import FitError
-        from profiler.calibrate import guessed_setting, measured_setting
+        from profiler.calibrate import guessed_setting, measured_setting, time_links
 
         if self._setting_known:
             return self._setting
@@ -313,7 +344,8 @@ class _Session:
         longest = max(self._contexts)
         try:
             self._setting = measured_setting(self._group, longest + self._past, self._out.log)
-            self.costs_known = True
+            self.costs_known = self._chunks_timed = True
+            self._reference = self._setting
         except FitError as error:
             # Measurements correct a guess as well as a fit; it only takes a few more of them.
             self._progress.say(f"  going on from a guess of what chunks cost: {error}")
@@ -322,6 +354,8 @@ class _Session:
                     self._group, longest, lambda candidate: self._measure([candidate], "guess")[0]
                 )
                 self.costs_known = True
+                with contextlib.suppress(FitError):
+                    self._reference = replace(self._setting, link=time_links(self._group, self._out.log))
         if self._setting is not None:
             self._setting = self._with_steps(self._setting)
         self._progress.doing("measuring the first partitions")
@@ -393,7 +427,7 @@ def _report(
     costs_known: bool,
 ) -> None:
     from kvr_partition.cli.comparison import Comparison, together
-    from kvr_partition.cli.show import print_json, print_table
+    from kvr_partition.cli.show import print_findings, print_json, print_table
 
     compared = {
         result.context: Comparison(
@@ -417,6 +451,8 @@ def _report(
                         "context": result.context,
                         "held_out": result.held_out,
                         "partitions_measured": result.measured,
+                        "stopped": result.stopped,
+                        "findings": result.findings,
                         "methods": compared[result.context].facts(),
                     }
                     for result in results
@@ -431,6 +467,7 @@ def _report(
         for result in results
     ]
     print_table(*together(labelled), left=2)
+    print_findings([(result.context, result.findings) for result in results])
     print(f"\nFiles in {out.path}:")
     print("  table.json          the partitions found; serving code loads this")
     print("  measurements.jsonl  every sample")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from kvr_partition.cli.options import on_terminal
+
+if TYPE_CHECKING:
+    from kvr_partition.findings import Finding
 
 
 def print_json(document: Any) -> None:
@@ -32,6 +35,15 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int 
     print("  ".join("─" * width for width in widths))
     for row in rows:
         print(line(row))
+
+
+def print_findings(found: Sequence[tuple[int, Sequence[Finding]]]) -> None:
+    """What measurements of some contexts showed that their schedules do not, a line each."""
+    if any(findings for _, findings in found):
+        print("\nNoticed:")
+        for context, findings in found:
+            for one in findings:
+                print(f"  {context:>7}  {one.text}")
 
 
 def seconds(value: float) -> str:

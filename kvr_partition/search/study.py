@@ -81,7 +81,8 @@ class SearchResult:
         trials: every partition measured, in order.
         confirmed: all measurements of the side-by-side run at the end, if there was one.
         stopped: ``"budget"``, ``"exhausted"`` when the sampler had nothing new to offer, or ``"converged"``
-            when nothing could be expected to win more than measuring can tell.
+            when nothing could be expected to win more than measuring can tell, or ``"enough"`` when the caller
+            said so.
         quantum: what boundaries were multiples of, as the study's creator decided.
     """
 
@@ -111,6 +112,7 @@ def search(
     seed: int = 0,
     confirm: Callable[[Sequence[Partition]], Sequence[Measurement]] | None = None,
     on_trial: Callable[[Trial], None] | None = None,
+    enough: Callable[[Sequence[Measurement]], bool] | None = None,
 ) -> SearchResult:
     """Find the partition of a context with the shortest time to first token.
 
@@ -139,6 +141,7 @@ def search(
         confirm: times several partitions side by side. Called at the end with the three best ones and the
             even split, since medians of separate runs on a drifting machine do not compare; see `decided`.
         on_trial: told of each trial as it finishes.
+        enough: asked before each trial whether what was measured forbids going on.
 
     Raises:
         RankError: measuring failed several times in a row.
@@ -166,7 +169,7 @@ def search(
             shared,
             conditions,
         )
-        stopped = study.run(measure, budget, on_trial)
+        stopped = study.run(measure, budget, on_trial, enough)
         beliefs = study.beliefs()
         return _conclude(study.trials(), study.ranked(beliefs), beliefs, study.space, confirm, stopped)
 
@@ -256,7 +259,13 @@ class _Study:
         self._study.set_user_attr("begun", begun)
         return begun
 
-    def run(self, measure: Measure, budget: int, on_trial: Callable[[Trial], None] | None) -> str:
+    def run(
+        self,
+        measure: Measure,
+        budget: int,
+        on_trial: Callable[[Trial], None] | None,
+        enough: Callable[[Sequence[Measurement]], bool] | None = None,
+    ) -> str:
         """Measure until the budget is spent; returns what ended it."""
         repeats = failures = 0
         while True:
@@ -264,6 +273,8 @@ class _Study:
             known, running = self._look()
             if len(known) >= budget:
                 return "budget"
+            if enough is not None and enough([one.measurement for one in known.values()]):
+                return "enough"
             if len(known) + len(running) >= budget:
                 # Others are measuring the last ones; if they fail, there is a place again.
                 time.sleep(POLL_S)

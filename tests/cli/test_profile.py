@@ -18,7 +18,7 @@ from kvr_partition.schedule import Setting, best_split, simulate
 from kvr_partition.training import load_dataset
 from profiler.models import open_model
 from profiler.store import MeasurementLog
-from tests.cli.program import one_error, program
+from tests.cli.program import one_error, patched, program
 from tests.models import provenance, write_folder
 from tests.unit.test_profile import profile_of
 
@@ -168,3 +168,59 @@ def test_advice_shows_what_a_table_has_measured(simulated: Path) -> None:
     measured = [one for one in found["options"] if one["measured_ttft_s"] is not None]
     assert [(one["method"], one["ranks"]) for one in measured] == [("kvr-chain", 3)]
     assert measured[0]["measured_ttft_s"] == pytest.approx(measured[0]["predicted_ttft_s"], rel=0.01)
+
+
+SERIALISED = """
+import profiler.ranks, profiler.simulate, msgspec
+from kvr_partition.measurement import RankTimes
+
+class Serialised(profiler.simulate.Simulated):
+    '''A rank passes nothing on before it has all that it receives: one message at a time, receives first.'''
+
+    def _prefill(self, request):
+        replies = super()._prefill(request)
+        if not request.method.startswith("kvr"):
+            return replies
+        late, out = 0.0, []
+        for rank, reply in enumerate(replies):
+            times = reply.times
+            if rank > 1:
+                before = out[rank - 1]
+                late = max(late, before.times.compute_s + before.times.wait_s)
+            out.append(msgspec.structs.replace(
+                reply,
+                ended=reply.ended + late,
+                times=RankTimes(times.compute_s, times.wait_s + late, times.transfer_s, times.first_wait_s + late),
+            ))
+        return [msgspec.structs.replace(one, ended=out[-1].ended) for one in out]
+
+profiler.ranks.Simulated = Serialised
+"""
+
+
+def test_links_that_carry_one_message_at_a_time_are_told_and_end_a_search(simulated: Path) -> None:
+    arguments = f"search {ON} --contexts 512 --budget 12 --out {{}} --format json"
+    right = json.loads(run(arguments.format("right"), simulated).stdout)["contexts"][0]
+    assert right["findings"] == []
+    done = patched(SERIALISED, *arguments.format("serial").split(), cwd=simulated)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["contexts"][0]
+    assert [(one["kind"], one["rank"]) for one in found["findings"]] == [("late", 2)]
+    assert found["findings"][0]["text"].endswith("links carry one message at a time?")
+    assert found["stopped"] == "enough"
+    assert found["partitions_measured"] == 2
+    assert "no more partitions are measured" in done.stderr
+    assert (simulated / "serial" / "table.json").is_file()
+    # The same command does not go on where there is nothing to be learnt, and says the same.
+    again = patched(SERIALISED, *arguments.format("serial").split(), cwd=simulated)
+    assert json.loads(again.stdout)["contexts"][0]["partitions_measured"] == 2
+
+
+def test_compare_tells_the_same(simulated: Path) -> None:
+    arguments = f"compare {ON} --context 512 --methods single,kvr-e,bound"
+    assert "Noticed" not in run(arguments, simulated).stdout
+    done = patched(SERIALISED, *arguments.split(), cwd=simulated)
+    assert "Noticed" in done.stdout
+    assert "rank 2 began" in done.stdout
+    report = json.loads(patched(SERIALISED, *f"{arguments} --format json".split(), cwd=simulated).stdout)
+    assert report[0]["findings"][0]["kind"] == "late"

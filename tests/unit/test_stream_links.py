@@ -87,9 +87,10 @@ class Wire:
 class FakeTurn(Turn):
     def __init__(self) -> None:
         super().__init__(None)
+        self.awaited: list[tuple[Stream, int]] = []
 
     def wait_for_device(self, event: Any, peer: int) -> None:
-        pass
+        self.awaited.append(event)
 
 
 class World:
@@ -102,6 +103,7 @@ class World:
         self.links = []
         self.there: set[tuple[int, int, int]] = set()
         self.log: list[tuple[str, Any]] = []
+        self.awaited: list[list[tuple[Stream, int]]] = []
         for rank in range(self.ranks):
             wires = {peer: Wire(rank, peer) for peer in range(self.ranks) if peer != rank}
             links = StreamLinks(
@@ -124,6 +126,7 @@ class World:
                 self.streams[rank].compute.work.append(("layer", (rank, layer)))
             links.finish()
             self.links.append(links)
+            self.awaited.append(links.turn.awaited)  # type: ignore[attr-defined]
 
     @property
     def all_streams(self) -> list[Stream]:
@@ -192,6 +195,16 @@ def test_a_peer_s_stream_carries_the_documented_order(world: Any) -> None:
                     earlier = [what[2] for kind, what in stream.work[:at] if kind == "send"]
                     assert all(one >= layer for one in later)
                     assert all(one < layer for one in earlier)
+
+
+@given(worlds)
+def test_a_prefill_ends_when_all_rows_of_this_rank_have_come_and_gone(world: Any) -> None:
+    made = World(*world)
+    for streams, awaited in zip(made.streams, made.awaited, strict=True):
+        until = dict(awaited)
+        for stream in (streams.compute, *streams.sends.values()):
+            last = max((at for at, (kind, _) in enumerate(stream.work) if kind in ("has", "send")), default=-1)
+            assert until.get(stream, 0) > last
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)

@@ -324,7 +324,6 @@ class PeerWatch:
     """The layer whose wait was ended, in words."""
     _receives: Sequence[Sequence[Hop]] = ()
     _waits: list[tuple[int, str, Any, Any]] = field(default_factory=list)
-    _opened: tuple[int, str, Any] | None = None
     _next: int = 0
     _since: tuple[int, float] | None = None
 
@@ -334,14 +333,9 @@ class PeerWatch:
         self.peers.begin(self)
         self.turn.waits_in = self.waits_in
 
-    def before(self, layer: int, stream: Any) -> None:
-        """A stream is about to wait for a layer's rows."""
-        self._opened = (layer, self.turn.phase, stream.record_event())
-
-    def after(self, layer: int, stream: Any) -> None:
-        """A stream has all rows of a layer."""
-        assert self._opened is not None
-        self._waits.append((*self._opened, stream.record_event()))
+    def waits(self, layer: int, before: Any, after: Any) -> None:
+        """The model's stream waits for a layer's rows between two events."""
+        self._waits.append((layer, self.turn.phase, before, after))
 
     def end(self) -> None:
         """The prefill is over; see `Watch.end`."""

@@ -40,11 +40,8 @@ class Watch(Protocol):
     def begin(self, receives: Sequence[Sequence[Hop]]) -> None:
         """The prefill is about to begin on the current stream."""
 
-    def before(self, layer: int, stream: Any) -> None:
-        """A stream is about to wait for a layer's rows."""
-
-    def after(self, layer: int, stream: Any) -> None:
-        """A stream has all rows of a layer."""
+    def waits(self, layer: int, before: Any, after: Any) -> None:
+        """The model's stream waits for a layer's rows between two events."""
 
     def end(self) -> None:
         """The prefill is over.
@@ -96,6 +93,7 @@ class StreamLinks(PlannedLinks):
     watch: Watch | None = None
     _posted: list[list[tuple[Hop, Any]]] = field(init=False, default_factory=list)
     _used: dict[int, Any] = field(init=False, default_factory=dict)
+    _arrived: Any = field(init=False, default=None)
     _spans: list[list[tuple[Any, Any]]] = field(init=False, default_factory=list)
 
     def start(self, slots: Sequence[Slot]) -> None:
@@ -140,14 +138,17 @@ class StreamLinks(PlannedLinks):
     def wait_prefix(self, layer: int) -> None:
         self._check()
         stream = self.streams.current()
-        if self.watch is not None:
-            self.watch.before(layer, stream)
+        before = stream.record_event()
         for hop, posted in self._posted[layer]:
             self.wires[hop.peer].wait(posted, stream)
+        self._arrived = stream.record_event()
         if self.watch is not None:
-            self.watch.after(layer, stream)
+            self.watch.waits(layer, before, self._arrived)
 
     def finish(self) -> list[float]:
+        if self._arrived is not None:
+            # Until then rows may be on their way here, or never come.
+            self.turn.wait_for_device(self._arrived, self.rank - 1)
         for peer, stream in self._used.items():
             self.turn.wait_for_device(stream.record_event(), peer)
         if self.watch is not None:

@@ -1,0 +1,250 @@
+"""What a measurement shows that its schedule does not: waits, transfers and compute that costs do not explain.
+
+A search believes what it measures. Where links carry one message at a time, say, it would cut for links that do
+not exist, and nobody would notice. So each measurement is held against the schedule of the same split, given what
+each rank computed in it: what is then left over is not the cost model's error but something that works otherwise
+than told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import msgspec
+
+from kvr_partition.measurement import Measurement, RankTimes, Sample, median
+from kvr_partition.schedule import FREE_LINK, Setting, Timeline, simulate
+
+Kind = Literal["late", "link", "wait", "compute", "unexplained"]
+
+CONTRADICTIONS: frozenset[Kind] = frozenset({"late", "link", "wait"})
+"""Kinds that no correction of costs explains, since ranks' own compute is taken as it was."""
+
+SHARE = 0.05
+"""Of TTFT, what is left over in every sample before it is worth a word. The schedule itself is nearer than that
+where ranks compute what they are told to (docs/performance.md)."""
+
+LEAST_S = 0.002
+"""Likewise, in seconds: what threads and processes of a busy host need to be woken."""
+
+SLOW_LINK = 2.0
+"""Times as long as timed, from which a link is called slow."""
+
+SLOW_RANK = 1.25
+"""Times as long as its chunk was timed at, from which a rank is called slow; searches correct less than that."""
+
+UNEXPLAINED = 0.1
+"""Of TTFT, what the last rank neither computed nor waited."""
+
+_MOST_SAMPLES = 8
+
+
+class Finding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One thing that is off by far more than noise.
+
+    Attributes:
+        kind: ``"late"`` (a rank's first KV came long after it could have), ``"link"`` (a link delivers less than
+            it was timed at), ``"wait"`` (a rank waits longer than the links explain), ``"compute"`` (ranks compute
+            longer than chunks were timed at) or ``"unexplained"`` (TTFT beyond what the last rank computed and
+            waited).
+        text: that, with its likely cause, in one line.
+        share: of TTFT that it takes; of ``"compute"``, of what was timed.
+        rank: whose; None for all.
+        source: the rank at the other end of the link, where it is one.
+    """
+
+    kind: Kind
+    text: str
+    share: float
+    rank: int | None = None
+    source: int | None = None
+
+    @property
+    def about(self) -> tuple[str, int | None, int | None]:
+        """What it is about: findings of several measurements about the same are one."""
+        return self.kind, self.source, self.rank
+
+
+def findings(
+    measurement: Measurement, setting: Setting, *, chunks_timed: bool = True, noise_seed: int = 0
+) -> list[Finding]:
+    """What a measurement of KV-Runahead shows that its schedule does not.
+
+    Args:
+        setting: of the machine. One without links says nothing.
+        chunks_timed: whether the setting's costs were timed here; a guess of them says nothing about slow ranks.
+        noise_seed: of the choice of links that foreign traffic disturbs.
+    """
+    partition = measurement.partition
+    known = setting.link != FREE_LINK
+    if not known or not measurement.ok or not measurement.method.startswith("kvr") or partition.ranks < 2:
+        return []
+    told = replace(setting, past=partition.past, noise=measurement.noise, noise_seed=noise_seed)
+    if measurement.method in ("kvr-chain", "kvr-fanout"):
+        told = replace(told, topology="fanout" if measurement.method == "kvr-fanout" else "chain")
+    alone = simulate(partition, told)
+    samples = measurement.samples[:_MOST_SAMPLES]
+    expected = [_as_computed(sample, told, alone, measurement) for sample in samples]
+    found = _waits(samples, expected, told)
+    if chunks_timed:
+        found += _slow_ranks(samples, alone)
+    if not found:
+        found += _unexplained(samples)
+    return found
+
+
+def worst(found: Iterable[Finding]) -> list[Finding]:
+    """Of findings about the same, the worst; in the order in which they first came."""
+    kept: dict[tuple[str, int | None, int | None], Finding] = {}
+    for one in found:
+        before = kept.get(one.about)
+        if before is None or one.share > before.share:
+            kept[one.about] = one
+    return list(kept.values())
+
+
+def contradict(found: Sequence[Sequence[Finding]], least: int = 2) -> str | None:
+    """Why a search must not go on: so many measurements contradict what it goes by in the same way.
+
+    Args:
+        found: the findings of each measurement.
+        least: one alone may be an accident.
+    """
+    against = [[one for one in each if one.kind in CONTRADICTIONS] for each in found]
+    if sum(map(bool, against)) < least:
+        return None
+    return worst(one for each in against for one in each)[0].text
+
+
+def _as_computed(sample: Sample, told: Setting, alone: Timeline, measurement: Measurement) -> Timeline:
+    """The schedule of ranks that compute what they did in one sample."""
+    speeds = tuple(
+        planned.compute_s / (ran.compute_s * told.slowness(rank)) if ran.compute_s > 0 else 1.0
+        for rank, (planned, ran) in enumerate(zip(alone.ranks, sample.ranks, strict=True))
+    )
+    return simulate(measurement.partition, replace(told, speeds=speeds, alone_speed=1.0))
+
+
+def _waits(samples: Sequence[Sample], expected: Sequence[Timeline], told: Setting) -> list[Finding]:
+    """The first rank that waits longer than its links explain, and why; those after it wait for it."""
+    ranks = len(samples[0].ranks)
+    for rank in range(1, ranks):
+        left = [
+            sample.ranks[rank].wait_s - timeline.ranks[rank].wait_s
+            for sample, timeline in zip(samples, expected, strict=True)
+        ]
+        ttft = median([sample.ttft_s for sample in samples])
+        if min(left) < max(SHARE * ttft, LEAST_S):
+            continue
+        over, share = median(left), median(left) / ttft
+        first = [
+            ran - timeline.ranks[rank].layers[0].wait_s
+            for sample, timeline in zip(samples, expected, strict=True)
+            if (ran := sample.ranks[rank].first_wait_s) is not None
+        ]
+        if first and median(first) > 0.5 * over:
+            return [
+                Finding(
+                    "late",
+                    f"rank {rank} began {_seconds(median(first))} after its KV could have been there: "
+                    "links carry one message at a time?",
+                    share,
+                    rank,
+                )
+            ]
+        return [_slow_link(rank, samples, expected, told, share) or _long_wait(rank, over, share)]
+    return []
+
+
+def _long_wait(rank: int, over: float, share: float) -> Finding:
+    return Finding(
+        "wait",
+        f"rank {rank} waited {_seconds(over)} longer for KV than links and the ranks before it explain: "
+        "do links hold one another up?",
+        share,
+        rank,
+    )
+
+
+def _slow_link(
+    rank: int, samples: Sequence[Sample], expected: Sequence[Timeline], told: Setting, share: float
+) -> Finding | None:
+    """The link to a rank, if what is sent before it takes far longer than it was timed at."""
+    sources = [rank - 1] if told.topology == "chain" else list(range(rank))
+    ratios = {
+        source: min(
+            sample.ranks[source].transfer_s / timeline.ranks[source].transfer_s
+            for sample, timeline in zip(samples, expected, strict=True)
+            if timeline.ranks[source].transfer_s > 0
+        )
+        for source in sources
+        if any(timeline.ranks[source].transfer_s > 0 for timeline in expected)
+    }
+    if not ratios:
+        return None
+    source = max(ratios, key=ratios.__getitem__)
+    if ratios[source] < SLOW_LINK:
+        return None
+    timed = 1 / told.link_between(source, rank).seconds_per_byte
+    return Finding(
+        "link",
+        f"link {source}→{rank} delivers {_rate(timed / ratios[source])}, was timed at {_rate(timed)}: "
+        "is something else on it?",
+        share,
+        rank,
+        source,
+    )
+
+
+def _slow_ranks(samples: Sequence[Sample], alone: Timeline) -> list[Finding]:
+    """Ranks that compute far longer than their chunks were timed at."""
+    ratios = [
+        min(sample.ranks[rank].compute_s for sample in samples) / planned.compute_s
+        for rank, planned in enumerate(alone.ranks)
+    ]
+    over = [rank for rank, ratio in enumerate(ratios) if ratio > SLOW_RANK]
+    if not over:
+        return []
+    cause = "is the machine busy or hot, or do links take SMs or cores?"
+    if len(over) == len(ratios):
+        ratio = median(ratios)
+        return [Finding("compute", f"ranks computed {ratio - 1:.0%} longer than alone: {cause}", ratio - 1)]
+    return [
+        Finding(
+            "compute",
+            f"rank {rank} computed {ratios[rank] - 1:.0%} longer than alone: {cause}",
+            ratios[rank] - 1,
+            rank,
+        )
+        for rank in over
+    ]
+
+
+def _unexplained(samples: Sequence[Sample]) -> list[Finding]:
+    left = [sample.ttft_s - _busy(sample.ranks[-1]) for sample in samples]
+    ttft = median([sample.ttft_s for sample in samples])
+    if min(left) < max(UNEXPLAINED * ttft, 2 * LEAST_S):
+        return []
+    return [
+        Finding(
+            "unexplained",
+            f"the first token came {_seconds(median(left))} after all that the last rank computed and waited: "
+            "does the host set the pace?",
+            median(left) / ttft,
+            len(samples[0].ranks) - 1,
+        )
+    ]
+
+
+def _busy(times: RankTimes) -> float:
+    return times.compute_s + times.wait_s
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 0.1 else f"{value * 1e3:.0f} ms"
+
+
+def _rate(bytes_per_s: float) -> str:
+    return f"{bytes_per_s / 1e9:.3g} GB/s" if bytes_per_s >= 1e8 else f"{bytes_per_s / 1e6:.3g} MB/s"
