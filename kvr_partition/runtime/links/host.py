@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,17 +20,18 @@ class HostLinks(PlannedLinks):
     """Links over a process group that works on host memory (gloo).
 
     One thread for each rank that sends here waits for arrivals in order, and one for each rank that is
-    sent to writes, so the compute thread does neither. A chunk is forwarded the moment it has arrived,
-    before the rest of the prefix has: the chain costs one hop of latency per rank, not one whole prefix.
+    sent to writes, so the compute thread does neither. A link carries its messages in the order of the plan,
+    as links between GPUs do and as `kvr_partition.schedule` has it: in each layer this rank's own chunk, then
+    what it forwards, nearest chunk first. Each leaves as soon as it is here and those before it have left.
     """
 
     group: Any
     _messages: Messages = field(init=False)
     _missing: list[int] = field(init=False, default_factory=list)
     _change: threading.Condition = field(init=False)
-    _outboxes: dict[int, queue.SimpleQueue[tuple[int, Hop | None] | None]] = field(
-        init=False, default_factory=dict
-    )
+    _here: set[tuple[int, int]] = field(init=False, default_factory=set)
+    """Layers and chunks whose rows can be sent on."""
+    _given_up: bool = field(init=False, default=False)
     _receiving: int = field(init=False, default=0)
     _sending: int = field(init=False, default=0)
     _transfer_s: list[float] = field(init=False, default_factory=list)
@@ -54,34 +54,28 @@ class HostLinks(PlannedLinks):
             for hop in hops:
                 work = self._messages.receive(layer, hop, slots[layer].at(hop.piece))
                 arrivals.setdefault(hop.peer, []).append((layer, hop, work))
-        peers = {hop.peer for by_chunk in self._sends for hops in by_chunk.values() for hop in hops}
-        if any(self._noisy(layer) == self.rank for layer in range(len(slots))):
-            peers.add(self.rank + 1)
-        self._outboxes = {peer: queue.SimpleQueue() for peer in sorted(peers)}
-        self._receiving, self._sending = len(arrivals), len(peers)
-        for peer in peers:
-            self._spawn(f"send{peer}", peer, partial(self._send_to, peer))
+        outgoing = self._outgoing()
+        self._receiving, self._sending = len(arrivals), len(outgoing)
+        for peer, messages in outgoing.items():
+            self._spawn(f"send{peer}", peer, partial(self._send_to, peer, messages))
         for peer, works in arrivals.items():
             self._spawn(f"receive{peer}", peer, partial(self._receive, works))
 
     def own_ready(self, layer: int) -> None:
-        if self._noisy(layer) == self.rank:
-            self._outboxes[self.rank + 1].put((layer, None))
-        self._send_on(layer, self.rank)
+        self._has(layer, self.rank)
 
     def wait_prefix(self, layer: int) -> None:
         self._wait_until(lambda: self._missing[layer] <= 0, self.rank - 1)
 
     def finish(self) -> list[float]:
-        # Once everything has arrived, everything that is to be forwarded is queued.
         self._wait_until(lambda: self._receiving == 0, self.rank - 1)
-        self.abort()
         self._wait_until(lambda: self._sending == 0, self.rank + 1)
         return self._transfer_s
 
     def abort(self) -> None:
-        for outbox in self._outboxes.values():
-            outbox.put(None)
+        with self._change:
+            self._given_up = True
+            self._change.notify_all()
 
     def _wait_until(self, done: Callable[[], bool], peer: int) -> None:
         """Wait for the threads of the links, as long as no rank has failed."""
@@ -125,20 +119,39 @@ class HostLinks(PlannedLinks):
             work.wait()
             if hop is None:
                 continue
-            self._send_on(layer, hop.piece.chunk)
-            with self._change:
-                self._missing[layer] -= 1
-                self._change.notify_all()
+            self._has(layer, hop.piece.chunk)
         self._ended(receiving=1)
 
-    def _send_on(self, layer: int, chunk: int) -> None:
-        for hop in self._sends[layer].get(chunk, ()):
-            self._outboxes[hop.peer].put((layer, hop))
+    def _has(self, layer: int, chunk: int) -> None:
+        with self._change:
+            self._here.add((layer, chunk))
+            if chunk != self.rank:
+                self._missing[layer] -= 1
+            self._change.notify_all()
 
-    def _send_to(self, peer: int) -> None:
+    def _outgoing(self) -> dict[int, list[tuple[int, Hop | None]]]:
+        """What is sent to each rank, in order; None stands for foreign traffic."""
+        out: dict[int, list[tuple[int, Hop | None]]] = {}
+        for layer, by_chunk in enumerate(self._sends):
+            if self._noisy(layer) == self.rank:
+                out.setdefault(self.rank + 1, []).append((layer, None))
+            for chunk in range(self.rank, -1, -1):
+                for hop in by_chunk.get(chunk, ()):
+                    out.setdefault(hop.peer, []).append((layer, hop))
+        return out
+
+    def _may_send(self, wanted: tuple[int, int]) -> bool:
+        return self._given_up or wanted in self._here
+
+    def _send_to(self, peer: int, messages: list[tuple[int, Hop | None]]) -> None:
         free_at = 0.0
-        while (job := self._outboxes[peer].get()) is not None:
-            layer, hop = job
+        for layer, hop in messages:
+            # Foreign traffic goes ahead of the KV of its layer.
+            wanted = layer, self.rank if hop is None else hop.piece.chunk
+            with self._change:
+                self._change.wait_for(partial(self._may_send, wanted))
+                if self._given_up:
+                    break
             began = time.perf_counter()
             size = self.limits.noise if hop is None else self._slots[layer].at(hop.piece).nbytes
             free_at = max(free_at, began) + self.limits.held_s(size)
