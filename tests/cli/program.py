@@ -1,13 +1,16 @@
-"""Run the program as a user does: a process of its own."""
+"""Run the program as a user does, in a process of its own; it is forked, see `tests.forked`."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.forked import ROOT, Forked
+
 COMMAND = [sys.executable, "-m", "kvr_partition"]
 
 
@@ -21,30 +24,41 @@ def program(
     *arguments: object, cwd: Path, timeout_s: float = 250, stdin: str | None = None, **extra: str
 ) -> subprocess.CompletedProcess[str]:
     """Run ``kvr-partition`` to its end."""
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)],
-        cwd=cwd,
-        env=environment(**extra),
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-    )
+    return _run(arguments, cwd, timeout_s, stdin, environment(**extra))
 
 
 def patched(code: str, *arguments: object, cwd: Path, timeout_s: float = 200) -> subprocess.CompletedProcess[str]:
-    """Run a program of ours after ``code`` changed something in it, for what cannot fail on demand."""
-    start = f"{code}\nimport sys\nfrom kvr_partition.cli.main import main\nmain(sys.argv[1:])\n"
-    return subprocess.run(
-        [sys.executable, "-c", start, *map(str, arguments)],
-        cwd=cwd,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-    )
+    """Run it after ``code`` changed something in it, for what cannot fail on demand."""
+    return _run(arguments, cwd, timeout_s, None, environment(), code)
+
+
+def _run(
+    arguments: Sequence[object],
+    cwd: Path,
+    timeout_s: float,
+    stdin: str | None,
+    env: dict[str, str],
+    first: str = "",
+) -> subprocess.CompletedProcess[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        output, errors, given = (Path(folder) / name for name in ("output", "errors", "given"))
+        given.write_text(stdin or "")
+        process = Forked(
+            "kvr_partition.cli.main",
+            [str(argument) for argument in arguments],
+            output=output,
+            errors=errors,
+            given=given,
+            cwd=cwd,
+            env=env,
+            first=first,
+        )
+        try:
+            code = process.wait(timeout_s)
+        finally:
+            process.kill()
+            process.wait()
+        return subprocess.CompletedProcess(process.args, code, output.read_text(), errors.read_text())
 
 
 def one_error(done: subprocess.CompletedProcess[str], code: int) -> str:

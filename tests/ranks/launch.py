@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import subprocess
-import sys
+import time
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[2]
-
-
-def ranks_environment() -> dict[str, str]:
-    """One thread a rank, over loopback, with this checkout importable from any script."""
-    return {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_DEVICE_MAX_CONNECTIONS": "32",
-        "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        "HF_HUB_OFFLINE": "1",
-    }
+from tests.forked import Forked
 
 
 def rank_device(kind: str, rank: int) -> torch.device:
@@ -33,25 +21,31 @@ def rank_device(kind: str, rank: int) -> torch.device:
     return device
 
 
-def launch(module: str, folder: Path, ranks: int, timeout_s: float = 240) -> None:
-    """Run ``python -m module FOLDER RANK RANKS`` once per rank; fails with what the first bad one printed."""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", module, str(folder), str(rank), str(ranks)],
-            cwd=ROOT,
-            env=ranks_environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+def started(module: str, folder: Path, ranks: int) -> list[Forked]:
+    """``python -m module FOLDER RANK RANKS`` for each rank; what one prints goes to ``FOLDER/printed<rank>``."""
+    return [
+        Forked(module, [str(folder), str(rank), str(ranks)], output=folder / f"printed{rank}")
         for rank in range(ranks)
     ]
+
+
+def launch(module: str, folder: Path, ranks: int, timeout_s: float = 240) -> None:
+    """Run a module on ranks to its end; fails with what the first bad one printed."""
+    processes = started(module, folder, ranks)
+    until = time.monotonic() + timeout_s
     try:
-        printed = [process.communicate(timeout=timeout_s)[0] for process in processes]
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, until - time.monotonic()))
+        bad = [
+            f"rank {rank} ended with {process.returncode}:\n{(folder / f'printed{rank}').read_text()}"
+            for rank, process in enumerate(processes)
+            if process.returncode != 0
+        ]
     finally:
         for process in processes:
             process.kill()
-    bad = [text for process, text in zip(processes, printed, strict=True) if process.returncode]
+            process.wait()
     # The first to fail takes the others down by closing its connections; those say little.
     bad.sort(key=lambda text: "Connection closed" in text)
     assert not bad, bad[0]

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.ranks.launch import ROOT, ranks_environment
+from tests.forked import ROOT, ranks_environment
+from tests.ranks.launch import started
 
 Seen = list[dict[str, Any]]
 """What each rank saw of one scenario."""
@@ -41,18 +42,7 @@ def play(
     (folder / "scenarios.json").write_text(
         json.dumps({"names": names, "timeout_s": timeout_s, "device": device, "eager": eager})
     )
-    command = [sys.executable, "-m", "tests.ranks.agreement", str(folder)]
-    outputs = [(folder / f"printed{rank}").open("w") for rank in range(ranks)]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(ranks)],
-            cwd=ROOT,
-            env=ranks_environment(),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-        for rank, output in enumerate(outputs)
-    ]
+    processes = started("tests.ranks.agreement", folder, ranks)
     try:
         for rank, process in enumerate(processes):
             if rank != missing:
@@ -61,8 +51,6 @@ def play(
         for process in processes:
             process.kill()
             process.wait()
-        for output in outputs:
-            output.close()
     told = [
         {} if rank == missing else json.loads((folder / f"seen{rank}.json").read_text()) for rank in range(ranks)
     ]

@@ -15,8 +15,8 @@ import pytest
 from kvr_partition import Partition, PartitionError
 from kvr_partition.errors import RankError, UnsupportedError
 from profiler import Candidate, MeasurementLog, RankGroup, SamplingPlan
+from tests.forked import ROOT, ranks_environment
 from tests.models import build, config, write_folder
-from tests.ranks.launch import ROOT, ranks_environment
 
 FAST = SamplingPlan(warmup=1, least=2, most=2)
 
