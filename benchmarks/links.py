@@ -4,7 +4,11 @@ For each model and context a search over peer links finds the split, which is th
 ranks that time nothing else. What one method needs and another does not is given back in between where a GPU has
 no room for both, and a run that is not timed puts it there again.
 
-    python benchmarks/links.py --ranks 2 --models llama-7b,llama-3.1-8b --contexts 16384,65536 --out data/h100-x2
+TTFT(p) is timed twice: as ``bound``, with ranks that have their prefixes from the beginning, and as ``bound +
+copies``, where copy engines also move what KV-Runahead moves, and nobody waits for it. GPUs at their power limit
+compute slower while links carry anything; the second one tells that from what waiting costs.
+
+    python -m benchmarks.links --ranks 2 --models llama-7b,llama-3.1-8b --contexts 16384,65536 --out data/h100-sxm
 """
 
 from __future__ import annotations
@@ -14,11 +18,12 @@ import contextlib
 import gc
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +34,38 @@ from benchmarks.prefill import searched
 from kvr_partition.cli.options import model_folder
 from kvr_partition.measurement import median
 from kvr_partition.partition import Partition
+from kvr_partition.runtime.links.plan import NoLinks, Piece, Slot
 from profiler import RankGroup
 
-MODES = ("kvr-s peer", "kvr-s nccl", "zigzag", "bound")
+MODES = ("kvr-s peer", "kvr-s nccl", "zigzag", "bound", "bound + copies")
+
+
+class Copies(NoLinks):
+    """Nobody waits, but copy engines bring each layer's own rows to every later GPU."""
+
+    def __init__(self, rank: int, split: Partition) -> None:
+        super().__init__()
+        self._own = Piece(rank, split.starts[rank], split.ends[rank])
+        self._later = range(rank + 1, split.ranks)
+        self._slots: Sequence[Slot] = ()
+        self._to: dict[int, tuple[torch.cuda.Stream, torch.Tensor]] = {}
+
+    def start(self, slots: Sequence[Slot]) -> None:
+        """Make room over there for a layer."""
+        super().start(slots)
+        self._slots = slots
+        own = slots[0].at(self._own)
+        self._to = {
+            peer: (torch.cuda.Stream(), torch.empty_like(own, device=f"cuda:{peer}")) for peer in self._later
+        }
+
+    def own_ready(self, layer: int) -> None:
+        """Copy them."""
+        ready = torch.cuda.current_stream().record_event()
+        for stream, there in self._to.values():
+            stream.wait_event(ready)
+            with torch.cuda.stream(stream):
+                there.copy_(self._slots[layer].at(self._own), non_blocking=True)
 
 
 def timed(rank: int, spec: dict[str, Any]) -> None:
@@ -39,7 +73,6 @@ def timed(rank: int, spec: dict[str, Any]) -> None:
     from kvr_partition.runtime import link_group, prefill, probe, release_link_memory, zigzag
     from kvr_partition.runtime.agreement import agreement_of
     from kvr_partition.runtime.kernels import planning
-    from kvr_partition.runtime.links.plan import NoLinks
     from kvr_partition.runtime.prefill import chunk_cache, run_chunk
     from kvr_partition.runtime.support import runahead_attention
     from profiler.models import build_model, open_model
@@ -64,18 +97,18 @@ def timed(rank: int, spec: dict[str, Any]) -> None:
             ids = ids.to(device)
             start, end = split.starts[rank], split.ends[rank]
 
-            def bound() -> Any:
+            def bound(links: NoLinks) -> Any:
                 cache = random_prefix(chunk_cache(model, ids[:, start:end], prefix=start))  # noqa: B023
                 torch.cuda.synchronize()
                 barrier()
                 began = time.perf_counter()
-                out = run_chunk(model, ids[:, start:end], cache, rank=rank, ranks=ranks, links=NoLinks())  # noqa: B023
+                out = run_chunk(model, ids[:, start:end], cache, rank=rank, ranks=ranks, links=links)  # noqa: B023
                 torch.cuda.synchronize()
                 return began, time.perf_counter(), out
 
             def run(mode: str) -> tuple[float, float, Any]:
-                if mode == "bound":
-                    return bound()
+                if mode.startswith("bound"):
+                    return bound(NoLinks() if mode == "bound" else Copies(rank, split))  # noqa: B023
                 torch.cuda.synchronize()
                 barrier()
                 began = time.perf_counter()
@@ -94,15 +127,14 @@ def timed(rank: int, spec: dict[str, Any]) -> None:
             times: dict[str, list[list[float]]] = {mode: [] for mode in MODES}
             for round_ in range(spec["warmup"] + spec["samples"]):
                 # None of them always comes behind the same other one.
-                turned = round_ % len(MODES)
-                for mode in (*MODES[turned:], *MODES[:turned]):
+                for mode in random.Random(round_).sample(MODES, len(MODES)):
                     if tight:
                         gc.collect()
                         torch.cuda.empty_cache()
                         release_link_memory(groups["peer"])
                         run(mode)
                     began, ended, out = run(mode)
-                    counts = mode == "bound" or out.first_token is not None
+                    counts = mode.startswith("bound") or out.first_token is not None
                     took = torch.tensor(
                         [ended - began if counts else 0.0, out.timeline.compute_s, out.timeline.wait_s],
                         device=device,
@@ -144,11 +176,15 @@ def told(
         "wait_s": {mode: found[ranks:] for mode, found in parts.items()},
         "ratios": {
             "peer over TTFT(p)": ttft["kvr-s peer"] / ttft["bound"],
+            "peer over TTFT(p) with copies": ttft["kvr-s peer"] / ttft["bound + copies"],
             "peer over nccl": ttft["kvr-s peer"] / ttft["kvr-s nccl"],
             "peer over zigzag": ttft["kvr-s peer"] / ttft["zigzag"],
             "nccl over TTFT(p)": ttft["kvr-s nccl"] / ttft["bound"],
             "compute over peer links over compute of TTFT(p), by rank": [
                 ours / bound for ours, bound in zip(compute["kvr-s peer"], compute["bound"], strict=True)
+            ],
+            "compute over peer links over compute of TTFT(p) with copies, by rank": [
+                ours / bound for ours, bound in zip(compute["kvr-s peer"], compute["bound + copies"], strict=True)
             ],
             "compute over NCCL over compute of TTFT(p), by rank": [
                 ours / bound for ours, bound in zip(compute["kvr-s nccl"], compute["bound"], strict=True)
@@ -165,12 +201,17 @@ def measured(name: str, options: argparse.Namespace, each: Callable[[str], None]
         model_folder(name), ranks=options.ranks, backend="cuda", dtype="float16", links="peer"
     ) as group:
         origin = group.provenance
-        for context in contexts:
+        for context in contexts if not options.splits else ():
             each(f"{name} {context}: searching")
             quantum = 128 * max(1, context // 65_536)
             found, _ = searched(group, context, quantum, options.budget)
             asked.append({"context": context, "sizes": found.best.sizes})
             trials[str(context)] = [{"sizes": one.partition.sizes, "ttft_s": one.ttft_s} for one in found.trials]
+    if options.splits:
+        # What a search found before is timed again.
+        before = json.loads((options.splits / f"links-{options.ranks}-ranks-{name}.json").read_text())["contexts"]
+        asked = [{"context": context, "sizes": before[str(context)]["sizes"]} for context in contexts]
+        trials = {context: found["trials"] for context, found in before.items()}
     with tempfile.TemporaryDirectory() as folder:
         spec = {
             "model": name,
@@ -208,6 +249,7 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=6, help="splits to measure per context")
     parser.add_argument("--samples", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("links"))
+    parser.add_argument("--splits", type=Path, metavar="FOLDER", help="take those of an earlier run; search none")
     parser.add_argument("--rank", type=int)
     parser.add_argument("--spec")
     options = parser.parse_args()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -52,6 +53,13 @@ def try_links(gpus: int) -> dict[str, Any]:
         return tried(devices, gpus)
 
 
+def _cause(printed: str) -> str:
+    """Of a traceback the line that names the error; torch and NCCL may have printed more behind it."""
+    lines = printed.strip().splitlines() or ["it said nothing"]
+    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+    return (raised or lines)[-1]
+
+
 def tried(devices: list[str], own: int) -> dict[str, Any]:
     """The same for given devices, of which the first ``own`` are those that links are told of; see `try_links`."""
     with tempfile.TemporaryDirectory(prefix="kvr-links-") as folder:
@@ -86,10 +94,8 @@ def tried(devices: list[str], own: int) -> dict[str, Any]:
         for rank in range(len(devices)):
             path = Path(folder) / f"found{rank}.json"
             if not path.exists():
-                printed = (Path(folder) / f"printed{rank}").read_text(errors="replace").strip().splitlines()
-                raise RankError(
-                    f"rank {rank} could not try its links: {printed[-1] if printed else 'it said nothing'}"
-                )
+                printed = (Path(folder) / f"printed{rank}").read_text(errors="replace")
+                raise RankError(f"rank {rank} could not try its links: {_cause(printed)}")
             found.append(json.loads(path.read_text()))
     for each in found:
         if "error" in each:

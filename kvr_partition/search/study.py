@@ -80,9 +80,8 @@ class SearchResult:
         measurement: its measurement; from the side-by-side run at the end where there was one.
         trials: every partition measured, in order.
         confirmed: all measurements of the side-by-side run at the end, if there was one.
-        stopped: ``"budget"``, ``"exhausted"`` when the sampler had nothing new to offer, or ``"converged"``
-            when nothing could be expected to win more than measuring can tell, or ``"enough"`` when the caller
-            said so.
+        stopped: ``"budget"``; ``"exhausted"`` when the sampler had nothing new to offer; ``"converged"`` when
+            nothing could be expected to win more than measuring can tell; ``"enough"`` when the caller said so.
         quantum: what boundaries were multiples of, as the study's creator decided.
     """
 

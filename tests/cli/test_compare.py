@@ -72,7 +72,9 @@ def test_compare_takes_the_methods_it_is_given(folder: Path) -> None:
     assert lines[0][:2] == ["llama", "on"]
     assert lines[1] == ["weights:", "random(seed=0)"]
     assert lines[3][:2] == ["context", "method"]
-    assert [line[0] for line in lines[5:]] == ["64", "tensor", "KVR-E", "96", "tensor", "KVR-E"]
+    # A busy machine may be noticed behind the table.
+    table = lines[5 : lines.index([], 5) if [] in lines[5:] else None]
+    assert [line[0] for line in table] == ["64", "tensor", "KVR-E", "96", "tensor", "KVR-E"]
 
 
 def test_verify_prints_and_writes_certificates(folder: Path) -> None:

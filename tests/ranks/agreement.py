@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from kvr_partition import Partition, PartitionTable
+from kvr_partition.errors import RankError
 from kvr_partition.runtime import (
     LinkLimits,
     decode,
@@ -37,6 +38,7 @@ from kvr_partition.runtime import (
     tsp,
     zigzag,
 )
+from kvr_partition.runtime.agreement import agreement_of
 from kvr_partition.runtime.links.group import links_of
 from kvr_partition.table import Entry
 from tests.models import build
@@ -607,6 +609,9 @@ def main() -> None:
         seen[name] = globals()[name](world)
         seen[name]["seconds"] = time.perf_counter() - began
         (folder / f"seen{rank}.json").write_text(json.dumps(seen))
+    with suppress(RankError):
+        # A rank that leaves while others are still in its last prompt is one that died, to them.
+        agreement_of(None).barrier()
     # Where ranks are missing there is nobody to say goodbye to.
     os._exit(0)
 
