@@ -41,6 +41,7 @@ PRELOADED = [
     *(f"transformers.models.{name}.modeling_{name}" for name in ("auto", "llama", "mistral", "qwen2", "falcon")),
     "kvr_partition.cli.main",
     "kvr_partition.training",
+    "profiler.linktest",
     "profiler.process",
     *(f"tests.ranks.{name}" for name in ("agreement", "asleep", "exactness")),
 ]
@@ -115,6 +116,11 @@ class Forked:
             raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
         return self.returncode
 
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, if it still runs."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
     def kill(self) -> None:
         """End it."""
         self._process.kill()
@@ -160,9 +166,7 @@ def _become(
         os.fdopen(number, how, closefd=False) for number, how in ((0, "r"), (1, "w"), (2, "w"))
     )
     sys.argv = [module, *arguments] if control is None else [module, str(control)]
-    import profiler.transport
-
-    profiler.transport.subprocess = ForkedRanks  # type: ignore[assignment]
+    ForkedRanks.take_over()
     exec(first, {"__name__": "__main__"})
     try:
         import_module(module).main()
@@ -174,12 +178,24 @@ _WRITE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 
 
 class ForkedRanks:
-    """Stands where `profiler.transport` has `subprocess`, so that its ranks start from here, too."""
+    """Stands where modules of the profiler have `subprocess`, so that their ranks start from here, too."""
 
     DEVNULL, STDOUT, TimeoutExpired = subprocess.DEVNULL, subprocess.STDOUT, subprocess.TimeoutExpired
 
     @staticmethod
-    def Popen(command: Sequence[str], *, stdout: Any, env: dict[str, str], **_: Any) -> Forked:  # noqa: N802
-        """``python -m profiler.process CONTROL_SOCKET``."""
-        _, _, module, control = command
-        return Forked(module, [], output=Path(stdout.name), env=env, control=int(control))
+    def Popen(  # noqa: N802
+        command: Sequence[str], *, stdout: Any, env: dict[str, str], pass_fds: Sequence[int] = (), **_: Any
+    ) -> Forked:
+        """``python -m module arguments``; a descriptor that is handed over is the one argument."""
+        _, _, module, *arguments = command
+        control = pass_fds[0] if pass_fds else None
+        return Forked(module, arguments, output=Path(stdout.name), env=env, control=control)
+
+    @classmethod
+    def take_over(cls) -> None:
+        """Start all ranks of this process from here."""
+        import profiler.linktest
+        import profiler.transport
+
+        for module in (profiler.transport, profiler.linktest):
+            module.subprocess = cls  # type: ignore[attr-defined]

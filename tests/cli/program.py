@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.forked import ROOT, Forked
-
-COMMAND = [sys.executable, "-m", "kvr_partition"]
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -32,6 +30,13 @@ def patched(code: str, *arguments: object, cwd: Path, timeout_s: float = 200) ->
     return _run(arguments, cwd, timeout_s, None, environment(), code)
 
 
+def begun(*arguments: object, cwd: Path, output: Path, errors: Path | None = None, **more: Any) -> Forked:
+    """Start it."""
+    given = [str(argument) for argument in arguments]
+    more.setdefault("env", environment())
+    return Forked("kvr_partition.cli.main", given, output=output, errors=errors, cwd=cwd, **more)
+
+
 def _run(
     arguments: Sequence[object],
     cwd: Path,
@@ -43,16 +48,7 @@ def _run(
     with tempfile.TemporaryDirectory() as folder:
         output, errors, given = (Path(folder) / name for name in ("output", "errors", "given"))
         given.write_text(stdin or "")
-        process = Forked(
-            "kvr_partition.cli.main",
-            [str(argument) for argument in arguments],
-            output=output,
-            errors=errors,
-            given=given,
-            cwd=cwd,
-            env=env,
-            first=first,
-        )
+        process = begun(*arguments, cwd=cwd, output=output, errors=errors, given=given, env=env, first=first)
         try:
             code = process.wait(timeout_s)
         finally:

@@ -17,7 +17,7 @@ import pytest
 
 from kvr_partition import Partition, PartitionPredictor, load
 from profiler.store import MeasurementLog
-from tests.cli.program import COMMAND, environment, one_error, patched, program
+from tests.cli.program import begun, environment, one_error, patched, program
 from tests.models import write_folder
 
 SEARCH = [
@@ -264,10 +264,9 @@ def test_killed_at_any_moment_it_goes_on_and_loses_nothing(home: Path, tmp_path:
     write_folder(tmp_path / "llama", "llama-gqa", num_hidden_layers=2)
     log = tmp_path / "out" / "measurements.jsonl"
     draw = random.Random(2024)
-    command = [*COMMAND, *SEARCH, "--quiet"]
     for _ in range(3):
         before = log.read_bytes() if log.exists() else b""
-        running = subprocess.Popen(command, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL)
+        running = begun(*SEARCH, "--quiet", cwd=tmp_path, output=tmp_path / "printed")
         wanted = before.count(b"\n") + draw.randrange(2, 12)
         until = time.monotonic() + 120
         while time.monotonic() < until and running.poll() is None:

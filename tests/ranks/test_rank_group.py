@@ -333,7 +333,8 @@ def test_a_rank_that_stops_is_named_whoever_waits_for_it(llama: Path, rank: int)
 
 
 def test_what_goes_wrong_at_the_start_is_of_that_kind(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The process of a rank cannot even begin.
+    # The process of a rank cannot even begin; a forked one has begun.
+    monkeypatch.setattr("profiler.transport.subprocess", subprocess)
     monkeypatch.setenv("PYTHONMALLOC", "no such allocator")
     with pytest.raises(RankError) as caught:
         RankGroup(llama, ranks=2, backend="cpu", timeout_s=60).start()

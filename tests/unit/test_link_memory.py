@@ -71,7 +71,6 @@ def test_rows_that_are_alive_never_overlap(steps: list[tuple[int, bool, int]]) -
     assert memory.use.used_bytes >= sum(one.nbytes for one in alive)
     alive.clear()
     one = None
-    gc.collect()
     assert memory.use.used_bytes == 0
     reserved = memory.use.reserved_bytes
     assert memory.release() == reserved
