@@ -106,16 +106,18 @@ def worst(found: Iterable[Finding]) -> list[Finding]:
 
 
 def contradict(found: Sequence[Sequence[Finding]], least: int = 2) -> str | None:
-    """Why a search must not go on: so many measurements contradict what it goes by in the same way.
+    """Why a search must not go on: measurements contradict what it goes by, at least half of them in the same way.
 
     Args:
         found: the findings of each measurement.
-        least: one alone may be an accident.
+        least: so many must; one alone may be an accident.
     """
-    against = [[one for one in each if one.kind in CONTRADICTIONS] for each in found]
-    if sum(map(bool, against)) < least:
-        return None
-    return worst(one for each in against for one in each)[0].text
+    against = [one for each in found for one in each if one.kind in CONTRADICTIONS]
+    for one in worst(against):
+        times = sum(other.about == one.about for other in against)
+        if times >= max(least, len(found) / 2):
+            return one.text
+    return None
 
 
 def _as_computed(sample: Sample, told: Setting, alone: Timeline, measurement: Measurement) -> Timeline:
@@ -139,6 +141,8 @@ def _waits(samples: Sequence[Sample], expected: Sequence[Timeline], told: Settin
         if min(left) < max(SHARE * ttft, LEAST_S):
             continue
         over, share = median(left), median(left) / ttft
+        if (slow := _slow_link(rank, samples, expected, told, share)) is not None:
+            return [slow]
         first = [
             ran - timeline.ranks[rank].layers[0].wait_s
             for sample, timeline in zip(samples, expected, strict=True)
@@ -149,12 +153,12 @@ def _waits(samples: Sequence[Sample], expected: Sequence[Timeline], told: Settin
                 Finding(
                     "late",
                     f"rank {rank} began {_seconds(median(first))} after its KV could have been there: "
-                    "links carry one message at a time?",
+                    + ("links carry one message at a time?" if rank > 1 else "did rank 0 begin late?"),
                     share,
                     rank,
                 )
             ]
-        return [_slow_link(rank, samples, expected, told, share) or _long_wait(rank, over, share)]
+        return [_long_wait(rank, over, share)]
     return []
 
 
@@ -210,11 +214,17 @@ def _slow_ranks(samples: Sequence[Sample], alone: Timeline) -> list[Finding]:
     cause = "is the machine busy or hot, or do links take SMs or cores?"
     if len(over) == len(ratios):
         ratio = median(ratios)
-        return [Finding("compute", f"ranks computed {ratio - 1:.0%} longer than alone: {cause}", ratio - 1)]
+        return [
+            Finding(
+                "compute",
+                f"ranks computed {ratio - 1:.0%} longer than their chunks were timed at: {cause}",
+                ratio - 1,
+            )
+        ]
     return [
         Finding(
             "compute",
-            f"rank {rank} computed {ratios[rank] - 1:.0%} longer than alone: {cause}",
+            f"rank {rank} computed {ratios[rank] - 1:.0%} longer than its chunk was timed at: {cause}",
             ratios[rank] - 1,
             rank,
         )

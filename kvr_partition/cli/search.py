@@ -197,7 +197,7 @@ class _Session:
             if why is not None:
                 self._progress.say(
                     f"  context {context}: no more partitions are measured, since what was measured contradicts "
-                    f"the costs that the search goes by: {why}"
+                    f"its costs: {why} (see doctor; --fresh searches anew once it is mended)"
                 )
             return why is not None
 
@@ -468,6 +468,12 @@ def _report(
     ]
     print_table(*together(labelled), left=2)
     print_findings([(result.context, result.findings) for result in results])
+    for result in results:
+        if result.stopped == "enough":
+            print(
+                f"\nContext {result.context} was searched no further than {result.measured} partitions: "
+                "measurements contradict its costs. Once that is mended, search it anew with --fresh."
+            )
     print(f"\nFiles in {out.path}:")
     print("  table.json          the partitions found; serving code loads this")
     print("  measurements.jsonl  every sample")

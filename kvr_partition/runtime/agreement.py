@@ -364,7 +364,7 @@ class Agreement:
 
     def _drain(self) -> bool:
         """Wait until this rank's device writes to nobody any more, and tell the others."""
-        if not self.guarded or self.channel is None:
+        if self.channel is None:
             return True
         drained = True
         for each in self.guarded:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -30,3 +31,8 @@ class Execution:
 
 
 AT_ONCE = Execution()
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Make a CUDA device the current one, and its current stream with it; nothing for others."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -19,7 +19,7 @@ from kvr_partition.runtime.agreement import Turn, agreement_of
 from kvr_partition.runtime.cache import RunaheadCache, RunaheadLayer, check_past, held_states
 from kvr_partition.runtime.decoding import Greedy, top_is_finite
 from kvr_partition.runtime.digests import past_fingerprint, prompt_digest
-from kvr_partition.runtime.execution import AT_ONCE, Execution
+from kvr_partition.runtime.execution import AT_ONCE, Execution, on_device
 from kvr_partition.runtime.kernels import CudnnPlans
 from kvr_partition.runtime.links.group import link_setup
 from kvr_partition.runtime.links.plan import NO_LIMITS, AnyTopology, LinkLimits, Links, NoLinks, check_topology
@@ -134,6 +134,8 @@ def prefill(
             )
         )
         split, rank, input_ids = plan.partition, plan.rank, plan.input_ids
+        # Links go by the current stream, which is that of the model only on the model's device.
+        stack.enter_context(on_device(input_ids.device))
         turn.agree(
             "kvr",
             model,

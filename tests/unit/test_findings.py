@@ -102,10 +102,10 @@ def test_ranks_that_compute_longer_than_their_chunks_alone_are_told() -> None:
     hot = replace(SETTING, speeds=(1 / 1.4,) * 4)
     (found,) = findings(measured(*(sample(SPLIT, hot, 0.01, at) for at in range(3))), SETTING)
     assert found.kind == "compute"
-    assert found.text.startswith("ranks computed 39% longer than alone")
+    assert found.text.startswith("ranks computed 39% longer than their chunks were timed at")
     one = replace(SETTING, speeds=(1, 1, 1 / 1.6, 1))
     (found,) = findings(measured(*(sample(SPLIT, one, 0.01, at) for at in range(3))), SETTING)
-    assert found.text.startswith("rank 2 computed 59% longer than alone")
+    assert found.text.startswith("rank 2 computed 59% longer than its chunk was timed at")
     # A guess of costs says nothing about that, and no search stops for it.
     assert (
         findings(measured(*(sample(SPLIT, one, 0.01, at) for at in range(3))), SETTING, chunks_timed=False) == []

@@ -16,7 +16,7 @@ from kvr_partition.partition import Partition
 from kvr_partition.runtime.agreement import Agreement, Turn, agreement_of
 from kvr_partition.runtime.cache import RunaheadCache
 from kvr_partition.runtime.channel import host_name
-from kvr_partition.runtime.execution import AT_ONCE, Execution
+from kvr_partition.runtime.execution import AT_ONCE, Execution, on_device
 from kvr_partition.runtime.links.host import HostLinks
 from kvr_partition.runtime.links.memory import LinkMemory, LinkMemoryUse, link_memory
 from kvr_partition.runtime.links.messages import Messages
@@ -292,7 +292,7 @@ def links_of(group: dist.ProcessGroup | None, device: torch.device) -> LinkSetup
         UnsupportedError: two ranks share a GPU and have no peer links.
         RankError: a rank is gone, stopped, late or failed.
     """
-    with agreement_of(group).turn() as turn:
+    with agreement_of(group).turn() as turn, on_device(device):
         turn.open = turn.compare
         return link_setup(turn, device)
 
@@ -354,4 +354,7 @@ def _found_out(agreement: Agreement, turn: Turn, device: torch.device) -> LinkSe
     without = [pair for pair, kind in kinds.items() if kind is NCCL]
     if wanted == "peer" and without:
         raise UnsupportedError(f"{named_ranks(list(without[0]))} have no peer links; these need {PEER.needs}")
-    return LinkSetup(rank, ranks, kinds, peers if any(kind is PEER for kind in kinds.values()) else None)
+    if peers is not None and PEER not in kinds.values():
+        agreement.guarded.remove(peers)
+        peers = None
+    return LinkSetup(rank, ranks, kinds, peers)

@@ -11,6 +11,7 @@ sends from then on carries no valid flag, so that no rank takes it for KV.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import weakref
@@ -169,10 +170,11 @@ class Peers:
         """Unmap what other ranks' rows live in, so that they can give it back. No prefill may be under way."""
         self._scratch = None
         pages = set(self._pages.values())
-        for handle, pointer in list(self._mapped.items()):
-            if pointer not in pages:
-                self._driver.cuIpcCloseMemHandle(pointer)
-                del self._mapped[handle]
+        with torch.cuda.device(self._device):
+            for handle, pointer in list(self._mapped.items()):
+                if pointer not in pages:
+                    self._driver.cuIpcCloseMemHandle(pointer)
+                    del self._mapped[handle]
 
     def _map(self, handle: bytes) -> int:
         if handle not in self._mapped:
@@ -243,9 +245,9 @@ class Peers:
             watch = self._watched
             if watch is None or watch.released:
                 return
-            watch.ended_in = watch.waits_in()
-            watch.released = True
             with torch.cuda.device(self._device):
+                watch.ended_in = watch.waits_in()
+                watch.released = True
                 stream = self._aside.cuda_stream
                 # Else the word might be made whole after it was spoiled.
                 self._aside.wait_event(watch.begun)
@@ -270,8 +272,12 @@ class Peers:
                 if time.monotonic() > until:
                     return False
                 time.sleep(0.001)
-                self._fulfil(watch)
-        self._watched = None
+                with self._lock:
+                    self._fulfil(watch)
+            with self._lock:
+                # Flags that are set from here on are those of a later prefill.
+                self._watched = None
+                self._aside.synchronize()
         return True
 
     def look(self) -> bool:
@@ -280,8 +286,9 @@ class Peers:
         if watch is None or agreement is None:
             return False
         if watch.released:
-            with torch.cuda.device(self._device):
-                self._fulfil(watch)
+            with self._lock, torch.cuda.device(self._device):
+                if watch is self._watched:
+                    self._fulfil(watch)
             return True
         if agreement.failure is None:
             with torch.cuda.device(self._device):
@@ -292,11 +299,24 @@ class Peers:
         self.release()
         return True
 
+    def broke(self, error: Exception) -> bool:
+        """Looking failed, a driver that refuses for one: nothing can be waited for any more."""
+        agreement = self._agreement()
+        if agreement is None:
+            return False
+        watch = self._watched
+        agreement.fail(error, "the watch over peer links" if watch is None else watch.turn.phase)
+        with contextlib.suppress(Exception):
+            self.release()
+        return True
+
     def missing(self, hops: Sequence[Hop], layer: int, number: int, chunks: int) -> list[Hop]:
         """Of the pieces that a layer waits for, those whose flags are not there yet."""
         page = torch.empty(_PAGE_WORDS, dtype=torch.int32)
         with self._lock:
-            self._driver.cuMemcpyDtoHAsync(page.data_ptr(), self._page, _PAGE_BYTES, self._aside.cuda_stream)
+            self._checked(
+                self._driver.cuMemcpyDtoHAsync(page.data_ptr(), self._page, _PAGE_BYTES, self._aside.cuda_stream)
+            )
             self._aside.synchronize()
         return [hop for hop in hops if int(page[self.flag(layer, hop.piece.chunk, chunks) // _WORD]) != number]
 
@@ -456,7 +476,10 @@ class PeerWire:
 def _watch(of: weakref.ref[Peers], change: threading.Condition) -> None:
     """The watchdog of a group: ends when nobody has the group any more."""
     while (peers := of()) is not None:
-        under_way = peers.look()
+        try:
+            under_way = peers.look()
+        except Exception as error:  # told to all ranks; without this thread nobody would end their waits
+            under_way = peers.broke(error)
         del peers
         with change:
             change.wait(_LOOK_S if under_way else _IDLE_LOOK_S)

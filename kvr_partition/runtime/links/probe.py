@@ -26,7 +26,7 @@ def time_pairs(
         For each pair that this rank sends to, the seconds that the stream was busy with each message.
     """
     rank, ranks = agreement.rank, agreement.ranks
-    with agreement.turn() as turn:
+    with agreement.turn() as turn, on_device(device):
         turn.open = True
         setup: LinkSetup = link_setup(turn, device)
         partition = Partition((1,) * ranks)
