@@ -8,6 +8,7 @@ import torch
 
 from kvr_partition.partition import Partition
 from kvr_partition.runtime.agreement import Agreement
+from kvr_partition.runtime.execution import on_device
 from kvr_partition.runtime.links.group import LinkSetup, link_setup
 from kvr_partition.runtime.links.plan import Hop, Piece, Slot
 
