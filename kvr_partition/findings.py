@@ -141,8 +141,9 @@ def _waits(samples: Sequence[Sample], expected: Sequence[Timeline], told: Settin
         if min(left) < max(SHARE * ttft, LEAST_S):
             continue
         over, share = median(left), median(left) / ttft
-        if (slow := _slow_link(rank, samples, expected, told, share)) is not None:
-            return [slow]
+        slow = _slow_link(rank, samples, expected, told, share)
+        if rank == 1 and slow is not None:
+            return [slow]  # it has nothing to pass on that its link could stand behind
         first = [
             ran - timeline.ranks[rank].layers[0].wait_s
             for sample, timeline in zip(samples, expected, strict=True)
@@ -158,7 +159,7 @@ def _waits(samples: Sequence[Sample], expected: Sequence[Timeline], told: Settin
                     rank,
                 )
             ]
-        return [_long_wait(rank, over, share)]
+        return [slow or _long_wait(rank, over, share)]
     return []
 
 
