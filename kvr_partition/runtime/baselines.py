@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from kvr_partition.methods import GatheringMethod
 from kvr_partition.partition import Partition
 from kvr_partition.runtime.agreement import agreement_of, is_link_error
 from kvr_partition.runtime.attention import attend_chunk
-from kvr_partition.runtime.cache import LayerKV, RunaheadCache, RunaheadLayer
+from kvr_partition.runtime.cache import LayerKV, Place, RunaheadCache, RunaheadLayer
 from kvr_partition.runtime.decoding import Greedy, check_generation, top_is_finite
 from kvr_partition.runtime.execution import AT_ONCE, Execution
 from kvr_partition.runtime.gather import Gather, GroupGather, Runs
@@ -349,7 +349,15 @@ class _GatherLayer(RunaheadLayer):
         )
         self.start = start
         self.context = context
+        self.parts: Sequence[Part] = ()
         self.gathered = False
+
+    def place(self, tokens: int) -> list[Place]:
+        places, at = [], 0
+        for part in self.parts:
+            places.append(self.store.place(part.rows, part.rows + part.tokens, at))
+            at += part.tokens
+        return places
 
     def complete(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All ranks' rows are in place: an ordinary layer from here on. Returns keys and values of all."""
@@ -386,6 +394,9 @@ class _GatherRun:
             ]
         )
         self.cache.prefilling = self._gather
+        for _, layer in self.cache.kv_layers:
+            assert isinstance(layer, _GatherLayer)
+            layer.parts = self._parts
         self._position = {index: position for position, (index, _) in enumerate(self.cache.kv_layers)}
         self._owned: list[Runs] = [[(part.rows, part.rows + part.tokens) for part in of_rank] for of_rank in parts]
         self._by = gather
@@ -393,11 +404,13 @@ class _GatherRun:
         self._layer: _GatherLayer | None = None
 
     def _gather(
-        self, layer: _GatherLayer, index: int, keys: torch.Tensor, values: torch.Tensor
+        self, layer: _GatherLayer, index: int, keys: torch.Tensor | None, values: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         at = 0
-        for part in self._parts:
+        for part in self._parts if keys is not None and values is not None else ():
             until = at + part.tokens
+            assert keys is not None
+            assert values is not None
             layer.store.write(part.rows, keys[:, :, at:until], values[:, :, at:until])
             at = until
         self._stamp()

@@ -44,6 +44,28 @@ class LayerKV:
         return batch * (self.key_heads * self.key_dim + self.value_heads * self.value_dim)
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where keys and values of some tokens of a chunk are kept, so that they can be computed there.
+
+    Attributes:
+        first, last: which tokens of the chunk, the last one excluded.
+        rows: ``[tokens, entry]``, keys and values of a token together.
+        keys, values: the same, ``[tokens, width]`` each.
+    """
+
+    first: int
+    last: int
+    rows: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    @classmethod
+    def of(cls, first: int, rows: torch.Tensor, keys_width: int) -> Place:
+        """The place that these rows are, for the tokens of a chunk from ``first`` on."""
+        return cls(first, first + rows.shape[0], rows, rows[:, :keys_width], rows[:, keys_width:])
+
+
 class TokenRows:
     """Keys and values of one layer in one buffer ``[tokens, entry]``, keys and values of a token together.
 
@@ -75,6 +97,10 @@ class TokenRows:
         """Values of rows ``start`` to ``end`` as ``[batch, heads, tokens, dim]``, no copy."""
         split = self.batch * self.kv.key_heads * self.kv.key_dim
         return self._view(self.rows[start:end, split:], self.kv.value_heads, self.kv.value_dim)
+
+    def place(self, start: int, end: int, first: int = 0) -> Place:
+        """Rows ``start`` to ``end`` for the tokens of a chunk from ``first`` on; of one prompt."""
+        return Place.of(first, self.rows[start:end], self.kv.key_heads * self.kv.key_dim)
 
     def write(self, start: int, keys: torch.Tensor, values: torch.Tensor) -> int:
         """Put keys and values ``[batch, heads, tokens, dim]`` at row ``start``; returns the row after them."""
@@ -125,6 +151,7 @@ class RunaheadLayer(CacheLayerMixin):
             if past is not None:
                 self._take_over(past, prefix)
         self._taken = len(self.store.taken_from)
+        self._placed = 0
         self._length = prefix
         self._filled = self.kept_prefix
         self._visible = self.kept_prefix + chunk
@@ -178,17 +205,35 @@ class RunaheadLayer(CacheLayerMixin):
         """Values the next token can see, ``[batch, heads, tokens, dim]``, no copy."""
         return self.store.values(self._filled - self._lookback(), self._filled)
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[int, int]:
-        """Store new tokens; returns the rows that these tokens can see, themselves included."""
-        self.check_rows(writing=True)
+    def append(self, keys: torch.Tensor | None, values: torch.Tensor | None) -> tuple[int, int]:
+        """Store new tokens; returns the rows that these tokens can see, themselves included.
+
+        Args:
+            keys, values: ``[batch, heads, tokens, dim]``; None when they are in their `place` already.
+        """
         lookback = self._lookback()
-        new = keys.shape[-2]
-        if self._filled + new > self.store.rows.shape[0]:
-            self._grow(new, lookback)
         start = self._filled
-        self._filled = self.store.write(start, keys, values)
+        if keys is None or values is None:
+            new, self._placed = self._placed, 0
+        else:
+            new = keys.shape[-2]
+            self._make_room(new)
+            start = self._filled
+            self.store.write(start, keys, values)
+        self._filled += new
         self._length += new
         return start - lookback, self._filled
+
+    def place(self, tokens: int) -> list[Place]:
+        """Where keys and values of the next tokens are to be put, before they are appended."""
+        self._make_room(tokens)
+        self._placed = tokens
+        return [self.store.place(self._filled, self._filled + tokens)]
+
+    def _make_room(self, new: int) -> None:
+        self.check_rows(writing=True)
+        if self._filled + new > self.store.rows.shape[0]:
+            self._grow(new, self._lookback())
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -334,11 +379,11 @@ class RunaheadCache(Cache):
 
     Attributes:
         prefilling: while a prefill runs, called as ``(layer, index, keys, values)`` in place of the
-            layer's own update, with the same result.
+            layer's own update, with the same result; keys and values are None when they are in their place.
     """
 
     def __init__(self, layers: Sequence[RunaheadLayer | None]) -> None:
-        self.prefilling: Callable[[Any, int, torch.Tensor, torch.Tensor], Any] | None = None
+        self.prefilling: Callable[[Any, int, torch.Tensor | None, torch.Tensor | None], Any] | None = None
         super().__init__(layers=[DummyLayer() if layer is None else layer for layer in layers])
 
     @classmethod
@@ -404,9 +449,24 @@ class RunaheadCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        layer: Any = self.layers[layer_idx]
+        return self._stored(layer_idx, key_states, value_states)
+
+    def place(self, layer_idx: int, tokens: int) -> list[Place]:
+        """Where a layer's keys and values of the next tokens are to be put; of one prompt."""
+        layer = self.layers[layer_idx]
+        assert isinstance(layer, RunaheadLayer)
+        return layer.place(tokens)
+
+    def placed(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `update` returns, when keys and values have been put in their `place`."""
+        return self._stored(layer_idx, None, None)
+
+    def _stored(
+        self, index: int, keys: torch.Tensor | None, values: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        layer: Any = self.layers[index]
         if self.prefilling is not None:
-            keys, values = self.prefilling(layer, layer_idx, key_states, value_states)
-        else:
-            keys, values = layer.update(key_states, value_states)
-        return keys, values
+            seen: tuple[torch.Tensor, torch.Tensor] = self.prefilling(layer, index, keys, values)
+            return seen
+        start, end = layer.append(keys, values)
+        return layer.store.keys(start, end), layer.store.values(start, end)

@@ -20,6 +20,7 @@ from kvr_partition.runtime.cache import RunaheadCache, RunaheadLayer, check_past
 from kvr_partition.runtime.decoding import Greedy, top_is_finite
 from kvr_partition.runtime.digests import past_fingerprint, prompt_digest
 from kvr_partition.runtime.execution import AT_ONCE, Execution, on_device
+from kvr_partition.runtime.fused import Layers, chosen_layers, running
 from kvr_partition.runtime.kernels import CudnnPlans
 from kvr_partition.runtime.links.group import link_setup
 from kvr_partition.runtime.links.plan import NO_LIMITS, AnyTopology, LinkLimits, Links, NoLinks, check_topology
@@ -84,6 +85,7 @@ def prefill(
     *,
     group: dist.ProcessGroup | None = None,
     depth: Depth = "auto",
+    layers: Layers = "auto",
     reserve: int = 0,
     topology: AnyTopology = "auto",
     limits: LinkLimits = NO_LIMITS,
@@ -104,6 +106,9 @@ def prefill(
             length, the group's ranks and what ``past`` holds.
         group: the process group; the default group when None. A single-chunk partition needs none.
         depth: how far to reach into the model; ``"auto"`` takes attention depth where it is exact.
+        layers: whose norms, rotary embedding, activations and KV rows run: ``"fused"``: those of this project
+            where a probe has shown that they are as exact as the model's own; ``"stock"``: the model's own;
+            ``"auto"``: fused on a GPU.
         reserve: tokens of room for decoding to allocate at once on the last rank.
         topology: ``"chain"``: each rank hands on everything to the next, as published; ``"fanout"``: each
             sends its own chunk to all later ones; ``"auto"``: what suits the links, see `link_setup`.
@@ -130,7 +135,7 @@ def prefill(
         turn.checked(lambda: stack.enter_context(exclusively(model)))
         plan = turn.checked(
             lambda: _planned(
-                model, input_ids, partition, turn, depth, reserve, topology, limits, past, attention_mask
+                model, input_ids, partition, turn, depth, layers, reserve, topology, limits, past, attention_mask
             )
         )
         split, rank, input_ids = plan.partition, plan.rank, plan.input_ids
@@ -167,6 +172,7 @@ def prefill(
                 ranks=split.ranks,
                 links=links,
                 depth=depth,
+                layers=layers,
                 partition=split,
                 choose=plan.greedy.first,
                 padding=plan.padding,
@@ -197,6 +203,7 @@ def _planned(
     partition: Partition | PartitionTable | PartitionPredictor,
     turn: Turn,
     depth: Depth,
+    layers: Layers,
     reserve: int,
     topology: AnyTopology,
     limits: LinkLimits,
@@ -233,6 +240,7 @@ def _planned(
     padding = read_padding(model, attention_mask, input_ids.shape[0], held, partition.context, depth)
     mask = None if padding is None else padding.mask
     support.choose("cache" if padding is not None and depth == "auto" else depth)
+    chosen_layers(model, layers)
     unknown = held + input_ids.shape[1] - whole_ids.shape[1]
     greedy = Greedy.under(model.generation_config, whole_ids, past=unknown, attention_mask=mask)
     fingerprint: tuple[float, ...] = ()
@@ -340,6 +348,7 @@ def run_chunk(
     ranks: int,
     links: Links,
     depth: Depth = "auto",
+    layers: Layers = "auto",
     execution: Execution = AT_ONCE,
     partition: Partition | None = None,
     choose: Callable[[torch.Tensor], torch.Tensor] | None = None,
@@ -351,6 +360,7 @@ def run_chunk(
     Args:
         chunk_ids: the chunk's tokens, ``[batch, tokens]``.
         cache: of `chunk_cache`, not used before.
+        layers: as in `prefill`.
         execution: at once, or to be recorded.
         partition: the split it is part of; the chunk alone when None.
         choose: takes the first token from logits; the largest one when None.
@@ -370,7 +380,7 @@ def run_chunk(
     links.start([layer.slot for _, layer in cache.kv_layers])
     cache.prefilling = run.store_own if chosen == "attention" else run.store_and_wait
     route = support.route if chosen == "attention" else None
-    with replaced_attention(model, route, run.attend) as extra:
+    with running(model, layers), replaced_attention(model, route, run.attend) as extra:
         if padding is not None:
             extra.update(padding.of_chunk(start, start + chunk_ids.shape[1]))
         output = forward(model, chunk_ids, cache, **extra)
@@ -439,7 +449,7 @@ class _ChunkRun:
         self._current: tuple[RunaheadLayer, int] | None = None
 
     def store_and_wait(
-        self, layer: RunaheadLayer, index: int, keys: torch.Tensor, values: torch.Tensor
+        self, layer: RunaheadLayer, index: int, keys: torch.Tensor | None, values: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Cache depth: the model's attention gets everything the chunk can see, once it is there."""
         start, end = layer.append(keys, values)
@@ -448,13 +458,14 @@ class _ChunkRun:
         return layer.store.keys(start, end), layer.store.values(start, end)
 
     def store_own(
-        self, layer: RunaheadLayer, index: int, keys: torch.Tensor, values: torch.Tensor
+        self, layer: RunaheadLayer, index: int, keys: torch.Tensor | None, values: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention depth: the model's attention gets the chunk itself; `attend` fetches the prefix."""
+        before = layer.get_seq_length()
         _, end = layer.append(keys, values)
+        own = end - (layer.get_seq_length() - before)
         self._hand_over(index)
         self._current = (layer, index)
-        own = end - keys.shape[-2]
         return layer.store.keys(own, end), layer.store.values(own, end)
 
     def attend(
