@@ -1,9 +1,9 @@
 """One rank against stock transformers, and where its time goes.
 
 For each model and context, in one interleaved run: transformers as it is, this runtime with the model's own
-layers, and with fused ones. ``floor`` is the device time of a prefill's matrix products and attention by themselves,
-one after the other. The breakdown comes from a profiled run of its own: seconds of kernels by kind, and what no
-kernel fills.
+layers, and with fused ones. ``floor`` is the device time of a prefill's matrix products and attention by
+themselves, one after the other. The breakdown comes from a profiled run of its own: seconds of kernels by kind,
+and what no kernel fills.
 
     python -m benchmarks.one_rank --models llama-7b,llama-3.1-8b --contexts 512,1024,4096,16384 --out data/h100-sxm
 """

@@ -257,7 +257,7 @@ class SMWorker(Worker):
         self._arena.begin()
         for rank in range(partition.ranks):
             with torch.cuda.stream(self._replayer.streams[rank]), self._chosen_products(choosing=True):
-                execution = Execution(to_host=False, empty=self._empty)
+                execution = Execution(to_host=False, empty=self._empty, at_once=False)
                 self._run_rank(rank, method, partition, ids, timed, None, execution)
         torch.cuda.synchronize()
 
@@ -268,7 +268,7 @@ class SMWorker(Worker):
         with torch.cuda.stream(stream), self._chosen_products(choosing=False):
             recorder = Recorder(stream, self._pool)
             clock = RecordedClock(recorder)
-            execution = Execution(clock=lambda _: clock, to_host=False, empty=self._empty)
+            execution = Execution(clock=lambda _: clock, to_host=False, empty=self._empty, at_once=False)
             recorder.begin()
             try:
                 result, links, gather = self._run_rank(rank, method, partition, ids, timed, recorder, execution)

@@ -293,7 +293,7 @@ class Worker:
         began = time.perf_counter()
         with self._attention("kvr"):
             built = warm_up(self._model, tokens, self._depth)
-        return messages.PlanDone(built, time.perf_counter() - began)
+        return messages.PlanDone(built.plans, time.perf_counter() - began)
 
     def _planning(self, request: messages.Prefill | messages.TimeChunk) -> contextlib.AbstractContextManager[None]:
         """Plans of the very shapes are wanted; a run of its own builds them, so the timed one does not."""

@@ -21,6 +21,7 @@ class Execution:
         empty: allocates the rows of KV, like ``torch.empty``.
         owns: whether rows that a past cache has lie where this run needs them, so that it can go on with them.
         make_room: told how many bytes `empty` is about to be asked for, piece by piece.
+        at_once: whether it is carried out while it is enqueued.
     """
 
     clock: Callable[[torch.device], Clock] = clock_for
@@ -28,6 +29,7 @@ class Execution:
     empty: Callable[..., torch.Tensor] = torch.empty
     owns: Callable[[torch.Tensor], bool] = lambda _: True
     make_room: Callable[[Sequence[int]], None] = lambda _: None
+    at_once: bool = True
 
 
 AT_ONCE = Execution()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -380,7 +381,10 @@ def run_chunk(
     links.start([layer.slot for _, layer in cache.kv_layers])
     cache.prefilling = run.store_own if chosen == "attention" else run.store_and_wait
     route = support.route if chosen == "attention" else None
-    with running(model, layers), replaced_attention(model, route, run.attend) as extra:
+    # What is recorded here is recorded whole; recordings of layers are for runs that are carried out at once.
+    at_once = execution.at_once and chunk_ids.shape[0] == 1
+    tokens = chunk_ids.shape[1] if at_once else None
+    with running(model, layers, tokens), replaced_attention(model, route, run.attend) as extra:
         if padding is not None:
             extra.update(padding.of_chunk(start, start + chunk_ids.shape[1]))
         output = forward(model, chunk_ids, cache, **extra)
@@ -505,16 +509,31 @@ class _ChunkRun:
         self._stamp()
 
 
-def warm_up(model: Any, tokens: int, depth: Depth = "auto") -> int:
+@dataclass(frozen=True)
+class WarmUp:
+    """What `warm_up` made.
+
+    Attributes:
+        plans: cuDNN's plans; 0 where kernels need none.
+        graphs: recorded layers of short chunks; 0 where nothing is recorded.
+        seconds: how long all of it took.
+        graph_bytes: device memory that recordings hold.
+    """
+
+    plans: int
+    graphs: int
+    seconds: float
+    graph_bytes: int
+
+
+def warm_up(model: Any, tokens: int, depth: Depth = "auto", layers: Layers = "auto") -> WarmUp:
     """Prepare this process for prompts of any length up to ``tokens``, so that a new length pays nothing extra.
 
     Serving code calls it once, after loading the model, on the thread that will run prefills: kernels load,
-    and on CUDA the plans are built from which `prefill` puts unseen shapes together, and the memory that a
-    prefill takes is set aside.
-
-    Returns:
-        How many plans were built; 0 where kernels need none.
+    and on CUDA the plans are built from which `prefill` puts unseen shapes together, the launches of short chunks
+    are recorded, and the memory that a prefill takes is set aside.
     """
+    began = time.perf_counter()
     device = next(model.parameters()).device
     # A chunk behind a prefix shows which kinds of calls the model makes.
     chunk = max(1, min(512, tokens // 2))
@@ -522,15 +541,18 @@ def warm_up(model: Any, tokens: int, depth: Depth = "auto") -> int:
     cache = chunk_cache(model, ids, prefix=chunk)
     for _, layer in cache.kv_layers:
         layer.store.rows.zero_()
-    run_chunk(model, ids, cache, rank=0, ranks=1, links=NoLinks(), depth=depth)
+    run_chunk(model, ids, cache, rank=0, ranks=1, links=NoLinks(), depth=depth, layers=layers)
     if device.type != "cuda":
-        return 0
+        return WarmUp(0, 0, time.perf_counter() - began, 0)
     built = CudnnPlans.here().build_ahead(tokens)
+    fused = chosen_layers(model, layers)
+    graphs = fused.record(tokens)
     # One token less is a length without a plan, so everything that such a length needs runs once. Where the
     # longest prompt fits only when it is split, there is nothing to set aside.
     ids = torch.zeros((1, max(1, tokens - 1)), dtype=torch.long, device=device)
     with contextlib.suppress(torch.OutOfMemoryError):
         cache = chunk_cache(model, ids, prefix=0)
-        run_chunk(model, ids, cache, rank=0, ranks=1, links=NoLinks(), depth=depth)
+        run_chunk(model, ids, cache, rank=0, ranks=1, links=NoLinks(), depth=depth, layers=layers)
     torch.cuda.synchronize(device)
-    return built
+    held = 0 if fused.recorded is None else fused.recorded.nbytes
+    return WarmUp(built, graphs, time.perf_counter() - began, held)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvr_partition.errors import PartitionError, RankError, UnsupportedError
@@ -379,7 +379,11 @@ def exclusively(model: Any) -> Iterator[None]:
 
 
 class runahead_attention:  # noqa: N801 - reads as a statement: with runahead_attention(model): ...
-    """Use our attention in a model; nested uses cost nothing, and the last one out puts the old one back."""
+    """Use our attention in a model; nested uses cost nothing, and the last one out puts the old one back.
+
+    Transformers looks at every module of a model for that, which takes milliseconds. What it changed the first
+    time is changed directly from then on.
+    """
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -387,12 +391,32 @@ class runahead_attention:  # noqa: N801 - reads as a statement: with runahead_at
     def __enter__(self) -> None:
         attention.register()
         self._before = self._model.config._attn_implementation
-        if self._before != attention.IMPLEMENTATION:
+        if self._before == attention.IMPLEMENTATION:
+            return
+        known = _attention_changes.get(self._model)
+        if known is None or any(config._attn_implementation != before for config, before, _ in known):
+            configs = {id(one.config): one.config for one in self._model.modules() if _configured(one)}
+            were = {key: config._attn_implementation for key, config in configs.items()}
             self._model.set_attn_implementation(attention.IMPLEMENTATION)
+            _attention_changes[self._model] = [
+                (config, were[key], config._attn_implementation) for key, config in configs.items()
+            ]
+            return
+        for config, _, ours in known:
+            config._attn_implementation_internal = ours
 
     def __exit__(self, *_: object) -> None:
         if self._before != attention.IMPLEMENTATION:
-            self._model.set_attn_implementation(self._before)
+            for config, stock, _ in _attention_changes[self._model]:
+                config._attn_implementation_internal = stock
+
+
+_attention_changes: weakref.WeakKeyDictionary[Any, list[tuple[Any, str, str]]] = weakref.WeakKeyDictionary()
+"""Configurations inside a model, and how they attend without and with our attention."""
+
+
+def _configured(module: Any) -> bool:
+    return isinstance(getattr(module, "config", None), PreTrainedConfig)
 
 
 @contextmanager

@@ -33,7 +33,11 @@ def chosen_layers(model: Any, layers: Layers = "auto") -> FusedModel:
     return found
 
 
-def running(model: Any, layers: Layers) -> AbstractContextManager[object]:
-    """While it lasts, a model runs with these layers."""
+def running(model: Any, layers: Layers, tokens: int | None = None) -> AbstractContextManager[object]:
+    """While it lasts, a model runs with these layers.
+
+    Args:
+        tokens: of a chunk of one prompt that is run at once; None where recordings must not be used.
+    """
     found = chosen_layers(model, layers)
-    return found.replaced() if found.layers or found.leaves else nullcontext()
+    return found.replaced(tokens) if found.layers or found.leaves else nullcontext()

@@ -142,16 +142,26 @@ class FusedAttention:
     passed_on: tuple[str, ...]
 
     def project(
-        self, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, places: Sequence[Place]
+        self,
+        rows: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        places: Sequence[Place],
+        to_query: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Put keys and values of all rows in their places; the queries, ``[rows, heads, dim]``."""
+        """Put keys and values of all rows in their places.
+
+        Returns:
+            The queries, ``[rows, heads, dim]``, in ``to_query`` where that is given.
+        """
         width = self.kv_heads * self.dim
         values: torch.Tensor | None = None
         if len(self.projections) == 1:
             joined = self.projections[0].of(rows)
             query, key, values = joined[:, : -2 * width], joined[:, -2 * width : -width], joined[:, -width:]
+            query = query if to_query is None else to_query.copy_(query)
         else:
-            query, key = self.projections[0].of(rows), self.projections[1].of(rows)
+            query, key = self.projections[0].of(rows, to_query), self.projections[1].of(rows)
         query, key = (one.unflatten(1, (-1, self.dim)) for one in (query, key))
         norms = None
         if self.norms is not None:
@@ -184,8 +194,9 @@ class FusedAttention:
         else:
             attention = ALL_ATTENTION_FUNCTIONS[self.module.config._attn_implementation]
             passed = {name: given[name] for name in self.passed_on if name in given}
-            output, _ = attention(self.module, query, key, value, mask, **self.constants, **passed)
-        return output.reshape(-1, query.shape[1] * value.shape[3])
+            output = attention(self.module, query, key, value, mask, **self.constants, **passed)[0]
+        rows: torch.Tensor = output.reshape(-1, query.shape[1] * value.shape[3])
+        return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +250,7 @@ class FusedLayer:
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **given: Any) -> Any:
         """What stands in for the module's own ``forward``."""
-        given.update(zip(self._names, args, strict=False))
+        given = self.named(args, given)
         shape = hidden_states.shape
         rows = hidden_states.reshape(-1, shape[-1])
         if self.first:
@@ -248,6 +259,10 @@ class FusedLayer:
         self.behind(rows, for_mlp, *self._attended(normed, shape, given))
         hidden = rows.view(shape)
         return (hidden, None) if self.returns_tuple else hidden
+
+    def named(self, args: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
+        """What the layer was given besides hidden states, by name."""
+        return {**dict(zip(self._names, args, strict=False)), **given} if args else given
 
     def before(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What attention reads; and what the MLP reads, where that is known before attention."""
@@ -301,6 +316,10 @@ class FusedLayer:
             assert isinstance(self.attention, FusedAttention)
             assert attended is not None
             self.attention.output.add_to_(rows, attended)
+        self.mlp_of(rows, for_mlp)
+
+    def mlp_of(self, rows: torch.Tensor, for_mlp: torch.Tensor | None) -> None:
+        """Add what the MLP makes to the residual ``rows``; some rows at a time, so that long chunks fit."""
         whole = isinstance(self.mlp, OwnMLP)
         for low, high in [(0, rows.shape[0])] if whole else slices(rows.shape[0]):
             some = rows[low:high]

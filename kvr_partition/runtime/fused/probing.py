@@ -29,6 +29,7 @@ from kvr_partition.runtime.fused.layers import (
     OwnAttention,
     OwnMLP,
 )
+from kvr_partition.runtime.fused.recorded import RecordedLayers, can_record, recordable
 
 Part = Literal["norm", "rotary", "activation", "residual"]
 PARTS: tuple[Part, ...] = ("norm", "rotary", "activation", "residual")
@@ -80,21 +81,38 @@ class FusedModel:
         ]
         return f"fused({', '.join(found)})" if found else "stock"
 
+    recorded: RecordedLayers | None = None
+    """Recordings of short chunks, once `record` made some."""
+
+    def record(self, most: int) -> int:
+        """Record the launches of chunks of up to ``most`` tokens, see `recorded`.
+
+        Returns:
+            How many graphs were made; 0 where nothing can be recorded.
+        """
+        if not recordable(self.layers, self.chained) or not can_record(
+            self.layers[0].norms[0].module.weight.device
+        ):
+            return 0
+        if self.recorded is None:
+            self.recorded = RecordedLayers(self.layers)
+        return self.recorded.record(most)
+
     @contextmanager
-    def replaced(self) -> Iterator[None]:
-        """While it lasts, the model's parts are replaced; of this model only, and nothing of its class."""
-        changed = [(layer.module, layer.forward) for layer in self.layers] + self.leaves
-        before = [(module, module.__dict__.get("forward")) for module, _ in changed]
-        for module, forward in changed:
-            module.__dict__["forward"] = forward
-        try:
+    def replaced(self, tokens: int | None = None) -> Iterator[None]:
+        """While it lasts, the model's parts are replaced; of this model only, and nothing of its class.
+
+        Args:
+            tokens: of a chunk of one prompt that is about to be run at once, for which recordings may be used.
+        """
+        size = self.recorded.fit(tokens) if self.recorded is not None and tokens is not None else None
+        if size is None:
+            layers = [(layer.module, layer.forward) for layer in self.layers]
+        else:
+            assert self.recorded is not None
+            layers = self.recorded.forwards(size)
+        with _standing_in(dict([*layers, *self.leaves])):
             yield
-        finally:
-            for module, forward in before:
-                if forward is None:
-                    del module.__dict__["forward"]
-                else:
-                    module.__dict__["forward"] = forward
 
 
 _probed: weakref.WeakKeyDictionary[Any, FusedModel] = weakref.WeakKeyDictionary()
@@ -441,8 +459,8 @@ def _higher(dtype: torch.dtype) -> torch.dtype:
 def _as_good(results: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> bool:
     """Whether what we compute is as near to what is exact as what the model computes; all finite.
 
-    A sum in another order moves the last digit: a difference of a quarter of the precision counts as none, or of all
-    of it in single precision, where norms are computed in single precision whatever they are given.
+    A sum in another order moves the last digit: a quarter of the precision counts as no difference. In single
+    precision two of it do: norms are computed in it whatever they are given, so that nothing exact is known.
     """
     for ours, own, exact in results:
         epsilon = torch.finfo(own.dtype).eps
