@@ -9,5 +9,8 @@ GatheringMethod = Literal["tsp", "tsp-causal", "zigzag"]
 
 GATHERING: tuple[GatheringMethod, ...] = get_args(GatheringMethod)
 
+ONE_RANK = ("stock", "single")
+"""Methods of one rank: transformers as it is, and what KV-Runahead runs on each rank with one chunk for it all."""
+
 BASELINES = (*GATHERING, "tp")
 """All of them, tensor parallelism included."""

@@ -10,6 +10,7 @@ import torch
 
 from kvr_partition.runtime.cache import RunaheadCache
 from kvr_partition.runtime.execution import AT_ONCE, Execution
+from kvr_partition.runtime.fused import Layers
 from kvr_partition.runtime.links.plan import NoLinks
 from kvr_partition.runtime.prefill import PrefillResult, run_chunk
 from kvr_partition.runtime.support import Depth
@@ -39,6 +40,7 @@ def run_layers(
     layers: int,
     *,
     depth: Depth = "auto",
+    model_layers: Layers = "auto",
     execution: Execution = AT_ONCE,
 ) -> PrefillResult:
     """Run no more than the first layers of a model over one chunk, whose prefix is in the cache already.
@@ -47,6 +49,7 @@ def run_layers(
         chunk_ids: the chunk's tokens, ``[batch, tokens]``.
         cache: of `chunk_cache`, not used before.
         layers: how many, less than keep KV.
+        model_layers: whose they are, as ``layers`` of `kvr_partition.runtime.prefill`.
         execution: at once, or to be recorded.
 
     Returns:
@@ -63,6 +66,7 @@ def run_layers(
             ranks=2,
             links=_FirstLayers(layers),
             depth=depth,
+            layers=model_layers,
             execution=same_clock,
         )
     cache.prefilling = None

@@ -79,6 +79,9 @@ class _Shape:
     inner: int
     row_stride: int
     weight_stride: int
+    output_stride: int
+    adds: bool
+    """Whether the product is added to what its output holds."""
     dtype: torch.dtype
 
 
@@ -98,16 +101,25 @@ class GroupProducts:
     _best: dict[tuple[int, int, torch.dtype], list[Choice]] = field(default_factory=dict)
     _workspaces: dict[int, torch.Tensor] = field(default_factory=dict)
 
-    def product(self, left: torch.Tensor, right: torch.Tensor, choosing: bool) -> torch.Tensor | None:
+    def product(
+        self,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        choosing: bool,
+        to: torch.Tensor | None = None,
+        adds: bool = False,
+    ) -> torch.Tensor | None:
         """``left @ right`` on the current stream; None where there is nothing better than torch's own.
 
         Args:
             left: ``[rows, inner]``.
             right: ``[inner, columns]``, a transposed weight.
+            to: where it is put; somewhere new when None.
+            adds: whether it is added to what is there.
             choosing: whether kernels may be timed for a shape that was not met before, which a stream that
                 records cannot do.
         """
-        shape = _shape(left, right)
+        shape = _shape(left, right, to, adds)
         if shape is None:
             return None
         if shape not in self.chosen:
@@ -121,7 +133,7 @@ class GroupProducts:
         choice = self.chosen[shape]
         if choice is None:
             return None
-        output = left.new_empty((shape.rows, shape.columns))
+        output = left.new_empty((shape.rows, shape.columns)) if to is None else to
         if _call(shape, choice.sms).run(choice, left, right, output, self._workspace()):
             raise UnsupportedError("cuBLAS refuses a product that it ran before")
         return output
@@ -135,7 +147,7 @@ class GroupProducts:
         # Rows and weights of its own for every group: ranks whose chunks differ are at different layers soon, and
         # then nobody finds in the cache what another one has read.
         operands = [(left, right), *((left.clone(), right.t().clone().t()) for _ in self.streams[1:])]
-        outputs = [left.new_empty((shape.rows, shape.columns)) for _ in self.streams]
+        outputs = [left.new_zeros((shape.rows, shape.output_stride))[:, : shape.columns] for _ in self.streams]
         torch.cuda.synchronize()
 
         def took(choice: Choice | None, products: int) -> float:
@@ -143,7 +155,9 @@ class GroupProducts:
             for _ in range(products):
                 for stream, (rows, weight), output in zip(self.streams, operands, outputs, strict=True):
                     with torch.cuda.stream(stream):
-                        if choice is None:
+                        if choice is None and shape.adds:
+                            output.addmm_(rows, weight)
+                        elif choice is None:
                             torch.mm(rows, weight, out=output)
                         elif _call(shape, choice.sms).run(choice, rows, weight, output, self._workspace()):
                             return math.inf
@@ -182,15 +196,19 @@ class chosen_products(TorchDispatchMode):  # noqa: N801 - reads as a statement: 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.ops.aten.mm.default:
+        output = None
+        if func is torch.ops.aten.mm.default or func is torch.ops.aten.mm.out:
             left, right = args
-            output = self._products.product(left, right, self._choosing)
-            if output is not None:
-                return output
+            output = self._products.product(left, right, self._choosing, (kwargs or {}).get("out"))
+        elif func is torch.ops.aten.addmm_.default and not kwargs:
+            to, left, right = args
+            output = self._products.product(left, right, self._choosing, to, adds=True)
+        if output is not None:
+            return output
         return func(*args, **(kwargs or {}))
 
 
-def _shape(left: torch.Tensor, right: torch.Tensor) -> _Shape | None:
+def _shape(left: torch.Tensor, right: torch.Tensor, to: torch.Tensor | None, adds: bool) -> _Shape | None:
     """What decides on a kernel; None for products that are left to torch."""
     if (
         not left.is_cuda
@@ -199,9 +217,12 @@ def _shape(left: torch.Tensor, right: torch.Tensor) -> _Shape | None:
         or left.stride(1) != 1
         or right.stride(0) != 1
         or right.shape[1] < 2
+        or (to is not None and to.stride(1) != 1)
     ):
         return None
-    return _Shape(left.shape[0], right.shape[1], left.shape[1], left.stride(0), right.stride(1), left.dtype)
+    columns = right.shape[1]
+    stride = columns if to is None else to.stride(0)
+    return _Shape(left.shape[0], columns, left.shape[1], left.stride(0), right.stride(1), stride, adds, left.dtype)
 
 
 class _Call:
@@ -222,7 +243,8 @@ class _Call:
             self._set(_SM_COUNT_TARGET, sms)
         self._weight = self._layout(kind, shape.inner, shape.columns, shape.weight_stride)
         self._rows = self._layout(kind, shape.inner, shape.rows, shape.row_stride)
-        self._output = self._layout(kind, shape.columns, shape.rows, shape.columns)
+        self._output = self._layout(kind, shape.columns, shape.rows, shape.output_stride)
+        self._adds = shape.adds
 
     def candidates(self, most: int) -> list[Choice]:
         """What cuBLAS would try, the likeliest first."""
@@ -253,7 +275,7 @@ class _Call:
         workspace: torch.Tensor,
     ) -> int:
         """Enqueue the product on the current stream; what cuBLAS answers, 0 if it does."""
-        one, zero = ctypes.c_float(1.0), ctypes.c_float(0.0)
+        one, kept = ctypes.c_float(1.0), ctypes.c_float(float(self._adds))
         algorithm = _Algorithm.from_buffer_copy(choice.algorithm)
         result = ctypes.c_void_p(output.data_ptr())
         return int(
@@ -261,7 +283,7 @@ class _Call:
                 self._handle, self._description,
                 ctypes.byref(one), ctypes.c_void_p(right.data_ptr()), self._weight,
                 ctypes.c_void_p(left.data_ptr()), self._rows,
-                ctypes.byref(zero), result, self._output, result, self._output,
+                ctypes.byref(kept), result, self._output, result, self._output,
                 ctypes.byref(algorithm),
                 ctypes.c_void_p(workspace.data_ptr()), ctypes.c_size_t(workspace.numel()),
                 ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),

@@ -11,7 +11,8 @@ from kvr_partition.partition import Partition
 from profiler.store import MeasurementLine, MeasurementLog, SampleLine
 
 METHODS = {
-    "single": "the whole prompt on one rank, stock attention",
+    "stock": "the whole prompt on one rank, as transformers reads it",
+    "single": "the whole prompt on one rank, with the layers and attention that KV-Runahead runs",
     "tsp": "even chunks, all-gather of KV in every layer, dense masked attention",
     "tsp-causal": "the same with causal kernels",
     "zigzag": "even chunks dealt from both ends, all-gather of KV, causal kernels",
@@ -34,8 +35,13 @@ class Candidate:
 
     @classmethod
     def single(cls, context: int, past: int = 0) -> Candidate:
-        """The whole prompt on one rank, stock attention."""
+        """The whole prompt on one rank, as KV-Runahead would run it there."""
         return cls("single", Partition((context,), past))
+
+    @classmethod
+    def stock(cls, context: int, past: int = 0) -> Candidate:
+        """The whole prompt on one rank, as transformers reads it."""
+        return cls("stock", Partition((context,), past))
 
     @classmethod
     def tsp(cls, context: int, ranks: int) -> Candidate:

@@ -20,6 +20,7 @@ class Setup(msgspec.Struct, frozen=True, tag=True):
     device: str
     dtype: str
     depth: str
+    layers: str
     seed: int
     batch: int
     threads: int

@@ -17,7 +17,7 @@ from kvr_partition.certificate import Certificate
 from kvr_partition.errors import PartitionError, UnsupportedError
 from kvr_partition.link_kinds import COPIES, GLOO
 from kvr_partition.measurement import Measurement, Sample
-from kvr_partition.methods import BASELINES
+from kvr_partition.methods import BASELINES, ONE_RANK
 from kvr_partition.partition import Partition
 from kvr_partition.profile import Profile
 from kvr_partition.provenance import ROUTED, ModelGeometry, Provenance
@@ -30,6 +30,7 @@ from profiler.transport import Spawned, Transport, in_torchrun, join
 
 BACKENDS = ("auto", "cpu", "cuda", "sm", "simulate")
 DEPTHS = ("auto", "attention", "cache")
+LAYERS = ("auto", "fused", "stock")
 TOPOLOGIES = ("auto", "chain", "fanout")
 LINKS = ("auto", "peer", "nccl")
 GPU_TILE = 128
@@ -54,6 +55,7 @@ class RankGroup:
             ``"auto"``: CUDA if there are enough GPUs, else CPU.
         dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
         depth: how far the runtime reaches into the model.
+        layers: ``"fused"``, ``"stock"`` or ``"auto"``, see `kvr_partition.runtime.prefill`.
         threads: compute threads of each CPU rank.
         seed: of the random weights.
         batch: equal prompts per prefill.
@@ -78,6 +80,7 @@ class RankGroup:
     backend: str = "auto"
     dtype: str = "float32"
     depth: str = "auto"
+    layers: str = "auto"
     threads: int = 1
     seed: int = 0
     batch: int = 1
@@ -100,6 +103,7 @@ class RankGroup:
             ("backend", self.backend, BACKENDS),
             ("dtype", self.dtype, DTYPES),
             ("depth", self.depth, DEPTHS),
+            ("layers", self.layers, LAYERS),
             ("topology", self.topology, TOPOLOGIES),
             ("links", self.links, LINKS),
         ):
@@ -518,7 +522,7 @@ class RankGroup:
 
         if candidate.method not in METHODS:
             raise UnsupportedError(f"unknown method {candidate.method!r}; there are {', '.join(METHODS)}")
-        expected = 1 if candidate.method == "single" else self.ranks
+        expected = 1 if candidate.method in ONE_RANK else self.ranks
         if candidate.partition.ranks != expected:
             raise PartitionError(
                 f"partition {candidate.partition} has {candidate.partition.ranks} chunks; "
@@ -528,6 +532,8 @@ class RankGroup:
         if past and candidate.method in BASELINES:
             raise UnsupportedError(f"{candidate.method} is there for prompts without past tokens only")
         check_context(self._folder.config, past + candidate.partition.context)
+        if candidate.method == "stock" and self.backend == "simulate":
+            raise UnsupportedError("a profile does not say what transformers takes without this runtime")
         if candidate.method in ("tsp-causal", "zigzag"):
             from kvr_partition.runtime.baselines import check_gathering, parts_of
 
@@ -587,6 +593,7 @@ class RankGroup:
                 device=devices[rank] if devices else "cuda:0" if on_sms else f"cuda:{rank}" if on_cuda else "cpu",
                 dtype=self.dtype,
                 depth=self.depth,
+                layers=self.layers,
                 seed=self.seed,
                 batch=self.batch,
                 threads=self.threads,

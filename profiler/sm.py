@@ -10,7 +10,6 @@ enqueues. One graph over all ranks would not do: it runs on the SMs of one rank.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import gc
 import time
@@ -20,9 +19,9 @@ import msgspec
 import torch
 
 from kvr_partition.measurement import RankTimes
-from kvr_partition.methods import GATHERING
+from kvr_partition.methods import GATHERING, ONE_RANK
 from kvr_partition.partition import Partition
-from kvr_partition.runtime import probe, single
+from kvr_partition.runtime import probe
 from kvr_partition.runtime.baselines import gathered
 from kvr_partition.runtime.decoding import top_is_finite
 from kvr_partition.runtime.execution import Execution
@@ -78,8 +77,8 @@ class SMWorker(Worker):
         return messages.Many((ready,) * self._setup.ranks)
 
     def _timed_prefill(self, request: messages.Prefill) -> messages.Reply:
-        if request.method == "single":
-            return self._timed_single(request)
+        if request.method in ONE_RANK:
+            return self._timed_alone(request)
         recording = self._recorded(request)
         self._fill_past(recording, request.token_seed)
         limits = LinkLimits(request.bandwidth, request.noise, self._setup.noise_seed)
@@ -109,16 +108,15 @@ class SMWorker(Worker):
             )
         return messages.Many(tuple(replies))
 
-    def _timed_single(self, request: messages.Prefill) -> messages.Reply:
-        """One rank with the whole GPU, as stock transformers would run it."""
-        ids = self._tokens(request.past + sum(request.sizes), request.token_seed)
-        before, ids = ids[:, : request.past], ids[:, request.past :]
-        past = copy.deepcopy(self._past_cache(before)) if request.past else None
+    def _timed_alone(self, request: messages.Prefill) -> messages.Reply:
+        """One rank with the whole GPU."""
+        run = self._alone(request)
         gc.disable()
         try:
             torch.cuda.synchronize()
             began = time.perf_counter()
-            result = single(self._model, ids, past=past)
+            with self._attention(request.method), planning():
+                result = run()
             ended = time.perf_counter()
         finally:
             gc.enable()
@@ -132,7 +130,9 @@ class SMWorker(Worker):
         partition = request.partition
         ids = self._tokens(partition.past + partition.context, request.token_seed)
         if request.method == "single":
-            return messages.Many(tuple(messages.VerifyDone((), None) for _ in range(self._setup.ranks)))
+            verdict = super()._verify(request)
+            assert isinstance(verdict, messages.VerifyDone)
+            return messages.Many((*(messages.VerifyDone((), None),) * (self._setup.ranks - 1), verdict))
         recording = self._recorded(request)
         # What an earlier replay left in the rows would hide a transfer that is missing.
         self._arena.buffer.fill_(255)
@@ -292,14 +292,22 @@ class SMWorker(Worker):
         if method in GATHERING:
             self._arena.begin_gathering(self._place(partition.context))
             gather = RecordedGather(recorder, rank, ranks)
-            result = gathered(self._model, ids, method, gather, execution)
+            result = gathered(self._model, ids, method, gather, self._layers, execution)
             return result, None, gather
         start, end = partition.starts[rank], partition.ends[rank]
         chunk = ids[:, start - partition.past : end - partition.past]
         prefix = start if timed is None else timed.prefix
         cache = chunk_cache(self._model, chunk, prefix=prefix, execution=execution)
         if timed is not None and timed.layers is not None:
-            result = run_layers(self._model, chunk, cache, timed.layers, depth=self._depth, execution=execution)
+            result = run_layers(
+                self._model,
+                chunk,
+                cache,
+                timed.layers,
+                depth=self._depth,
+                model_layers=self._layers,
+                execution=execution,
+            )
             return result, None, None
         links = None if recorder is None or method == "bound" or timed is not None else RecordedLinks(recorder)
         result = run_chunk(
@@ -311,6 +319,7 @@ class SMWorker(Worker):
             ranks=ranks if timed is None else rank + 1,
             links=NoLinks() if links is None else links,
             depth=self._depth,
+            layers=self._layers,
             execution=execution,
         )
         return result, links, None

@@ -23,12 +23,13 @@ from transformers.generation.streamers import BaseStreamer
 from kvr_partition.errors import KVRError, RankError
 from kvr_partition.measurement import RankTimes
 from kvr_partition.partition import Partition
-from kvr_partition.runtime import decode, link_group, prefill, probe, single, tsp, warm_up, zigzag
+from kvr_partition.runtime import decode, link_group, prefill, probe, single, stock, tsp, warm_up, zigzag
 from kvr_partition.runtime.agreement import agreement_of, as_rank_error, is_link_error
 from kvr_partition.runtime.cache import RunaheadCache
 from kvr_partition.runtime.channel import IDLE, Doing
 from kvr_partition.runtime.decoding import configured
 from kvr_partition.runtime.execution import AT_ONCE
+from kvr_partition.runtime.fused import Layers, chosen_layers
 from kvr_partition.runtime.kernels import planning
 from kvr_partition.runtime.links.group import links_of
 from kvr_partition.runtime.links.plan import AnyTopology, LinkLimits, NoLinks
@@ -78,6 +79,8 @@ class Worker:
         self._past: tuple[torch.Tensor | None, Any] = (None, None)
         self._vocab = folder.geometry.vocab_size
         self._depth: Depth = probe(self._model).choose(setup.depth)  # type: ignore[arg-type]
+        self._layers: Layers = setup.layers  # type: ignore[assignment]
+        chosen_layers(self._model, self._layers)
         # The model lives as long as this process; collecting garbage never needs to look at it again.
         gc.collect()
         gc.freeze()
@@ -196,7 +199,7 @@ class Worker:
         partition = request.partition
         ids = self._tokens(partition.past + partition.context, request.token_seed)
         before, ids = ids[:, : partition.past], ids[:, partition.past :]
-        setup, model, depth = self._setup, self._model, self._depth
+        setup, model, depth, layers = self._setup, self._model, self._depth, self._layers
         limits = LinkLimits(request.bandwidth, request.noise, setup.noise_seed)
         last = setup.rank == setup.ranks - 1
         match request.method:
@@ -211,6 +214,7 @@ class Worker:
                     partition,
                     group=self._links,
                     depth=depth,
+                    layers=layers,
                     topology=topology,
                     limits=limits,
                     past=past,
@@ -221,21 +225,25 @@ class Worker:
                 chunk = ids[:, start - partition.past : end - partition.past]
                 cache = random_prefix(chunk_cache(model, chunk, prefix=start))
                 return lambda: run_chunk(
-                    model, chunk, cache, rank=setup.rank, ranks=setup.ranks, links=NoLinks(), depth=depth
+                    model,
+                    chunk,
+                    cache,
+                    rank=setup.rank,
+                    ranks=setup.ranks,
+                    links=NoLinks(),
+                    depth=depth,
+                    layers=layers,
                 )
             case "tsp":
-                return lambda: tsp(model, ids, limits=limits)
+                return lambda: tsp(model, ids, layers=layers, limits=limits)
             case "tsp-causal":
-                return lambda: tsp(model, ids, limits=limits, causal=True)
+                return lambda: tsp(model, ids, layers=layers, limits=limits, causal=True)
             case "zigzag":
-                return lambda: zigzag(model, ids, limits=limits)
+                return lambda: zigzag(model, ids, layers=layers, limits=limits)
             case "tp":
-                return lambda: single(self._tensor_parallel(), ids, rank=setup.rank, ranks=setup.ranks)
-            case "single":
-                if not last:
-                    return lambda: None
-                kept = copy.deepcopy(self._past_cache(before)) if partition.past else None
-                return lambda: single(model, ids, rank=setup.rank, ranks=setup.ranks, past=kept)
+                return self._run_tensor_parallel(ids)
+            case "stock" | "single":
+                return self._alone(request) if last else lambda: None
             case _:
                 raise KVRError(f"unknown method {request.method!r}")
 
@@ -257,7 +265,7 @@ class Worker:
         """The KV of the tokens before a prompt, from one rank; kept until other tokens are asked for."""
         known, cache = self._past
         if known is None or not torch.equal(known, before):
-            cache = single(self._model, before).cache
+            cache = stock(self._model, before).cache
             self._past = (before, cache)
         return cache
 
@@ -286,13 +294,44 @@ class Worker:
             self._barrier()
         return self._tensor_parallel_model
 
+    def _alone(self, request: messages.Prefill | messages.Verify) -> Callable[[], PrefillResult]:
+        """A method of one rank, ready to run."""
+        partition, setup = request.partition, self._setup
+        ids = self._tokens(partition.past + partition.context, request.token_seed)
+        before, ids = ids[:, : partition.past], ids[:, partition.past :]
+        if request.method == "stock":
+            kept = copy.deepcopy(self._past_cache(before)) if partition.past else None
+            return lambda: stock(self._model, ids, rank=setup.rank, ranks=setup.ranks, past=kept)
+        past = self._past_rows(before, ids, partition.past + partition.context)
+        return lambda: single(
+            self._model,
+            ids,
+            rank=setup.rank,
+            ranks=setup.ranks,
+            depth=self._depth,
+            layers=self._layers,
+            past=past,
+        )
+
+    def _run_tensor_parallel(self, ids: torch.Tensor) -> Callable[[], PrefillResult | None]:
+        """Tensor parallelism with the layers that everyone has: what is known of a model holds for its parts."""
+        setup = self._setup
+
+        def run() -> PrefillResult:
+            model = self._tensor_parallel()
+            fused = chosen_layers(self._model, self._layers).of_parts(self._model, model)
+            with fused.replaced():
+                return stock(model, ids, rank=setup.rank, ranks=setup.ranks)
+
+        return run
+
     def _plan_ahead(self, tokens: int) -> messages.Reply:
         return self._planned(tokens)
 
     def _planned(self, tokens: int) -> messages.PlanDone:
         began = time.perf_counter()
         with self._attention("kvr"):
-            built = warm_up(self._model, tokens, self._depth)
+            built = warm_up(self._model, tokens, self._depth, self._layers)
         return messages.PlanDone(built.plans, time.perf_counter() - began)
 
     def _planning(self, request: messages.Prefill | messages.TimeChunk) -> contextlib.AbstractContextManager[None]:
@@ -349,8 +388,12 @@ class Worker:
         ids = self._tokens(request.chunk, seed=0)
         cache = random_prefix(chunk_cache(self._model, ids, prefix=request.prefix))
         if request.layers is not None:
-            return run_layers(self._model, ids, cache, request.layers, depth=self._depth)
-        return run_chunk(self._model, ids, cache, rank=0, ranks=1, links=NoLinks(), depth=self._depth)
+            return run_layers(
+                self._model, ids, cache, request.layers, depth=self._depth, model_layers=self._layers
+            )
+        return run_chunk(
+            self._model, ids, cache, rank=0, ranks=1, links=NoLinks(), depth=self._depth, layers=self._layers
+        )
 
     def _generate(self, request: messages.Generate, stream: Callable[[messages.Reply], None]) -> messages.Reply:
         input_ids = torch.tensor([request.input_ids], device=self._device)
@@ -369,6 +412,7 @@ class Worker:
                 Partition(request.sizes),
                 group=self._links,
                 depth=self._depth,
+                layers=self._layers,
                 reserve=request.max_new_tokens,
                 topology=self._setup.topology,  # type: ignore[arg-type]
             )
@@ -394,7 +438,7 @@ class Worker:
         return ids.to(self._device)
 
     def _attention(self, method: str) -> contextlib.AbstractContextManager[None]:
-        ours = method.startswith("kvr") or method in ("bound", "tsp-causal", "zigzag")
+        ours = method.startswith("kvr") or method in ("single", "bound", "tsp-causal", "zigzag")
         if ours and self._depth == "attention" and probe(self._model).route == "interface":
             return runahead_attention(self._model)
         return contextlib.nullcontext()

@@ -31,7 +31,7 @@ from kvr_partition.cost import FitError
 from kvr_partition.errors import KVRError, OutOfRangeError, PartitionError, RankError, UnsupportedError
 from kvr_partition.findings import Finding, findings, worst
 from kvr_partition.loading import load_predictor, load_table
-from kvr_partition.methods import BASELINES
+from kvr_partition.methods import BASELINES, ONE_RANK
 from kvr_partition.partition import Partition
 from kvr_partition.predictor import PartitionPredictor
 from kvr_partition.provenance import weights_line
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from profiler.ranks import RankGroup
 
 NAMES = {
+    "stock": "stock",
     "single": "single",
     "tsp": "TSP",
     "tsp-causal": "TSP causal",
@@ -124,7 +125,7 @@ def run(options: argparse.Namespace) -> None:
             timed = [candidate for _, candidate in named]
             if noise:
                 # Those without links, or with links of their own, cannot be disturbed.
-                disturbed = [one for _, one in named if one.method not in ("single", "tp", "bound")]
+                disturbed = [one for _, one in named if one.method not in (*ONE_RANK, "tp", "bound")]
                 timed += [_noisy(one, noise) for one in disturbed]
             measurements = group.measure_many(
                 timed,
@@ -226,7 +227,7 @@ def _candidates(
     by_name = dict(splits)
     chosen = next(name for name in ("given", "kvr-s", "kvr-p", "kvr-e") if name in by_name)
     other = "fanout" if group.topology == "chain" else "chain"
-    named = [("single", Candidate.single(context, past))]
+    named = [("stock", Candidate.stock(context, past)), ("single", Candidate.single(context, past))]
     named += [(method, Candidate.even(method, context, group.ranks, past)) for method in BASELINES]
     named += [(name, Candidate("kvr", split)) for name, split in splits]
     named += [
@@ -253,7 +254,7 @@ def _verified(
     """Those that equal one rank; the others are named."""
     kept = []
     for name, candidate in named:
-        if candidate.method in ("single", "bound"):
+        if candidate.method in ("stock", "bound"):
             kept.append((name, candidate))
             continue
         progress.doing(f"context {candidate.partition.context}: verifying {name}")

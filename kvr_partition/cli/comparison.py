@@ -8,7 +8,7 @@ from typing import Any
 
 from kvr_partition.cli.show import seconds
 from kvr_partition.measurement import Measurement
-from kvr_partition.methods import BASELINES
+from kvr_partition.methods import BASELINES, ONE_RANK
 from kvr_partition.work import attention_dot_products
 
 
@@ -45,7 +45,7 @@ class Comparison:
         records = []
         for name, found in self.named:
             ttft = found.ttft_s if found.ok else None
-            split = found.method not in ("single",)
+            split = found.method not in ONE_RANK
             disturbed = noisy.get(name)
             ours = found.method.startswith("kvr")
             records.append(

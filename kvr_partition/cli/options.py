@@ -48,6 +48,12 @@ def add_ranks(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--profile", metavar="FILE", help="a profile.json for --backend simulate")
     group.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16 (default float32)")
     group.add_argument("--depth", default="auto", help="auto, attention or cache (default auto)")
+    group.add_argument(
+        "--layers",
+        default="auto",
+        help="fused: fewer kernels a layer, where probing shows that they are as exact; stock: the model's own; "
+        "auto: fused on a GPU (default auto)",
+    )
     group.add_argument("--threads", type=int, default=1, help="compute threads of each CPU rank (default 1)")
     group.add_argument(
         "--topology",
@@ -90,6 +96,7 @@ def make_group(options: argparse.Namespace) -> RankGroup:
         backend=options.backend,
         dtype=options.dtype,
         depth=options.depth,
+        layers=options.layers,
         threads=options.threads,
         batch=options.batch,
         topology=options.topology,

@@ -1,7 +1,7 @@
 """Run a prefill on real ranks: KV-Runahead, and the baselines it is compared with."""
 
 from kvr_partition.runtime.agreement import renew
-from kvr_partition.runtime.baselines import single, tsp, zigzag
+from kvr_partition.runtime.baselines import single, stock, tsp, zigzag
 from kvr_partition.runtime.decoding import check_generation, decode
 from kvr_partition.runtime.links.group import (
     link_group,
@@ -11,13 +11,14 @@ from kvr_partition.runtime.links.group import (
 )
 from kvr_partition.runtime.links.plan import LinkLimits
 from kvr_partition.runtime.loading import load_model, load_tokenizer
-from kvr_partition.runtime.prefill import PrefillResult, prefill, warm_up
+from kvr_partition.runtime.prefill import PrefillResult, WarmUp, prefill, warm_up
 from kvr_partition.runtime.support import ModelSupport, check_config, check_context, probe
 
 __all__ = [
     "LinkLimits",
     "ModelSupport",
     "PrefillResult",
+    "WarmUp",
     "check_config",
     "check_context",
     "check_generation",
@@ -32,6 +33,7 @@ __all__ = [
     "renew",
     "reserve_link_memory",
     "single",
+    "stock",
     "tsp",
     "warm_up",
     "zigzag",

@@ -44,21 +44,38 @@ def attend_chunk(
     Returns:
         ``[batch, heads, tokens, value dim]``.
     """
-    rows = query.shape[2]
-    if window is None or rows <= window:
+    if window is None or query.shape[2] <= window:
         output, lse = attend(query, key, value, scale=scale, causal=True)
     else:
         output, lse = _attend_own_window(query, key, value, scale=scale, window=window)
-    before = prefix()
-    if before is None or before[0].shape[2] == 0:
-        return output
+    add_prefix_(output, lse, query, prefix(), scale=scale, window=window)
+    return output
+
+
+def add_prefix_(
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    query: torch.Tensor,
+    prefix: tuple[torch.Tensor, torch.Tensor] | None,
+    *,
+    scale: float,
+    window: int | None,
+) -> None:
+    """Fold a prefix into what a chunk made of itself, in place.
+
+    Args:
+        output, lse: of causal attention of the chunk to itself, see `kernels.Kernel`.
+        prefix: keys and values, those inside the window if there is one; None for none.
+    """
+    if prefix is None or prefix[0].shape[2] == 0:
+        return
     # Within a window only the first rows still see the prefix; a row that sees none of it must not be
     # given to a kernel, whose log-sum-exp of nothing would be NaN.
+    rows = query.shape[2]
     seeing = rows if window is None else min(rows, window - 1)
-    bias = None if window is None else _band(seeing, before[0].shape[2], window, query)
-    other, other_lse = attend(query[:, :, :seeing], *before, scale=scale, bias=bias)
+    bias = None if window is None else _band(seeing, prefix[0].shape[2], window, query)
+    other, other_lse = attend(query[:, :, :seeing], *prefix, scale=scale, bias=bias)
     merge_(output[:, :, :seeing], lse[:, :, :seeing], (other, other_lse))
-    return output
 
 
 def _attend_own_window(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,11 +19,13 @@ from kvr_partition.runtime.attention import attend_chunk
 from kvr_partition.runtime.cache import LayerKV, Place, RunaheadCache, RunaheadLayer
 from kvr_partition.runtime.decoding import Greedy, check_generation, top_is_finite
 from kvr_partition.runtime.execution import AT_ONCE, Execution
+from kvr_partition.runtime.fused import Layers, chosen_layers, running
 from kvr_partition.runtime.gather import Gather, GroupGather, Runs
 from kvr_partition.runtime.links.plan import NO_LIMITS, LinkLimits, visible_prefix
 from kvr_partition.runtime.padding import read_padding
-from kvr_partition.runtime.prefill import PrefillResult, check_ids, not_finite, read_prompt
+from kvr_partition.runtime.prefill import PrefillResult, check_ids, not_finite, prefill, read_prompt
 from kvr_partition.runtime.support import (
+    Depth,
     ModelSupport,
     check_context,
     exclusively,
@@ -37,8 +39,36 @@ from kvr_partition.runtime.support import (
 from kvr_partition.timeline import LayerTimes, RankTimeline
 
 
-@torch.no_grad()
 def single(
+    model: Any,
+    input_ids: torch.Tensor,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    depth: Depth = "auto",
+    layers: Layers = "auto",
+    past: Cache | None = None,
+    attention_mask: torch.Tensor | None = None,
+) -> PrefillResult:
+    """The whole prompt on this rank alone: what KV-Runahead runs on each rank, with one chunk.
+
+    Args:
+        input_ids: the prompt, ``[batch, context]``.
+        rank, ranks: what the result says of itself; the last rank keeps the logits.
+        depth, layers, past, attention_mask: as in `prefill`.
+
+    Raises:
+        PartitionError, UnsupportedError, NotFiniteError: as `prefill`.
+    """
+    check_ids(model, input_ids)
+    before = 0 if past is None else int(past.get_seq_length())
+    whole = Partition((input_ids.shape[1],), before)
+    found = prefill(model, input_ids, whole, depth=depth, layers=layers, past=past, attention_mask=attention_mask)
+    return replace(found, rank=rank, ranks=ranks)
+
+
+@torch.no_grad()
+def stock(
     model: Any,
     input_ids: torch.Tensor,
     *,
@@ -48,7 +78,7 @@ def single(
     attention_mask: torch.Tensor | None = None,
     execution: Execution = AT_ONCE,
 ) -> PrefillResult:
-    """The whole prompt on this rank, through the model's stock attention and cache.
+    """The whole prompt on this rank as transformers reads it: its layers, its attention, its cache.
 
     Args:
         input_ids: the prompt, ``[batch, context]``.
@@ -97,6 +127,7 @@ def tsp(
     *,
     group: dist.ProcessGroup | None = None,
     causal: bool = False,
+    layers: Layers = "auto",
     limits: LinkLimits = NO_LIMITS,
     agree: bool = True,
 ) -> PrefillResult:
@@ -109,6 +140,7 @@ def tsp(
         input_ids: the whole prompt on every rank, ``[batch, context]``.
         causal: attend to what a token can see only, through the same kernels as KV-Runahead, rather than
             to everything under a mask. Not in the paper.
+        layers: as in `prefill`.
         limits: what the links are held to.
         agree: as in `prefill`.
 
@@ -118,7 +150,7 @@ def tsp(
         UnsupportedError: ``causal`` for a model whose attention cannot be replaced.
     """
     method: GatheringMethod = "tsp-causal" if causal else "tsp"
-    return _together(model, input_ids, method, group, limits, agree)
+    return _together(model, input_ids, method, group, layers, limits, agree)
 
 
 def zigzag(
@@ -126,6 +158,7 @@ def zigzag(
     input_ids: torch.Tensor,
     *,
     group: dist.ProcessGroup | None = None,
+    layers: Layers = "auto",
     limits: LinkLimits = NO_LIMITS,
     agree: bool = True,
 ) -> PrefillResult:
@@ -138,6 +171,7 @@ def zigzag(
 
     Args:
         input_ids: the whole prompt on every rank, ``[batch, context]``.
+        layers: as in `prefill`.
         limits: what the links are held to.
         agree: as in `prefill`.
 
@@ -146,7 +180,7 @@ def zigzag(
         PartitionError: fewer tokens than twice the ranks, or more than the model has positions.
         UnsupportedError: a model whose attention cannot be replaced, or with a sliding window.
     """
-    return _together(model, input_ids, "zigzag", group, limits, agree)
+    return _together(model, input_ids, "zigzag", group, layers, limits, agree)
 
 
 def _together(
@@ -154,6 +188,7 @@ def _together(
     input_ids: torch.Tensor,
     method: GatheringMethod,
     group: dist.ProcessGroup | None,
+    layers: Layers,
     limits: LinkLimits,
     agree: bool,
 ) -> PrefillResult:
@@ -163,11 +198,12 @@ def _together(
         assert turn.of is not None
         turn.checked(lambda: stack.enter_context(exclusively(model)))
         ranks = turn.of.ranks
+        turn.checked(lambda: chosen_layers(model, layers))
         prompt = turn.checked(lambda: _checked_prompt(model, input_ids, method, ranks))
         turn.agree(method, model, input_ids, prompt, limits=limits)
         gather = GroupGather(turn.of.collectives(input_ids.device), limits)
         try:
-            return gathered(model, input_ids, method, gather)
+            return gathered(model, input_ids, method, gather, layers)
         except RuntimeError as error:
             if is_link_error(error):
                 raise turn.explain(None, error) from error
@@ -244,13 +280,19 @@ def parts_of(method: GatheringMethod, context: int, ranks: int) -> list[list[Par
 
 @torch.no_grad()
 def gathered(
-    model: Any, input_ids: torch.Tensor, method: GatheringMethod, gather: Gather, execution: Execution = AT_ONCE
+    model: Any,
+    input_ids: torch.Tensor,
+    method: GatheringMethod,
+    gather: Gather,
+    layers: Layers = "auto",
+    execution: Execution = AT_ONCE,
 ) -> PrefillResult:
     """One rank's part of a prefill that gathers the KV of all ranks in every layer.
 
     Args:
         input_ids: the whole prompt, ``[batch, context]``.
         gather: brings the other ranks' rows.
+        layers: as in `prefill`.
         execution: at once, or to be recorded.
 
     Raises:
@@ -272,7 +314,9 @@ def gathered(
     if method == "tsp" and _has_alibi(model):
         # Models with ALiBi take the number of keys from the attention mask, or else assume none come later.
         extra["attention_mask"] = torch.ones_like(input_ids)
+    at_once = execution.at_once and input_ids.shape[0] == 1
     with ExitStack() as stack:
+        stack.enter_context(running(model, layers, chunk_ids.shape[1] if at_once else None))
         if method == "tsp":
             stack.enter_context(own_attention(model))
         else:
@@ -287,7 +331,7 @@ def gathered(
     clock.stamp()
     if top is not None and execution.to_host and not top_is_finite(top):
         raise not_finite(run.cache, _computed_in_order(parts))
-    layers = len(run.cache.kv_layers)
+    kv_layers = len(run.cache.kv_layers)
     return PrefillResult(
         rank=gather.rank,
         ranks=gather.ranks,
@@ -295,7 +339,7 @@ def gathered(
         logits=logits,
         cache=run.cache,
         kv_bytes=gather.sent_bytes,
-        _timeline=lambda: _timeline(clock.seconds(), layers),
+        _timeline=lambda: _timeline(clock.seconds(), kv_layers),
         context=input_ids.shape[1],
     )
 

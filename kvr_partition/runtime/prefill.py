@@ -384,7 +384,8 @@ def run_chunk(
     # What is recorded here is recorded whole; recordings of layers are for runs that are carried out at once.
     at_once = execution.at_once and chunk_ids.shape[0] == 1
     tokens = chunk_ids.shape[1] if at_once else None
-    with running(model, layers, tokens), replaced_attention(model, route, run.attend) as extra:
+    own = run.add_prefix_ if chosen == "attention" else None
+    with running(model, layers, tokens, own), replaced_attention(model, route, run.attend) as extra:
         if padding is not None:
             extra.update(padding.of_chunk(start, start + chunk_ids.shape[1]))
         output = forward(model, chunk_ids, cache, **extra)
@@ -484,18 +485,25 @@ class _ChunkRun:
     ) -> torch.Tensor:
         """Attention of the chunk, prefix last."""
         assert self._current is not None
+        window = self._current[0].kv.window
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        output = attention.attend_chunk(query, key, value, self._prefix, scale=scale, window=window)
+        return output.transpose(1, 2).contiguous()
+
+    def add_prefix_(self, output: torch.Tensor, lse: torch.Tensor, query: torch.Tensor, scale: float) -> None:
+        """The same, where the chunk's attention to itself has been computed."""
+        assert self._current is not None
+        window = self._current[0].kv.window
+        attention.add_prefix_(output, lse, query, self._prefix(), scale=scale, window=window)
+
+    def _prefix(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        assert self._current is not None
         layer, index = self._current
         self._current = None
-
-        def prefix() -> tuple[torch.Tensor, torch.Tensor] | None:
-            self._wait(layer, index)
-            if layer.kept_prefix == 0:
-                return None
-            return layer.store.keys(0, layer.kept_prefix), layer.store.values(0, layer.kept_prefix)
-
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        output = attention.attend_chunk(query, key, value, prefix, scale=scale, window=layer.kv.window)
-        return output.transpose(1, 2).contiguous()
+        self._wait(layer, index)
+        if layer.kept_prefix == 0:
+            return None
+        return layer.store.keys(0, layer.kept_prefix), layer.store.values(0, layer.kept_prefix)
 
     def _hand_over(self, index: int) -> None:
         self._turn.now(f"layer {index}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 import weakref
@@ -407,7 +408,7 @@ class runahead_attention:  # noqa: N801 - reads as a statement: with runahead_at
 
     def __exit__(self, *_: object) -> None:
         if self._before != attention.IMPLEMENTATION:
-            for config, stock, _ in _attention_changes[self._model]:
+            for config, stock, _ours in _attention_changes[self._model]:
                 config._attn_implementation_internal = stock
 
 
@@ -447,7 +448,8 @@ def replaced_attention(
 
 def forward(model: Any, input_ids: torch.Tensor, cache: Cache, **extra: Any) -> Any:
     """One pass of the model over ``input_ids`` into ``cache``, without logits that nobody asked for."""
-    accepted = inspect.signature(model.forward).parameters
+    kind: Any = type(model)
+    accepted = _accepted(kind)
     if "logits_to_keep" in accepted:
         extra["logits_to_keep"] = 1
     if "position_ids" in accepted and "position_ids" not in extra:
@@ -455,6 +457,12 @@ def forward(model: Any, input_ids: torch.Tensor, cache: Cache, **extra: Any) -> 
         before = int(cache.get_seq_length())
         extra["position_ids"] = torch.arange(before, before + input_ids.shape[1], device=input_ids.device)[None]
     return model(input_ids=input_ids, past_key_values=cache, use_cache=True, **extra)
+
+
+@functools.cache
+def _accepted(kind: Any) -> frozenset[str]:
+    """Names of what a class's ``forward`` takes."""
+    return frozenset(inspect.signature(kind.forward).parameters)
 
 
 def first_token(

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from kvr_partition.errors import UnsupportedError
 from kvr_partition.runtime.fused.probing import PARTS, FusedModel, fused_model
+from kvr_partition.runtime.fused.recorded import AddPrefix
 
 __all__ = ["PARTS", "FusedModel", "Layers", "chosen_layers", "fused_model", "running"]
 
@@ -33,11 +34,15 @@ def chosen_layers(model: Any, layers: Layers = "auto") -> FusedModel:
     return found
 
 
-def running(model: Any, layers: Layers, tokens: int | None = None) -> AbstractContextManager[object]:
+def running(
+    model: Any, layers: Layers, tokens: int | None = None, add_prefix: AddPrefix | None = None
+) -> AbstractContextManager[object]:
     """While it lasts, a model runs with these layers.
 
     Args:
         tokens: of a chunk of one prompt that is run at once; None where recordings must not be used.
+        add_prefix: folds the prefix into what a chunk's attention made of itself, see `recorded.AddPrefix`; None
+            where its attention is something else.
     """
     found = chosen_layers(model, layers)
-    return found.replaced(tokens) if found.layers or found.leaves else nullcontext()
+    return found.replaced(tokens, add_prefix) if found.layers or found.leaves else nullcontext()

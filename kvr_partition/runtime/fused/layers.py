@@ -162,7 +162,8 @@ class FusedAttention:
             query = query if to_query is None else to_query.copy_(query)
         else:
             query, key = self.projections[0].of(rows, to_query), self.projections[1].of(rows)
-        query, key = (one.unflatten(1, (-1, self.dim)) for one in (query, key))
+        heads: torch.Tensor = query.unflatten(1, (-1, self.dim))
+        key = key.unflatten(1, (-1, self.dim))
         norms = None
         if self.norms is not None:
             norms = self.norms[0].weight, self.norms[1].weight, self.norms[2]
@@ -174,14 +175,14 @@ class FusedAttention:
                 place.values.copy_(values[low:high])
             some = slice(low, high) if cos.shape[0] == rows.shape[0] else slice(None)
             ops.rotate_(
-                query[low:high],
+                heads[low:high],
                 key[low:high],
                 place.keys.unflatten(1, (-1, self.dim)),
                 cos[some],
                 sin[some],
                 norms,
             )
-        return query
+        return heads
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, given: dict[str, Any]
@@ -229,6 +230,7 @@ class FusedLayer:
         module: the model's own.
         norms: before attention and before the MLP; one for both where they are the same.
         attention, mlp: its parts.
+        own_attention: the model's own.
         parallel: whether the MLP reads what attention reads, and not what attention made.
         cache: name under which the layer is given the cache.
         returns_tuple: whether the layer returns its hidden states in a tuple.
@@ -238,6 +240,7 @@ class FusedLayer:
     module: Any
     norms: tuple[Norm, Norm]
     attention: FusedAttention | OwnAttention
+    own_attention: OwnAttention
     mlp: FusedMLP | OwnMLP
     parallel: bool
     cache: str

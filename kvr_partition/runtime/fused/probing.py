@@ -29,7 +29,7 @@ from kvr_partition.runtime.fused.layers import (
     OwnAttention,
     OwnMLP,
 )
-from kvr_partition.runtime.fused.recorded import RecordedLayers, can_record, recordable
+from kvr_partition.runtime.fused.recorded import AddPrefix, RecordedLayers, can_record, recordable
 
 Part = Literal["norm", "rotary", "activation", "residual"]
 PARTS: tuple[Part, ...] = ("norm", "rotary", "activation", "residual")
@@ -81,6 +81,46 @@ class FusedModel:
         ]
         return f"fused({', '.join(found)})" if found else "stock"
 
+    def of_parts(self, model: Any, other: Any) -> FusedModel:
+        """The same for a model whose layers are cut across ranks, of which each has a part of every matrix.
+
+        Its attention stays as it is: how many heads a part has is the other model's affair.
+
+        Args:
+            model: what these layers are of.
+            other: the same model in parts.
+        """
+        names = {module: name for name, module in model.named_modules()}
+
+        def there(module: Any) -> Any:
+            return other.get_submodule(names[module])
+
+        def part(linear: Linear) -> Linear:
+            return Linear(there(linear.module), plain=False)
+
+        layers = []
+        for layer in self.layers:
+            first = Norm(there(layer.norms[0].module), layer.norms[0].epsilon)
+            same = layer.norms[1] is layer.norms[0]
+            second = first if same else Norm(there(layer.norms[1].module), layer.norms[1].epsilon)
+            mlp, attention = layer.mlp, layer.own_attention
+            layers.append(
+                FusedLayer(
+                    there(layer.module),
+                    (first, second),
+                    replace(attention, module=there(attention.module)),
+                    replace(attention, module=there(attention.module)),
+                    OwnMLP(there(mlp.module))
+                    if isinstance(mlp, OwnMLP)
+                    else replace(mlp, gate=mlp.gate and part(mlp.gate), up=part(mlp.up), down=part(mlp.down)),
+                    layer.parallel,
+                    layer.cache,
+                    layer.returns_tuple,
+                    layer.first,
+                )
+            )
+        return FusedModel(layers, [], dict(self.parts), self.total, list(self.left))
+
     recorded: RecordedLayers | None = None
     """Recordings of short chunks, once `record` made some."""
 
@@ -99,18 +139,19 @@ class FusedModel:
         return self.recorded.record(most)
 
     @contextmanager
-    def replaced(self, tokens: int | None = None) -> Iterator[None]:
+    def replaced(self, tokens: int | None = None, add_prefix: AddPrefix | None = None) -> Iterator[None]:
         """While it lasts, the model's parts are replaced; of this model only, and nothing of its class.
 
         Args:
-            tokens: of a chunk of one prompt that is about to be run at once, for which recordings may be used.
+            tokens, add_prefix: of a chunk of one prompt that is about to be run at once, for which recordings may
+                be used.
         """
         size = self.recorded.fit(tokens) if self.recorded is not None and tokens is not None else None
         if size is None:
             layers = [(layer.module, layer.forward) for layer in self.layers]
         else:
             assert self.recorded is not None
-            layers = self.recorded.forwards(size)
+            layers = self.recorded.forwards(size, add_prefix)
         with _standing_in(dict([*layers, *self.leaves])):
             yield
 
@@ -282,6 +323,7 @@ def _probe_layer(model: Any, layer: Any, index: int, calls: dict[Any, _Call], fo
                 layer,
                 (norm, other),
                 fused_attention or _own_attention(own_attention, calls),
+                _own_attention(own_attention, calls),
                 fused_mlp or OwnMLP(own_mlp),
                 parallel,
                 _cache_name(calls[layer]),

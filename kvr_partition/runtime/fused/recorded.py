@@ -1,12 +1,14 @@
 """Short chunks whose layers are recorded once as CUDA graphs: the host launches one a layer, and never holds up.
 
 What stands between two attentions is one graph for each layer: the MLP of the layer before it, and up to queries,
-keys and values of its own. Attention and its output projection stay outside: attention depends on lengths, and
-links are served there. A chunk is padded to the next of a few sizes; rows of padding compute what nobody reads.
+keys and values of its own. Then keys and values are handed over, and attention of the chunk to itself is another
+graph, one for all layers. A prefix is of any length, so that attention to it is not recorded. A chunk is padded to
+the next of a few sizes; no row sees the rows of padding behind it.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +19,13 @@ import torch
 from kvr_partition.runtime.cache import Place, RunaheadCache
 from kvr_partition.runtime.fused import ops
 from kvr_partition.runtime.fused.layers import FusedAttention, FusedLayer, FusedMLP
+from kvr_partition.runtime.kernels import attend, planning
+
+AddPrefix = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], None]
+"""Folds a prefix into output and log-sum-exp of a chunk's attention to itself, given queries and scale."""
 
 LONGEST = 2048
-"""Tokens of the longest chunk that is recorded. Longer ones keep any device busy for longer than the host takes."""
+"""Tokens of the longest chunk that is recorded. Longer ones keep a device busy for longer than the host takes."""
 
 STEP = 128
 """Sizes are its multiples. Kernels compute so many rows at once: padding to them costs little."""
@@ -31,19 +37,21 @@ def sizes(most: int) -> list[int]:
 
 
 def recordable(layers: Sequence[FusedLayer], chained: bool) -> bool:
-    """Whether all that happens between attentions is known, and nothing of it depends on data."""
-    return (
-        chained
-        and bool(layers)
-        and all(
-            isinstance(layer.attention, FusedAttention)
-            and isinstance(layer.mlp, FusedMLP)
-            and layer.attention.output.plain
-            and all(linear.plain for linear in layer.attention.projections)
-            and all(one is None or one.plain for one in (layer.mlp.gate, layer.mlp.up, layer.mlp.down))
-            for layer in layers
-        )
-    )
+    """Whether all that happens between attentions is known and the same for every chunk.
+
+    Args:
+        chained: whether each layer reads what the one before it returned, and none is left out.
+    """
+    shapes = set()
+    for layer in layers:
+        attention, mlp = layer.attention, layer.mlp
+        if not isinstance(attention, FusedAttention) or not isinstance(mlp, FusedMLP):
+            return False
+        linears = (attention.output, *attention.projections, mlp.gate, mlp.up, mlp.down)
+        if not all(one is None or one.plain for one in linears):
+            return False
+        shapes.add((_query_width(layer), attention.kv_heads, attention.dim, attention.constants.get("scaling")))
+    return chained and len(shapes) == 1
 
 
 @dataclass
@@ -58,17 +66,25 @@ class _Static:
 
     @classmethod
     def of(cls, layers: Sequence[FusedLayer], like: torch.Tensor, rows: int) -> _Static:
-        attention = layers[0].attention
-        assert isinstance(attention, FusedAttention)
-        width = max(_query_width(layer) for layer in layers)
-        entry = max(2 * one.kv_heads * one.dim for one in map(_attention, layers))
+        attention = _attention(layers[0])
 
         def zeros(columns: int) -> torch.Tensor:
             # Padding must be finite from the beginning: a product with nothing is no number.
             return torch.zeros((rows, columns), dtype=like.dtype, device=like.device)
 
-        hidden = layers[0].norms[0].module.weight.shape[0]
-        return cls(zeros(hidden), zeros(attention.dim), zeros(attention.dim), zeros(width), zeros(entry))
+        query, dim = _query_width(layers[0]), attention.dim
+        return cls(
+            zeros(layers[0].norms[0].module.weight.shape[0]),
+            zeros(dim),
+            zeros(dim),
+            zeros(query),
+            zeros(2 * attention.kv_heads * dim),
+        )
+
+    def heads(self, rows: torch.Tensor, dim: int) -> torch.Tensor:
+        """Rows as attention has them, ``[1, heads, tokens, dim]``."""
+        heads: torch.Tensor = rows.unflatten(1, (-1, dim)).transpose(0, 1)[None]
+        return heads
 
 
 def _attention(layer: FusedLayer) -> FusedAttention:
@@ -80,27 +96,43 @@ def _query_width(layer: FusedLayer) -> int:
     return int(_attention(layer).output.module.in_features)
 
 
+@dataclass(frozen=True)
+class _Size:
+    """What was recorded for one size.
+
+    Attributes:
+        layers: a graph for each layer up to its attention, and one behind the last.
+        attention: of a chunk to itself.
+        attended, lse: what that makes, and what is put in its place where attention is not recorded.
+    """
+
+    layers: list[torch.cuda.CUDAGraph]
+    attention: torch.cuda.CUDAGraph
+    attended: torch.Tensor
+    lse: torch.Tensor
+
+
 @dataclass
 class RecordedLayers:
     """The recorded layers of one model on one GPU.
 
     Attributes:
         layers: what is recorded.
-        graphs: by size, one for each layer and one behind the last.
+        sizes: what was recorded for each size.
         seconds: how long recording took.
         nbytes: how much memory it took.
     """
 
     layers: list[FusedLayer]
-    graphs: dict[int, list[torch.cuda.CUDAGraph]] = field(default_factory=dict)
+    sizes: dict[int, _Size] = field(default_factory=dict)
     seconds: float = 0.0
     nbytes: int = 0
     _static: _Static | None = None
     _weights: tuple[int, ...] = ()
-    _pool: Any = None
+    _pools: tuple[Any, Any] = (None, None)
     _used: torch.cuda.Event | None = None
     _for_mlp: torch.Tensor | None = None
-    _owners: list[tuple[Any, str]] = field(default_factory=list)
+    _owners: list[tuple[Any, str, torch.Tensor]] = field(default_factory=list)
 
     @torch.no_grad()
     def record(self, most: int) -> int:
@@ -109,11 +141,12 @@ class RecordedLayers:
         Returns:
             How many graphs were made.
         """
-        missing = [size for size in sizes(most) if size not in self.graphs]
+        missing = [size for size in sizes(most) if size not in self.sizes]
         weight = self.layers[0].norms[0].module.weight
         if self._static is None:
             self._static = _Static.of(self.layers, weight, LONGEST)
-            self._pool = torch.cuda.graph_pool_handle()
+            # Attention runs while what a layer keeps for its MLP is there, so its memory is another.
+            self._pools = torch.cuda.graph_pool_handle(), torch.cuda.graph_pool_handle()
             self._weights = self._addresses()
         if not missing:
             return 0
@@ -121,54 +154,84 @@ class RecordedLayers:
         free = torch.cuda.mem_get_info(weight.device)[0]
         began = time.perf_counter()
         stream = torch.cuda.Stream(weight.device)
-        with torch.cuda.stream(stream):
-            # Kernels load and workspaces are made, which a graph cannot hold; the longest size needs the most.
-            for size in (missing[-1], missing[0]):
-                for index in range(len(self.layers) + 1):
-                    self._segment(index, size)
+        with torch.cuda.stream(stream), planning():
+            # Kernels load and workspaces and plans are made, which a graph cannot hold.
+            for size in missing:
+                attended, _ = self._attend(size)
+                for index in range(len(self.layers) + 1) if size == missing[-1] else (0, 1):
+                    self._segment(index, size, attended)
+            # The longest first: what it needs is enough for all.
             for size in reversed(missing):
-                self.graphs[size] = [self._recorded(index, size) for index in range(len(self.layers) + 1)]
+                self.sizes[size] = self._recorded_size(size)
         torch.cuda.synchronize(weight.device)
+        # What was needed to make kernels ready is not needed again.
+        torch.cuda.empty_cache()
         self.seconds += time.perf_counter() - began
         self.nbytes += max(0, free - torch.cuda.mem_get_info(weight.device)[0])
-        return len(missing) * (len(self.layers) + 1)
+        return len(missing) * (len(self.layers) + 2)
 
-    def _recorded(self, index: int, size: int) -> torch.cuda.CUDAGraph:
+    def _recorded_size(self, size: int) -> _Size:
+        made: list[tuple[torch.Tensor, torch.Tensor]] = []
+        attention = self._recorded(self._pools[1], lambda: made.append(self._attend(size)))
+        attended, lse = made[0]
+        layers = [
+            self._recorded(self._pools[0], functools.partial(self._segment, index, size, attended))
+            for index in range(len(self.layers) + 1)
+        ]
+        return _Size(layers, attention, attended, lse)
+
+    def _recorded(self, pool: Any, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
-            self._segment(index, size)
+            work()
         finally:
             graph.capture_end()
         return graph
 
-    def _segment(self, index: int, size: int) -> None:
-        """Behind attention's output projection of the layer before, and up to attention of this one."""
+    def _segment(self, index: int, size: int, attended: torch.Tensor) -> None:
+        """Behind attention of the layer before, and up to attention of this one."""
         static = self._static
         assert static is not None
         hidden = static.hidden[:size]
         if index:
-            before = self.layers[index - 1]
-            before.mlp_of(hidden, self._for_mlp)
+            self.layers[index - 1].behind(hidden, self._for_mlp, attended)
         if index == len(self.layers):
             return
         layer = self.layers[index]
         normed, self._for_mlp = layer.before(hidden)
         attention = _attention(layer)
-        width = attention.kv_heads * attention.dim
-        place = Place.of(0, static.kv[:size, : 2 * width], width)
-        query = attention.project(
-            normed, static.cos[:size], static.sin[:size], [place], static.query[:size, : _query_width(layer)]
-        )
+        place = Place.of(0, static.kv[:size], attention.kv_heads * attention.dim)
+        query = attention.project(normed, static.cos[:size], static.sin[:size], [place], static.query[:size])
         assert query.data_ptr() == static.query.data_ptr()
+
+    def _attend(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention of a chunk to itself: the same for every layer, since all read and write the same rows.
+
+        Returns:
+            ``[tokens, width]``, and the log-sum-exp ``[1, heads, tokens]``.
+        """
+        static = self._static
+        assert static is not None
+        dim = _attention(self.layers[0]).dim
+        query, kv = static.heads(static.query[:size], dim), static.kv[:size]
+        key, value = (static.heads(one, dim) for one in kv.chunk(2, dim=1))
+        output, lse = attend(query, key, value, scale=self.scale, causal=True)
+        return output.transpose(1, 2).reshape(size, -1), lse
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied with."""
+        attention = _attention(self.layers[0])
+        return float(attention.constants.get("scaling") or attention.dim**-0.5)
 
     def fit(self, tokens: int) -> int | None:
         """The recorded size for a chunk; None where there is none, or where weights have moved since."""
         size = -(-tokens // STEP) * STEP
-        if size not in self.graphs:
+        if size not in self.sizes:
             return None
         if self._weights != self._addresses():
-            self.graphs.clear()
+            self.sizes.clear()
             self._static = None
             return None
         return size
@@ -176,17 +239,22 @@ class RecordedLayers:
     def _addresses(self) -> tuple[int, ...]:
         if not self._owners:
             self._owners = [
-                (module._parameters, name)
+                (module._parameters, name, weight)
                 for layer in self.layers
                 for module in layer.module.modules()
-                for name in module._parameters
+                for name, weight in module._parameters.items()
+                if weight is not None
             ]
-        return tuple(0 if of[name] is None else of[name].data_ptr() for of, name in self._owners)
+        return tuple(weight.data_ptr() if of.get(name) is weight else 0 for of, name, weight in self._owners)
 
-    def forwards(self, size: int) -> list[tuple[Any, Callable[..., Any]]]:
-        """What stands in for the ``forward`` of each layer in a run over a chunk padded to ``size``."""
+    def forwards(self, size: int, add_prefix: AddPrefix | None) -> list[tuple[Any, Callable[..., Any]]]:
+        """What stands in for the ``forward`` of each layer in a run over a chunk padded to ``size``.
+
+        Args:
+            add_prefix: as in `running`.
+        """
         assert self._static is not None
-        run = _Run(self, self.graphs[size], self._static)
+        run = _Run(self, size, self._static, add_prefix)
         return [(layer.module, _bound(run, index, layer)) for index, layer in enumerate(self.layers)]
 
 
@@ -203,29 +271,35 @@ class _Run:
     """One chunk through the graphs."""
 
     by: RecordedLayers
-    graphs: list[torch.cuda.CUDAGraph]
+    size: int
     static: _Static
+    add_prefix: AddPrefix | None
     hidden: torch.Tensor | None = None
 
     def layer(self, index: int, layer: FusedLayer, hidden: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
-        static = self.static
+        static, recorded = self.static, self.by.sizes[self.size]
         tokens = hidden.shape[1]
         if index == 0:
             self._begin(hidden, given["position_embeddings"])
         else:
             assert hidden is self.hidden, "a layer reads something else than the one before it returned"
-        self.graphs[index].replay()
+        recorded.layers[index].replay()
         attention = _attention(layer)
         cache: RunaheadCache = given[layer.cache]
-        width = 2 * attention.kv_heads * attention.dim
         for place in cache.place(attention.index, tokens):
-            place.rows.copy_(static.kv[place.first : place.last, :width])
+            place.rows.copy_(static.kv[place.first : place.last])
         keys, values = cache.placed(attention.index)
-        query = static.query[:tokens, : _query_width(layer)].unflatten(1, (-1, attention.dim))
-        attended = attention.attend(query.transpose(0, 1)[None], keys, values, given.get("attention_mask"), given)
-        attention.output.add_to_(static.hidden[:tokens], attended)
+        query = static.heads(static.query[:tokens], attention.dim)
+        window = cache.layers[attention.index].kv.window  # type: ignore[union-attr]
+        if self.add_prefix is not None and (window is None or self.size <= window):
+            recorded.attention.replay()
+            attended = static.heads(recorded.attended[:tokens], attention.dim)
+            self.add_prefix(attended, recorded.lse[:, :, :tokens], query, self.by.scale)
+        else:
+            mask = given.get("attention_mask")
+            recorded.attended[:tokens].copy_(attention.attend(query, keys, values, mask, given))
         if index == len(self.by.layers) - 1:
-            self.graphs[-1].replay()
+            recorded.layers[-1].replay()
             self.by._used = torch.cuda.current_stream().record_event()
         assert self.hidden is not None
         return self.hidden
