@@ -11,6 +11,7 @@ and what no kernel fills.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -192,6 +193,47 @@ def cold(model: Any, tokens: int, count: int) -> dict[str, Any]:
     return found
 
 
+def decoding(model: Any, tokens: int, count: int) -> dict[str, Any]:
+    """Milliseconds a token of transformers' own decoding and of ours, at lengths never seen and seen before."""
+    from transformers.generation.streamers import BaseStreamer
+
+    from kvr_partition.runtime import decode
+
+    class Clock(BaseStreamer):
+        def __init__(self) -> None:
+            self.at: list[float] = []
+
+        def put(self, value: Any) -> None:
+            self.at.append(time.perf_counter())
+
+        def end(self) -> None:
+            pass
+
+    ids = torch.randint(0, model.config.vocab_size, (1, tokens), device="cuda")
+    model.generation_config.eos_token_id = None
+
+    def of_stock() -> list[float]:
+        clock = Clock()
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, streamer=clock
+        )
+        return clock.at[1:]
+
+    def ours() -> list[float]:
+        clock = Clock()
+        out = prefill(model, ids, Partition((tokens,)), reserve=count)
+        decode(model, ids, out, count, streamer=clock)
+        return clock.at[1:]
+
+    found = {}
+    for name, work in (("ours", ours), ("stock", of_stock)):
+        for when in ("never seen", "seen before", "seen before, again"):
+            at = work()
+            steps = [after - before for before, after in itertools.pairwise(at)]
+            found[f"{name}, {when}"] = {"median_s": median(steps), "steps_s": steps}
+    return found
+
+
 def main() -> None:
     """Every model in turn; a file for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -204,6 +246,7 @@ def main() -> None:
         "--warm-up", type=int, default=0, metavar="TOKENS", help="as serving code does; then cold lengths"
     )
     parser.add_argument("--cold", type=int, default=0, metavar="COUNT", help="lengths never seen, up to --warm-up")
+    parser.add_argument("--decode", default="", help="contexts to decode behind, like 4096,16384")
     parser.add_argument("--out", type=Path, default=Path("one-rank"))
     options = parser.parse_args()
     contexts = [int(word) for word in options.contexts.split(",") if word]
@@ -222,6 +265,15 @@ def main() -> None:
         print(name, figures["layers"], figures["left"][:3], flush=True)
         path = options.out / name / "one-rank.json"
         path.parent.mkdir(parents=True, exist_ok=True)
+        if options.warm_up:
+            began = time.perf_counter()
+            told = warm_up(model, options.warm_up)
+            figures["warm_up"] = {
+                "tokens": options.warm_up,
+                "took_s": time.perf_counter() - began,
+                "told": str(told),
+            }
+            print("  warm-up", figures["warm_up"], flush=True)
         for context in contexts:
             ids = torch.randint(0, model.config.vocab_size, (1, context), device="cuda")
             entry = {"ttft": interleaved(ways(model, ids), options.samples), "floor": floor(model, context, 5)}
@@ -239,17 +291,14 @@ def main() -> None:
                         print(
                             f"      {one['seconds'] * 1e3:8.2f} {one['calls']:5d} {one['kernel'][:80]}", flush=True
                         )
-        if options.warm_up:
-            began = time.perf_counter()
-            told = warm_up(model, options.warm_up)
-            figures["warm_up"] = {
-                "tokens": options.warm_up,
-                "took_s": time.perf_counter() - began,
-                "told": str(told),
-            }
-            print("  warm-up", figures["warm_up"], flush=True)
+        if options.cold:
             figures["cold"] = cold(model, options.warm_up, options.cold)
             print("  cold", {key: round(one["ratio"], 3) for key, one in figures["cold"].items()}, flush=True)
+            path.write_text(json.dumps(figures, indent=1) + "\n")
+        for context in (int(word) for word in options.decode.split(",") if word):
+            figures.setdefault("decoding", {})[str(context)] = decoding(model, context, 33)
+            told = {key: round(one["median_s"] * 1e3, 1) for key, one in figures["decoding"][str(context)].items()}
+            print("  decoding behind", context, told, flush=True)
             path.write_text(json.dumps(figures, indent=1) + "\n")
         del model
         torch.cuda.empty_cache()

@@ -45,8 +45,8 @@ def run(options: argparse.Namespace) -> None:
     noise = int(parse_bytes(options.noise, "--noise"))
     group = make_group(options)
     methods = [method.strip() for method in options.methods.split(",")]
-    if "single" in methods:
-        raise UnsupportedError("single is what the others are compared with; leave it out of --methods")
+    if "stock" in methods:
+        raise UnsupportedError("stock is what the others are compared with; leave it out of --methods")
 
     from kvr_partition.cli.show import Progress, print_json, print_table
     from profiler.measure import Candidate

@@ -19,6 +19,7 @@ from transformers.generation import logits_process as rules
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from kvr_partition.errors import NotFiniteError, PartitionError, UnsupportedError
+from kvr_partition.runtime.kernels import kernels_without_plans
 from kvr_partition.runtime.support import check_context
 
 if TYPE_CHECKING:
@@ -285,7 +286,7 @@ def decode(
     )
     # A copy that shares everything but its settings: another thread may be reading a prompt meanwhile.
     alone = copy.copy(model)
-    with configured(alone, ours):
+    with configured(alone, ours), kernels_without_plans():
         whole: torch.Tensor = alone.generate(
             tokens,
             attention_mask=mask,

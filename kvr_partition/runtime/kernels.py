@@ -359,6 +359,33 @@ def planning() -> Iterator[None]:
         plans.exact = before
 
 
+_without_plans = threading.Lock()
+_decoding = 0
+_cudnn_was = False
+
+
+@contextlib.contextmanager
+def kernels_without_plans() -> Iterator[None]:
+    """While it lasts, torch's own SDPA leaves cuDNN alone.
+
+    On Hopper it takes cuDNN first, which builds a plan for each length, and while decoding every token has another
+    one. The switch is the process's: of several that decode at once, the last one out turns it back.
+    """
+    global _decoding, _cudnn_was
+    with _without_plans:
+        if _decoding == 0:
+            _cudnn_was = torch.backends.cuda.cudnn_sdp_enabled()
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        _decoding += 1
+    try:
+        yield
+    finally:
+        with _without_plans:
+            _decoding -= 1
+            if _decoding == 0:
+                torch.backends.cuda.enable_cudnn_sdp(_cudnn_was)
+
+
 def split_length(length: int, most: int) -> tuple[list[tuple[int, int]], int]:
     """Runs ``(start, end)`` of `piece_lengths` up to ``most`` that fill a length, and where they end."""
     runs, at = [], 0

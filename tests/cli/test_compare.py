@@ -36,6 +36,7 @@ def test_compare_shows_every_method_verified_and_under_noise(folder: Path) -> No
     (context,) = json.loads(done.stdout)
     methods = {one["method"]: one for one in context["methods"]}
     assert list(methods) == [
+        "stock",
         "single",
         "TSP",
         "TSP causal",
@@ -55,7 +56,7 @@ def test_compare_shows_every_method_verified_and_under_noise(folder: Path) -> No
     assert methods["KVR-S"]["kv_bytes"] == 56 * 3 * 2 * 2 * 16 * 4
     assert methods["KVR-S"]["over_bound"] is not None
     for name, one in methods.items():
-        quiet = name in ("single", "TTFT(p) of KVR-S")
+        quiet = name in ("stock", "single", "TTFT(p) of KVR-S")
         assert (one["loss_under_noise"] is None) == quiet
         assert one["ttft_s"] > 0
     with MeasurementLog(folder / "log.jsonl") as log:

@@ -10,7 +10,7 @@ import torch
 
 from kvr_partition import Partition
 from kvr_partition.errors import UnsupportedError
-from kvr_partition.runtime import decode, prefill, probe, single
+from kvr_partition.runtime import decode, prefill, probe, stock
 from kvr_partition.runtime.cache import RunaheadCache
 from kvr_partition.runtime.links.plan import NoLinks
 from kvr_partition.runtime.prefill import PrefillResult, chunk_cache, run_chunk
@@ -48,7 +48,7 @@ def test_chunks_on_the_device_equal_the_single_run(
     model = build(name).to(device="cuda", dtype=dtype)
     exact = build(name).to("cuda")
     input_ids = torch.randint(0, 257, (1, sum(sizes)), generator=torch.Generator().manual_seed(5)).cuda()
-    right = single(exact, input_ids)
+    right = stock(exact, input_ids)
     for depth in ("attention", "cache") if probe(model).attention_depth else ("cache",):
         out = in_turn(model, input_ids, Partition(sizes), depth)
         assert out.logits is not None
@@ -58,7 +58,7 @@ def test_chunks_on_the_device_equal_the_single_run(
             assert relative(layer.keys, right.cache.layers[index].keys) < tolerance
         if dtype == torch.float32:
             assert torch.equal(
-                decode(model, input_ids, out, 16), decode(exact, input_ids, single(exact, input_ids), 16)
+                decode(model, input_ids, out, 16), decode(exact, input_ids, stock(exact, input_ids), 16)
             )
 
 
@@ -87,7 +87,7 @@ def test_the_whole_prompt_at_once_matches_stock_attention_in_half_precision() ->
     model = build("llama-gqa").to(device="cuda", dtype=torch.float16)
     input_ids = torch.arange(200).cuda()[None] % 257
     out = prefill(model, input_ids, Partition((200,)))
-    right = single(model, input_ids)
+    right = stock(model, input_ids)
     assert out.logits is not None
     assert right.logits is not None
     assert relative(out.logits, right.logits) < 5e-3

@@ -35,6 +35,7 @@ from kvr_partition.runtime import (
     renew,
     reserve_link_memory,
     single,
+    stock,
     tsp,
     zigzag,
 )
@@ -99,7 +100,7 @@ class World:
     def single(self, number: int) -> int:
         """The token that one rank gives."""
         if number not in self.right:
-            token = single(self.model, prompt(number)).first_token
+            token = stock(self.model, prompt(number)).first_token
             assert token is not None
             self.right[number] = int(token[0, 0])
         return self.right[number]
@@ -215,7 +216,7 @@ def another_past(world: World) -> dict[str, Any]:
     """The last rank holds the past of other tokens, the same number of them."""
     odd = world.rank == world.ranks - 1
     split = Partition(world.split.sizes, past=9)
-    pasts = [single(world.model, prompt(50 + other)[:, :9]).cache for other in (0, 1)]
+    pasts = [stock(world.model, prompt(50 + other)[:, :9]).cache for other in (0, 1)]
     return {
         "first": world.prefill(11, past=pasts[int(odd)], split=split),
         "same": world.prefill(11, past=pasts[0], split=split),
@@ -273,7 +274,7 @@ def disagreements(world: World) -> dict[str, Any]:
     flipped = build("llama-gqa")
     for parameter in flipped.parameters():
         parameter.data.reshape(-1)[1::2] *= -1
-    past = single(world.model, prompt(50)[:, :4]).cache
+    past = stock(world.model, prompt(50)[:, :4]).cache
     with_past = Partition(world.split.sizes, past=4)
     ways: dict[str, dict[str, Any]] = {
         "sizes": {"split": moved},
@@ -454,7 +455,7 @@ def mixed_lengths(world: World) -> dict[str, Any]:
             # The prompt before the last one: its rows are still its own, though another prompt was read since.
             before, result = kept[0]
             if len(kept) == 4:
-                right = single(world.model, before)
+                right = stock(world.model, before)
                 same = torch.equal(decode(world.model, before, result, 16), decode(world.model, before, right, 16))
                 wrong += [] if same else [number]
     return {"wrong": wrong}

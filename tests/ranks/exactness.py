@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvr_partition import Partition
 from kvr_partition.errors import UnsupportedError
-from kvr_partition.runtime import LinkLimits, PrefillResult, decode, prefill, probe, single, tsp, zigzag
+from kvr_partition.runtime import LinkLimits, PrefillResult, decode, prefill, probe, stock, tsp, zigzag
 from kvr_partition.runtime.baselines import check_gathering, parts_of
 from kvr_partition.runtime.links.group import links_of
 from kvr_partition.runtime.prefill import chunk_cache
@@ -77,13 +77,14 @@ def reference(
     """What one rank has of a prompt, and what transformers generates."""
     key = name, str(input_ids.tolist()), None if mask is None else str(mask.tolist())
     if key not in _references:
-        stock = model.generate(
+        generated = model.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids) if mask is None else mask,
             max_new_tokens=NEW_TOKENS,
             do_sample=False,
         )
-        _references[key] = single(model, input_ids, attention_mask=mask), stock[:, input_ids.shape[1] :]
+        right = stock(model, input_ids, attention_mask=mask)
+        _references[key] = right, generated[:, input_ids.shape[1] :]
     return _references[key]
 
 
@@ -96,39 +97,40 @@ def run(case: dict[str, Any], model: Any) -> dict[str, Any] | None:
     generator = torch.Generator().manual_seed(context)
     input_ids = torch.randint(0, 257, (batch, context), generator=generator).to(model.device)
     partition = Partition(sizes, past)
-    before: Any = single(model, input_ids[:, :past]).cache if past else None
+    before: Any = stock(model, input_ids[:, :past]).cache if past else None
     links_of_all = links_of(None, model.device)
     if case["method"] == "past-in-place":
         room = partition.ends[rank] - past
         execution = links_of_all.execution
         before = chunk_cache(model, input_ids[:, :0], prefix=past, reserve=room, past=before, execution=execution)
+    layers: Any = case.get("layers", "auto")
     out: PrefillResult
     with LargestAllocation() as largest:
         match case["method"]:
             case "tsp" | "tsp-causal":
-                out = tsp(model, input_ids, causal=case["method"] == "tsp-causal")
+                out = tsp(model, input_ids, layers=layers, causal=case["method"] == "tsp-causal")
             case "tsp-limited":
-                out = tsp(model, input_ids, limits=LIMITS)
+                out = tsp(model, input_ids, layers=layers, limits=LIMITS)
             case "zigzag":
-                out = zigzag(model, input_ids)
+                out = zigzag(model, input_ids, layers=layers)
             case "chain-limited":
-                out = prefill(model, input_ids, partition, limits=LIMITS)
+                out = prefill(model, input_ids, partition, layers=layers, limits=LIMITS)
             case "fanout-limited":
-                out = prefill(model, input_ids, partition, topology="fanout", limits=LIMITS)
+                out = prefill(model, input_ids, partition, layers=layers, topology="fanout", limits=LIMITS)
             case "past" | "past-in-place" | "past-cache-depth":
                 depth = "cache" if case["method"] == "past-cache-depth" else "auto"
-                out = prefill(model, input_ids[:, past:], partition, depth=depth, past=before)
+                out = prefill(model, input_ids[:, past:], partition, layers=layers, depth=depth, past=before)
             case "chain":
-                out = prefill(model, input_ids, partition, topology="chain")
+                out = prefill(model, input_ids, partition, layers=layers, topology="chain")
             case "fanout":
-                out = prefill(model, input_ids, partition, topology="fanout")
+                out = prefill(model, input_ids, partition, layers=layers, topology="fanout")
             case "padded":
                 # All of the first rank's chunk and half of the second one's is padding, in one of the prompts.
                 mask = torch.ones_like(input_ids)
                 mask[0, : partition.ends[0] + sizes[1] // 2] = 0
-                out = prefill(model, input_ids, partition, attention_mask=mask)
+                out = prefill(model, input_ids, partition, layers=layers, attention_mask=mask)
             case depth:
-                out = prefill(model, input_ids, partition, depth=depth)
+                out = prefill(model, input_ids, partition, layers=layers, depth=depth)
     sent = torch.tensor([out.kv_bytes])
     dist.all_reduce(sent)
     held = torch.zeros(ranks, dtype=torch.long)
@@ -142,7 +144,7 @@ def run(case: dict[str, Any], model: Any) -> dict[str, Any] | None:
     if not finishes:
         return None
     assert out.logits is not None
-    right, stock = reference(case["model"], model, input_ids, out.attention_mask)
+    right, generated = reference(case["model"], model, input_ids, out.attention_mask)
     # Decoding needs more room, so this is asked first.
     shared = before is not None and any(
         getattr(layer, "store", None) is earlier.store
@@ -176,7 +178,7 @@ def run(case: dict[str, Any], model: Any) -> dict[str, Any] | None:
         "logits_error": error,
         "kv_error": max(kv_errors),
         "kv_layers": len(kv_errors) // 2,
-        "same_tokens": torch.equal(decode(model, input_ids, out, NEW_TOKENS), stock),
+        "same_tokens": torch.equal(decode(model, input_ids, out, NEW_TOKENS), generated),
         "sent_bytes": int(sent),
         "held_bytes": held.tolist(),
         "entry_bytes": support.entry_elements(batch) * 4,

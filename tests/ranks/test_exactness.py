@@ -43,6 +43,21 @@ CASES += [
 CASES += [{"model": "llama-gqa", "method": "zigzag", "sizes": (12, 12), "batch": 1}]  # equal chunks: a collective
 CASES += [{"model": "llama-gqa", "method": "fanout", "sizes": SPLITS[5][1], "batch": 1}]
 
+# Every part that can be replaced, in every way in which a model is run.
+CASES += [
+    {"model": model, "method": method, "sizes": sizes, "batch": batch, "layers": "fused"}
+    for model in CORE
+    for method, sizes, batch in (
+        ("attention", SPLITS[3][0], 1),
+        ("attention", SPLITS[3][1], 1),
+        ("attention", SPLITS[3][0], 2),
+        ("cache", SPLITS[3][0], 1),
+        ("tsp", SPLITS[3][0], 1),
+        ("tsp-causal", SPLITS[3][0], 1),
+        ("zigzag", SPLITS[3][0], 1),
+    )
+]
+
 CASES += [
     {"model": model, "method": "padded", "sizes": SPLITS[3][0], "batch": 2}
     for model in ("llama-gqa", "mistral-window", "falcon-alibi", "gpt2", "mpt", "gemma2", "deepseek-v3")
@@ -58,7 +73,9 @@ PAST_CASES = [
 
 def name(case: dict[str, Any]) -> str:
     past = f"-past{case['past']}" if "past" in case else ""
-    return f"{case['model']}-{case['method']}-{'/'.join(map(str, case['sizes']))}-batch{case['batch']}{past}"
+    layers = f"-{case['layers']}" if "layers" in case else ""
+    sizes = "/".join(map(str, case["sizes"]))
+    return f"{case['model']}-{case['method']}-{sizes}-batch{case['batch']}{past}{layers}"
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import pytest
 
 from kvr_partition import Partition
 from kvr_partition.errors import UnsupportedError
+from kvr_partition.methods import ONE_RANK
 from profiler import Candidate, MeasurementLog, RankGroup, SamplingPlan
 from profiler.measure import METHODS
 from tests.models import write_folder
@@ -36,8 +37,8 @@ def group(folder: Path, log: MeasurementLog) -> Iterator[RankGroup]:
 
 
 def candidate(method: str, noise: int = 0) -> Candidate:
-    if method == "single":
-        return Candidate.single(48)
+    if method in ONE_RANK:
+        return Candidate(method, Partition((48,)))
     if method.startswith("kvr") or method == "bound":
         return Candidate(method, SPLIT, noise)
     return Candidate("tsp" if method == "tsp" else method, Partition.even(48, 2), noise)
@@ -51,6 +52,7 @@ def test_all_methods_are_timed_side_by_side_and_their_bytes_counted(group: RankG
     sent = {method: one.samples[0].kv_bytes for method, one in measured.items()}
     gathered = 48 * ENTRY
     assert sent == {
+        "stock": 0,
         "single": 0,
         "tsp": gathered,
         "tsp-causal": gathered,
@@ -64,13 +66,14 @@ def test_all_methods_are_timed_side_by_side_and_their_bytes_counted(group: RankG
     assert all(rank.wait_s < 0.01 for rank in measured["bound"].samples[0].ranks)
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method not in ("single", "bound")])
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in ("stock", "bound")])
 def test_every_method_equals_one_rank(group: RankGroup, method: str) -> None:
     certificate = group.verify(candidate(method))
     assert certificate.holds, certificate.divergence
     assert certificate.reference == "float64"
     layers = [one.layer for one in certificate.deviations]
-    assert layers == ([0, 1, 2, 0, 1, 2, None] if method.startswith("kvr") else [*[None] * len(layers)])
+    expected = {"kvr": [0, 1, 2, 0, 1, 2, None], "sin": [0, 1, 2, None]}.get(method[:3], [None] * len(layers))
+    assert layers == expected
     assert None in layers
     assert 0 < max(one.split for one in certificate.deviations) < 1e-5
 

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from kvr_partition import Partition, PartitionError, PartitionTable, UnsupportedError
 from kvr_partition.errors import NotFiniteError
-from kvr_partition.runtime import check_generation, decode, prefill, probe, single
+from kvr_partition.runtime import check_generation, decode, prefill, probe, stock
 from kvr_partition.runtime.prefill import PrefillResult, chunk_cache
 from kvr_partition.table import Entry
 from tests.models import build
@@ -40,7 +40,9 @@ def prompt(batch: int = 1, seed: int = 0, tokens: int = CONTEXT) -> torch.Tensor
     return torch.randint(1, 257, (batch, tokens), generator=torch.Generator().manual_seed(seed))
 
 
-def stock(model: Any, ids: torch.Tensor, new: int = NEW, mask: torch.Tensor | None = None, **settings: Any) -> Any:
+def generated(
+    model: Any, ids: torch.Tensor, new: int = NEW, mask: torch.Tensor | None = None, **settings: Any
+) -> Any:
     """The new tokens of the model's own generate."""
     mask = torch.ones_like(ids) if mask is None else mask
     whole = model.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, **settings)
@@ -66,7 +68,7 @@ def read(model: Any, ids: torch.Tensor, past: int = 0, **options: Any) -> Prefil
 def test_behind_a_past_it_takes_the_ids_that_prefill_took(models: dict[str, Any], name: str, whole: bool) -> None:
     model, ids = models[name], prompt(2)
     out = read(model, ids, past=9)
-    assert decode(model, ids if whole else ids[:, 9:], out, NEW).tolist() == stock(model, ids)
+    assert decode(model, ids if whole else ids[:, 9:], out, NEW).tolist() == generated(model, ids)
 
 
 def test_its_length_check_counts_the_past(llama: Any) -> None:
@@ -108,12 +110,12 @@ def test_caches_of_transformers_are_gone_on_with(
     out = prefill(model, ids[:, past:], Partition((CONTEXT,), past), past=before)
     assert out.logits is not None
     torch.testing.assert_close(out.logits, right, rtol=1e-4, atol=1e-5)
-    assert decode(model, ids[:, past:], out, NEW).tolist() == stock(model, ids)
+    assert decode(model, ids[:, past:], out, NEW).tolist() == generated(model, ids)
 
 
 def test_caches_that_cannot_be_read_are_refused_by_name(llama: Any) -> None:
     ids = prompt()
-    good = single(llama, ids[:, :9]).cache
+    good = stock(llama, ids[:, :9]).cache
     # What a layer keeps besides, or otherwise (quantised, say), only its own class knows.
     fancy = Cache(layers=[type("FancyLayer", (DynamicLayer,), {})() for _ in range(3)])
     with torch.no_grad():
@@ -123,7 +125,7 @@ def test_caches_that_cannot_be_read_are_refused_by_name(llama: Any) -> None:
     half = DynamicCache(config=llama.config)
     for index in range(3):
         half.update(*(torch.zeros(1, 2, 9, 16, dtype=torch.bfloat16) for _ in range(2)), index)
-    uneven = single(llama, ids[:, :9]).cache
+    uneven = stock(llama, ids[:, :9]).cache
     uneven.layers[1].keys = uneven.layers[1].keys[:, :, :4]
     for past, error, reason in (
         (fancy, UnsupportedError, "layers of type FancyLayer"),
@@ -131,7 +133,7 @@ def test_caches_that_cannot_be_read_are_refused_by_name(llama: Any) -> None:
         (((torch.zeros(1), torch.zeros(1)),), UnsupportedError, "got tuple"),
         (half, PartitionError, "bfloat16"),
         (uneven, PartitionError, "layer 1 of past holds 4 tokens, and layer 0 9"),
-        (single(llama, prompt(2)[:, :9]).cache, PartitionError, "batch, heads and sizes"),
+        (stock(llama, prompt(2)[:, :9]).cache, PartitionError, "batch, heads and sizes"),
         (DynamicCache(), PartitionError, "layers"),
     ):
         with pytest.raises(error, match=reason):
@@ -142,13 +144,13 @@ def test_caches_that_cannot_be_read_are_refused_by_name(llama: Any) -> None:
 def test_rows_that_a_later_prefill_went_on_with_are_not_decoded_from(llama: Any) -> None:
     first, second = prompt(seed=1), prompt(seed=2)
     second[:, :9] = first[:, :9]
-    before = chunk_cache(llama, first[:, :0], prefix=9, reserve=30, past=single(llama, first[:, :9]).cache)
+    before = chunk_cache(llama, first[:, :0], prefix=9, reserve=30, past=stock(llama, first[:, :9]).cache)
     partition = Partition((15,), 9)
     one = prefill(llama, first[:, 9:], partition, past=before)
     two = prefill(llama, second[:, 9:], partition, past=before)
     with pytest.raises(PartitionError, match="another prefill went on with the same past"):
         decode(llama, first, one, NEW)
-    assert decode(llama, second, two, NEW).tolist() == stock(llama, second)
+    assert decode(llama, second, two, NEW).tolist() == generated(llama, second)
     with pytest.raises(PartitionError, match="another prefill went on with the same past"):
         before.layers[0].append(torch.zeros(1, 2, 1, 16), torch.zeros(1, 2, 1, 16))  # type: ignore[attr-defined]
 
@@ -158,19 +160,19 @@ def test_rows_that_a_later_prefill_went_on_with_are_not_decoded_from(llama: Any)
 
 def test_a_first_token_that_ends_the_prompt_is_the_only_one(llama: Any) -> None:
     ids = prompt()
-    llama.generation_config.eos_token_id = stock(llama, ids, 1)[0][0]
-    assert decode(llama, ids, read(llama, ids), NEW).tolist() == stock(llama, ids)
+    llama.generation_config.eos_token_id = generated(llama, ids, 1)[0][0]
+    assert decode(llama, ids, read(llama, ids), NEW).tolist() == generated(llama, ids)
 
 
 @pytest.mark.parametrize("pad", [0, None])
 def test_prompts_of_a_batch_end_each_for_itself(llama: Any, pad: int | None) -> None:
     ids = prompt(3)
-    tokens = stock(llama, ids)
+    tokens = generated(llama, ids)
     # The first prompt ends at once, the second after some tokens, the third not at all.
     llama.generation_config.eos_token_id = [tokens[0][0], tokens[1][3]]
     llama.generation_config.pad_token_id = pad
     found = decode(llama, ids, read(llama, ids), NEW).tolist()
-    assert found == stock(llama, ids)
+    assert found == generated(llama, ids)
     assert len(set(found[0][1:])) == 1
 
 
@@ -205,7 +207,7 @@ def test_settings_that_change_greedy_decoding_hold_from_the_first_token_on(
     llama: Any, name: str, seed: int
 ) -> None:
     ids = prompt(2, seed)
-    plain = stock(llama, ids)
+    plain = generated(llama, ids)
     fields = dict(SETTINGS[name])
     for key in ("suppress_tokens", "begin_suppress_tokens"):
         if key in fields:
@@ -214,7 +216,7 @@ def test_settings_that_change_greedy_decoding_hold_from_the_first_token_on(
     # The end token is one that comes.
     ends = {"eos_token_id": plain[0][2], "pad_token_id": 0}
     llama.generation_config = GenerationConfig(**({} if name == "what does not matter" else fields), **ends)
-    right = stock(llama, ids)
+    right = generated(llama, ids)
     llama.generation_config = GenerationConfig(**fields, **ends)
     out = read(llama, ids)
     found = decode(llama, ids, out, NEW)
@@ -224,12 +226,12 @@ def test_settings_that_change_greedy_decoding_hold_from_the_first_token_on(
         assert out.first_token.tolist() == [row[:1] for row in right]
     if name != "what does not matter":
         # The only token is not the first of many where its end is forced.
-        assert decode(llama, ids, read(llama, ids), 1).tolist() == stock(llama, ids, 1)
+        assert decode(llama, ids, read(llama, ids), 1).tolist() == generated(llama, ids, 1)
 
 
 def test_a_checkpoint_that_says_use_cache_false_decodes_the_same(llama: Any) -> None:
     ids = prompt()
-    right = stock(llama, ids)
+    right = generated(llama, ids)
     llama.config.use_cache = False
     llama.generation_config.use_cache = False
     try:
@@ -267,7 +269,7 @@ def test_settings_that_cannot_be_followed_are_refused_before_the_prompt_is_read(
 
 def test_settings_given_to_decode_go_first(llama: Any) -> None:
     ids = prompt()
-    right = stock(llama, ids, repetition_penalty=1.9)
+    right = generated(llama, ids, repetition_penalty=1.9)
     assert decode(llama, ids, read(llama, ids), NEW, repetition_penalty=1.9).tolist() == right
     assert llama.generation_config.repetition_penalty is None
     for wrong in ({"do_sample": True}, {"max_length": 3}, {"attention_mask": torch.ones_like(ids)}):
@@ -284,7 +286,7 @@ def test_settings_that_look_at_ids_which_nobody_has_are_refused(llama: Any) -> N
         decode(llama, ids[:, 9:], out, NEW, repetition_penalty=1.5)
     with pytest.raises(PartitionError, match="9 of them are known from the cache only"):
         decode(llama, ids[:, 9:], out, NEW, logits_processor=[lambda ids, scores: scores])
-    right = stock(llama, ids, repetition_penalty=1.5)
+    right = generated(llama, ids, repetition_penalty=1.5)
     assert decode(llama, ids, out, NEW, repetition_penalty=1.5).tolist() == right
 
 
@@ -293,9 +295,9 @@ def test_a_penalty_behind_a_past_is_read_with_the_ids_of_the_past_in_front(llama
     llama.generation_config.repetition_penalty = 1.6
     with pytest.raises(UnsupportedError, match="give input_ids of all 24 tokens"):
         read(llama, ids, past=9)
-    before = single(llama, ids[:, :9]).cache
+    before = stock(llama, ids[:, :9]).cache
     out = prefill(llama, ids, Partition((15,), 9), past=before)
-    right = stock(llama, ids)
+    right = generated(llama, ids)
     assert out.first_token is not None
     assert out.first_token.tolist() == [row[:1] for row in right]
     assert decode(llama, ids, out, NEW).tolist() == right
@@ -303,9 +305,9 @@ def test_a_penalty_behind_a_past_is_read_with_the_ids_of_the_past_in_front(llama
 
 def test_settings_of_one_thread_that_decodes_are_not_those_of_another_that_prefills(llama: Any) -> None:
     ids = prompt()
-    banned = stock(llama, ids, 1)[0][0]
+    banned = generated(llama, ids, 1)[0][0]
     llama.generation_config.suppress_tokens = [banned]
-    right = stock(llama, ids)
+    right = generated(llama, ids)
     seen: list[list[int]] = []
 
     def meanwhile(input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
@@ -333,14 +335,14 @@ def test_prompts_padded_on_the_left_are_read_as_generate_reads_them(
     if past:
         mask[:, :] = 1
         mask[0, :5] = 0
-        before = single(model, ids[:, :past], attention_mask=mask[:, :past]).cache
-    right = stock(model, ids, mask=mask)
+        before = stock(model, ids[:, :past], attention_mask=mask[:, :past]).cache
+    right = generated(model, ids, mask=mask)
     out = prefill(model, ids[:, past:], Partition((CONTEXT - past,), past), past=before, attention_mask=mask)
     assert decode(model, ids[:, past:], out, NEW).tolist() == right
-    assert single(model, ids, attention_mask=mask).first_token.tolist() == [row[:1] for row in right]  # type: ignore[union-attr]
+    assert stock(model, ids, attention_mask=mask).first_token.tolist() == [row[:1] for row in right]  # type: ignore[union-attr]
     # A row that is alone has no padding, and the same tokens where positions come from the mask.
     if name != "mpt":
-        assert right[0] == stock(model, ids[:1, 5:])[0]
+        assert right[0] == generated(model, ids[:1, 5:])[0]
 
 
 def test_other_padding_is_refused(llama: Any) -> None:
@@ -386,7 +388,7 @@ def test_a_model_that_is_not_exact_in_pieces_with_padding_refuses_it(llama: Any)
 def test_a_model_in_training_mode_is_refused(llama: Any) -> None:
     llama.train()
     try:
-        for run in (lambda: read(llama, prompt()), lambda: single(llama, prompt())):
+        for run in (lambda: read(llama, prompt()), lambda: stock(llama, prompt())):
             with pytest.raises(UnsupportedError, match=r"in training mode.*model\.eval\(\)"):
                 run()
     finally:
@@ -475,4 +477,4 @@ def test_going_on_with_ones_own_generate_is_right_as_the_readme_shows_it(llama: 
     names = {"model": llama, "input_ids": ids, "out": read(llama, ids), "torch": torch}
     exec(block, names)
     whole: Any = names["tokens"]
-    assert whole.tolist() == [ids[0].tolist() + stock(llama, ids, 64)[0]]
+    assert whole.tolist() == [ids[0].tolist() + generated(llama, ids, 64)[0]]

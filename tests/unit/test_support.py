@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvr_partition import Partition, PartitionError
 from kvr_partition.errors import UnsupportedError
-from kvr_partition.runtime import check_config, check_context, decode, prefill, probe, single
+from kvr_partition.runtime import check_config, check_context, decode, prefill, probe, stock
 from profiler.models import open_model, probe_shapes
 from profiler.ranks import RankGroup
 from tests.models import ALL, build, config, write_folder
@@ -120,8 +120,8 @@ def test_other_families_call_their_positions_otherwise(field: str, kind: str) ->
 def test_chunks_beyond_the_original_positions_are_exact(rope: dict[str, Any]) -> None:
     model = build("llama-gqa", max_position_embeddings=64, rope_scaling=rope)
     ids = torch.randint(0, 257, (1, 200), generator=torch.Generator().manual_seed(5))
-    out = prefill(model, ids[:, 120:], Partition((80,), past=120), past=single(model, ids[:, :120]).cache)
-    assert torch.allclose(out.logits, single(model, ids).logits, atol=1e-5)  # type: ignore[arg-type]
+    out = prefill(model, ids[:, 120:], Partition((80,), past=120), past=stock(model, ids[:, :120]).cache)
+    assert torch.allclose(out.logits, stock(model, ids).logits, atol=1e-5)  # type: ignore[arg-type]
 
 
 DBRX = {
@@ -202,13 +202,13 @@ def test_calls_that_do_not_fit_are_refused() -> None:
     with pytest.raises(PartitionError, match="has 4 past tokens, but the cache given holds 0"):
         prefill(model, ids, Partition((20,), past=4))
     with pytest.raises(PartitionError, match="beyond the 512 positions"):
-        decode(model, ids, single(model, ids), 500)
+        decode(model, ids, stock(model, ids), 500)
 
 
 def test_one_rank_needs_no_group_and_decodes_on() -> None:
     model, ids = build("mistral-window"), torch.arange(40)[None]
     out = prefill(model, ids, Partition((40,)), reserve=3)
-    right = single(model, ids)
+    right = stock(model, ids)
     assert torch.equal(decode(model, ids, out, 300), decode(model, ids, right, 300))
     assert out.kv_bytes == 0
 
@@ -218,7 +218,7 @@ def test_the_cache_follows_beams_and_batches() -> None:
     ids = torch.randint(0, 257, (2, 30), generator=torch.Generator().manual_seed(3))
     beams = {"num_beams": 3, "max_new_tokens": 8, "do_sample": False}
     out = prefill(model, ids, Partition((30,)))
-    right = single(model, ids)
+    right = stock(model, ids)
     found = []
     for result in (out, right):
         tokens = torch.cat([ids, result.first_token], 1)  # type: ignore[list-item]
@@ -241,7 +241,7 @@ def test_the_cache_can_be_cropped_and_emptied() -> None:
     out.cache.reset()
     assert out.cache.get_seq_length() == 0
     logits = model(ids, past_key_values=out.cache).logits[:, -1]
-    assert torch.allclose(logits, single(model, ids).logits, atol=1e-5)  # type: ignore[arg-type]
+    assert torch.allclose(logits, stock(model, ids).logits, atol=1e-5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
