@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
             method,
             partition
             if method.startswith("kvr")
-            else Partition.even(options.context, options.ranks, past=options.past),
+            else Partition.even(options.context, 1 if method == "single" else options.ranks, past=options.past),
             noise,
         )
         for method in methods
