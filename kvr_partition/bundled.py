@@ -10,7 +10,7 @@ from kvr_partition.predictor import PartitionPredictor
 from kvr_partition.provenance import Provenance
 from kvr_partition.resources import models_folder
 
-MATCHED = ("dtype", "backend", "topology", "depth", "batch", "device", "threads_per_rank", "link")
+MATCHED = ("dtype", "backend", "topology", "depth", "layers", "batch", "device", "threads_per_rank", "link")
 """Conditions, besides the model's configuration, under which a predictor trained elsewhere says something here."""
 
 

@@ -10,7 +10,7 @@ import msgspec
 from kvr_partition import jsonfile
 from kvr_partition.provenance import Provenance
 
-SCHEMA = "kvr-partition/certificate/1"
+SCHEMA = "kvr-partition/certificate/2"
 
 EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 """Distance from one to the next larger number, by dtype."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
@@ -60,16 +61,53 @@ def schema_of(content: bytes, path: str | os.PathLike[str]) -> str:
         raise FileFormatError(f"{os.fspath(path)} is not one of our JSON files: {_one_line(error)}") from None
 
 
+def upgraded(document: dict[str, Any], schema: str) -> dict[str, Any]:
+    """A document of an older schema as the one that this version reads, as far as that is known.
+
+    A schema's number grows when its fields do. Each step is a small change of `_STEPS`, so that a file of any age
+    goes through all of them in order.
+    """
+    kind, _, number = str(document.get("schema")).rpartition("/")
+    wanted_kind, _, wanted = schema.rpartition("/")
+    if kind != wanted_kind or not number.isascii() or not number.isdigit():
+        return document
+    for at in range(int(number), int(wanted)):
+        if at not in _STEPS:
+            return document
+        document = _STEPS[at](document) | {"schema": f"{kind}/{at + 1}"}
+    return document
+
+
+def _with_layers(document: Any) -> Any:
+    """Before layers could be replaced, all were the model's own: in every provenance, wherever it stands."""
+    if isinstance(document, list):
+        return [_with_layers(one) for one in document]
+    if not isinstance(document, dict):
+        return document
+    changed = {name: _with_layers(value) for name, value in document.items()}
+    origin = changed.get("provenance")
+    if isinstance(origin, dict) and "layers" not in origin:
+        changed["provenance"] = origin | {"layers": "stock"}
+    return changed
+
+
+_STEPS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _with_layers}
+"""What turns a document of one number into the next, whatever its kind."""
+
+
 def decode(content: bytes, type_: type[T], schema: str, path: str | os.PathLike[str]) -> T:
-    """Decode ``content`` strictly as ``type_``.
+    """Decode ``content`` strictly as ``type_``; an older schema is brought up to date first.
 
     Raises:
         FileFormatError: another schema, unknown or missing fields, wrong types, NaN, or a torn file.
     """
     found = schema_of(content, path)
-    if found != schema:
-        raise FileFormatError(f"{os.fspath(path)} has schema {found!r}; this version reads {schema!r}")
     try:
+        if found != schema:
+            document = upgraded(msgspec.json.decode(content), schema)
+            if document["schema"] != schema:
+                raise FileFormatError(f"{os.fspath(path)} has schema {found!r}; this version reads {schema!r}")
+            content = msgspec.json.encode(document)
         return msgspec.json.decode(content, type=type_)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FileFormatError(f"{os.fspath(path)} is not a valid {schema} file: {_one_line(error)}") from None

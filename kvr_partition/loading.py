@@ -16,9 +16,10 @@ def load(path: str | os.PathLike[str]) -> table.PartitionTable | predictor.Parti
     """
     content = jsonfile.read_bytes(path)
     schema = jsonfile.schema_of(content, path)
-    if schema == table.SCHEMA:
+    kind = schema.rpartition("/")[0]
+    if kind == table.SCHEMA.rpartition("/")[0]:
         return table.PartitionTable.from_json(content, path)
-    if schema == predictor.SCHEMA:
+    if kind == predictor.SCHEMA.rpartition("/")[0]:
         return predictor.PartitionPredictor.from_json(content, path)
     raise FileFormatError(
         f"{os.fspath(path)} has schema {schema!r}; load() reads {table.SCHEMA!r} and {predictor.SCHEMA!r}"

@@ -18,7 +18,7 @@ from kvr_partition.provenance import Provenance
 from kvr_partition.table import Lookup
 from kvr_partition.terms import ChunkTerms
 
-SCHEMA = "kvr-partition/predictor/1"
+SCHEMA = "kvr-partition/predictor/2"
 
 Fallback = Literal["cost-model", "even"]
 

@@ -14,7 +14,7 @@ from kvr_partition.provenance import Provenance
 from kvr_partition.schedule import Setting
 from kvr_partition.terms import LinkTerms, SteppedTerms
 
-SCHEMA = "kvr-partition/profile/1"
+SCHEMA = "kvr-partition/profile/2"
 
 
 class ChunkSample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -54,6 +54,9 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     topology: str
     depth: str
     """How far the runtime reaches into the model: ``"attention"`` or ``"cache"``."""
+    layers: str
+    """Whose norms, rotary embedding, activations and KV rows ran: ``"stock"``, the model's own, or those of this
+    project with what they replace, like ``"fused(norm, rotary, activation, residual)"``."""
     batch: int
     device: str
     threads_per_rank: int

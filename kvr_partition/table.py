@@ -15,7 +15,7 @@ from kvr_partition.errors import FileFormatError, OutOfRangeError, PartitionErro
 from kvr_partition.partition import Partition, whole
 from kvr_partition.provenance import Provenance
 
-SCHEMA = "kvr-partition/table/1"
+SCHEMA = "kvr-partition/table/2"
 
 Source = Literal["searched", "interpolated", "predicted", "cost-model", "even"]
 

@@ -123,6 +123,10 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     link: str = "none"
     topology: str = "chain"
     """What the group's links are, and how KV travels with method ``"kvr"``."""
+    layers: str = "stock"
+    """As provenance names them."""
+    left: tuple[str, ...] = ()
+    """What of them stays the model's own although others are replaced, and why."""
 
 
 class PrefillDone(msgspec.Struct, frozen=True, tag=True):

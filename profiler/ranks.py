@@ -161,6 +161,13 @@ class RankGroup:
             self.close()
             raise
         self._ready = [reply for reply in replies if isinstance(reply, messages.Ready)]
+        if len({ready.layers for ready in self._ready}) > 1:
+            told = "; ".join(f"rank {rank} {ready.layers}" for rank, ready in enumerate(self._ready))
+            self.close()
+            raise UnsupportedError(
+                f"ranks differ in the layers they can run: {told}; give all the same packages, or take "
+                "layers 'stock'"
+            )
         if self.backend == "cuda":
             self.topology = self._ready[0].topology
         self._begin_run()
@@ -213,6 +220,7 @@ class RankGroup:
             backend=self.backend,
             topology=self.topology,
             depth=first.depth,
+            layers=first.layers,
             batch=self.batch,
             device=first.device_name,
             threads_per_rank=self.threads,
@@ -227,6 +235,12 @@ class RankGroup:
             kvr_partition=__version__,
             created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         )
+
+    @property
+    def layers_left(self) -> tuple[str, ...]:
+        """What stays the model's own in layers with replaced parts, and why."""
+        self.start()
+        return self._ready[0].left
 
     def requested_conditions(self) -> dict[str, object]:
         """Those of the `provenance` conditions that are settled before any rank starts."""

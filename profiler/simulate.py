@@ -67,7 +67,15 @@ class Simulated:
     def _ready(self) -> messages.Ready:
         of = self._profile.provenance
         return messages.Ready(
-            of.device, os.uname().nodename, of.depth, of.torch, of.transformers, of.cuda, of.nccl, of.driver
+            of.device,
+            os.uname().nodename,
+            of.depth,
+            of.torch,
+            of.transformers,
+            of.cuda,
+            of.nccl,
+            of.driver,
+            layers=of.layers,
         )
 
     def _prefill(self, request: messages.Prefill) -> list[messages.Reply]:

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import msgspec
 
+from kvr_partition import jsonfile
 from kvr_partition.errors import FileFormatError
 from kvr_partition.jsonfile import set_torn_tail_aside, write_error
 from kvr_partition.measurement import Failure, Measurement, Sample
 from kvr_partition.partition import Partition
 from kvr_partition.provenance import Provenance
 
-SCHEMA = "kvr-partition/measurements/1"
+SCHEMA = "kvr-partition/measurements/2"
 
 Key = tuple[str, str, tuple[int, ...], int, int]
 """Purpose, method, sizes, past and noise: what a finished measurement is found by."""
@@ -104,6 +105,15 @@ class OperationsLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, ta
 
 
 Line = RunLine | SampleLine | MeasurementLine | ChunkLine | LinkLine | OperationsLine
+
+
+def _up_to_date(text: bytes) -> bytes:
+    """A line of the log; one that begins a run may be of an older schema than the others."""
+    # Only those have one, and most lines are samples.
+    if b'"schema"' not in text or SCHEMA.encode() in text:
+        return text
+    line = msgspec.json.decode(text)
+    return msgspec.json.encode(jsonfile.upgraded(line, SCHEMA)) if isinstance(line, dict) else text
 
 
 class MeasurementLog:
@@ -232,7 +242,7 @@ class MeasurementLog:
         with self.path.open("rb") as stream:
             for number, text in enumerate(stream, start=1):
                 try:
-                    line = decoder.decode(text)
+                    line = decoder.decode(_up_to_date(text))
                 except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                     raise FileFormatError(
                         f"{self.path} line {number} is not a measurement: {error}; "

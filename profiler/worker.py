@@ -80,7 +80,7 @@ class Worker:
         self._vocab = folder.geometry.vocab_size
         self._depth: Depth = probe(self._model).choose(setup.depth)  # type: ignore[arg-type]
         self._layers: Layers = setup.layers  # type: ignore[assignment]
-        chosen_layers(self._model, self._layers)
+        self._chosen = chosen_layers(self._model, self._layers)
         # The model lives as long as this process; collecting garbage never needs to look at it again.
         gc.collect()
         gc.freeze()
@@ -101,6 +101,8 @@ class Worker:
             driver=driver_version() if on_cuda else None,
             link="none" if self._link_setup is None else self._link_setup.link,
             topology="chain" if self._link_setup is None else self._link_setup.topology(wanted),
+            layers=self._chosen.name,
+            left=tuple(self._chosen.left_in_short),
         )
 
     @property

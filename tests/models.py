@@ -129,6 +129,7 @@ def provenance(**changes: Any) -> Any:
         "backend": "cpu",
         "topology": "chain",
         "depth": "attention",
+        "layers": "stock",
         "batch": 1,
         "device": "a processor",
         "threads_per_rank": 1,

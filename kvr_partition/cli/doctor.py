@@ -20,7 +20,7 @@ from kvr_partition.link_kinds import KINDS
 _EXTRAS = {
     "run": ("torch", "transformers", "numpy"),
     "search": ("optuna", "scikit-learn", "scipy", "joblib", "rich", "plotly"),
-    "gpu": ("cuda-bindings",),
+    "gpu": ("cuda-bindings", "liger-kernel"),
 }
 
 
@@ -53,6 +53,8 @@ def run(options: argparse.Namespace) -> None:
         print(f"backend  {name}: {state}")
     for kernel in report["kernels"]:
         print(f"kernel   {kernel['name']} ({kernel['device']}, {kernel['dtype']}): {kernel['state']}")
+    for line in report["layers"]:
+        print(f"layers   {line['device']}: {line['state']}")
     for line in link_lines(report["links"]) if report["links"] else ():
         print(line)
     if not report["backends"]:
@@ -77,6 +79,7 @@ def examine(links: bool | None = None) -> dict[str, Any]:
         "gpus": [],
         "backends": {},
         "kernels": [],
+        "layers": [],
         "links": None,
     }
     if report["packages"]["run"]["torch"] is None or report["packages"]["run"]["transformers"] is None:
@@ -109,6 +112,7 @@ def examine(links: bool | None = None) -> dict[str, Any]:
     )
     devices = ["cpu", *(["cuda"] if gpus else [])]
     report["kernels"] = [line for device in devices for line in _kernels(device)]
+    report["layers"] = [{"device": device, "state": _layers(device)} for device in devices]
     if links or (links is None and len(gpus) > 1):
         report["links"] = _links(len(gpus))
     return report
@@ -165,6 +169,28 @@ def _kernels(device: str) -> list[dict[str, str]]:
                 {"name": choice.name, "device": device, "dtype": str(dtype).split(".")[1], "state": state}
             )
     return lines
+
+
+def _layers(device: str) -> str:
+    """Which parts of a small Llama can be replaced on a device, and why others cannot."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from kvr_partition.runtime.fused import fused_model
+
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    found = fused_model(AutoModelForCausalLM.from_config(config).eval().to(device, dtype))
+    left = f"; {found.left[0]}" if found.left else ""
+    default = "" if device == "cuda" else ", with --layers fused only"
+    return f"{found.name} of a Llama{default}{left}"
 
 
 def _version(package: str) -> str | None:

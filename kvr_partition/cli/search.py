@@ -284,6 +284,9 @@ class _Session:
     def _conditions(self) -> dict[str, object]:
         """What a shared study must agree on; the model by its digest, which is short."""
         conditions = self._group.provenance.conditions()
+        if conditions["layers"] == "stock":
+            # So studies that know of no others say it.
+            del conditions["layers"]
         return {**conditions, "model": self._group.geometry.config_digest}
 
     def _baselines(self, context: int) -> list[Candidate]:

@@ -84,7 +84,12 @@ def run(options: argparse.Namespace) -> None:
         )
     else:
         print(f"{group.geometry.name} on {group.ranks} {group.backend} ranks, {group.dtype}")
-        print(f"{weights_line(group.weights)}\n")
+        print(weights_line(group.weights))
+        layers = certificates[0].provenance.layers if certificates else ""
+        print(f"layers: {layers}")
+        for line in group.layers_left if layers != "stock" else ():
+            print(f"left as it is: {line}")
+        print()
         rows = []
         for one in certificates:
             worst = max(one.deviations, key=lambda each: each.split, default=None)

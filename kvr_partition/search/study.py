@@ -457,11 +457,12 @@ class _Study:
 def _check_conditions(name: str, now: Mapping[str, object] | None, then: Mapping[str, object] | None) -> None:
     if now is None or then is None:
         return
-    for field, value in json.loads(json.dumps(now)).items():
-        if then.get(field) != value:
+    present = json.loads(json.dumps(now))
+    for field in dict.fromkeys([*present, *then]):
+        if then.get(field) != present.get(field):
             raise StorageError(
-                f"study {name!r} in this storage was begun with another {field}: {then.get(field)}, not {value}; "
-                "use another storage or study name"
+                f"study {name!r} in this storage was begun with another {field}: {then.get(field)}, not "
+                f"{present.get(field)}; use another storage or study name"
             )
 
 

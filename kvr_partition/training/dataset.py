@@ -22,7 +22,7 @@ from kvr_partition.terms import SettingTerms
 if TYPE_CHECKING:
     from kvr_partition.search.beliefs import Beliefs
 
-SCHEMA = "kvr-partition/dataset/1"
+SCHEMA = "kvr-partition/dataset/2"
 
 MOST_QUANTUM = 256
 """No kernel takes more rows at once."""

@@ -86,7 +86,7 @@ def test_verify_prints_and_writes_certificates(folder: Path) -> None:
     rows = lines[5:]
     assert [row[:3] for row in rows] == [["kvr", "30/18", "holds"], ["zigzag", "24/24", "holds"]]
     certificate = json.loads((folder / "certified" / "kvr.certificate.json").read_text())
-    assert certificate["schema"] == "kvr-partition/certificate/1"
+    assert certificate["schema"] == "kvr-partition/certificate/2"
     assert certificate["provenance"]["model"]["name"] == "llama"
     assert len(certificate["deviations"]) == 2 * 3 + 1
 

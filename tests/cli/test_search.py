@@ -358,3 +358,18 @@ def _half(path: Path) -> int:
     """Where the line in the middle of a file ends."""
     content = path.read_bytes()
     return content.find(b"\n", len(content) // 2) + 1
+
+
+def test_a_folder_of_the_first_schema_is_gone_on_with(tmp_path: Path) -> None:
+    old = Path(__file__).parent.parent / "fixtures" / "schema-1"
+    for name in ("run", "llama"):
+        shutil.copytree(old / name, tmp_path / name)
+    before = (tmp_path / "run" / "measurements.jsonl").read_bytes()
+    line = "search --model llama --ranks 2 --contexts 96 --budget 1 --samples 3 --out run"
+    done = program(*line.split(), cwd=tmp_path)
+    # Measured on another machine, so that it cannot be mixed with what this one would measure; or on this one.
+    log = (tmp_path / "run" / "measurements.jsonl").read_bytes()
+    assert log.startswith(before)
+    if done.returncode:
+        assert "layers" not in done.stderr
+        assert "--fresh" in done.stderr

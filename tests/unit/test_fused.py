@@ -380,3 +380,13 @@ def test_rotation_is_what_transformers_does() -> None:
 
 def test_every_part_has_a_name() -> None:
     assert set(fused_model(trained("llama-gqa")).parts) == set(PARTS)
+
+
+def test_layers_that_say_the_same_share_a_line() -> None:
+    model = trained("llama-gqa")
+    for index in (0, 2):
+        model.model.layers[index].mlp.act_fn = nn.Tanh()
+    (line,) = fused_model(model).left_in_short
+    assert line == "activation of layers 0, 2: its activation is not known here"
+    (line,) = fused_model(trained("falcon-mqa")).left_in_short
+    assert line.startswith("norm: ")

@@ -251,7 +251,7 @@ def test_files_of_others_are_refused_in_one_line(tmp_path: Path) -> None:
     wrongs: dict[str, Any] = {
         "unknown field": {**whole, "extra": 1},
         "missing required field": {key: value for key, value in whole.items() if key != "grids"},
-        "reads 'kvr-partition/table/1' and 'kvr-partition/predictor/1'": {
+        "this version reads 'kvr-partition/predictor/2'": {
             **whole,
             "schema": "kvr-partition/predictor/9",
         },
@@ -266,7 +266,7 @@ def test_files_of_others_are_refused_in_one_line(tmp_path: Path) -> None:
     file.write_text(json.dumps(whole).replace("0.2", "NaN", 1))
     with pytest.raises(FileFormatError):
         load(file)
-    file.write_bytes(b'{"schema": "kvr-partition/predictor/1", ' + b" " * (65 << 20) + b"}")
+    file.write_bytes(b'{"schema": "kvr-partition/predictor/2", ' + b" " * (65 << 20) + b"}")
     with pytest.raises(FileFormatError, match="larger than 64 MiB"):
         load(file)
     PartitionTable([]).save(file)

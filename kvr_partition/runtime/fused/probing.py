@@ -138,6 +138,22 @@ class FusedModel:
             self.recorded = RecordedLayers(self.layers)
         return self.recorded.record(most)
 
+    @property
+    def left_in_short(self) -> list[str]:
+        """What stays the model's own: one line for all layers that say the same."""
+        layers: dict[tuple[str, str], list[str]] = {}
+        for line in self.left:
+            where, _, reason = line.partition(": ")
+            part, _, layer = where.partition(" of layer ")
+            layers.setdefault((part, reason), []).append(layer)
+        lines = []
+        for (part, reason), found in layers.items():
+            if found == [""] or len(found) == self.total:
+                lines.append(f"{part}: {reason}")
+            else:
+                lines.append(f"{part} of layer{'s' if len(found) > 1 else ''} {', '.join(found)}: {reason}")
+        return lines
+
     @contextmanager
     def replaced(self, tokens: int | None = None, add_prefix: AddPrefix | None = None) -> Iterator[None]:
         """While it lasts, the model's parts are replaced; of this model only, and nothing of its class.
