@@ -127,6 +127,9 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     """As provenance names them."""
     left: tuple[str, ...] = ()
     """What of them stays the model's own although others are replaced, and why."""
+    weights_bytes: int = 0
+    memory_bytes: int = 0
+    """Of the model, and of the GPU; 0 on other devices."""
 
 
 class PrefillDone(msgspec.Struct, frozen=True, tag=True):

@@ -314,6 +314,43 @@ class RankGroup:
         """
         self.check(Candidate("kvr", Partition.even(context, self.ranks, past=past)))
 
+    def check_memory(self, context: int, past: int = 0) -> None:
+        """Refuse a context whose even split has no room on these GPUs.
+
+        Raises:
+            UnsupportedError: it has none, with what takes how much.
+        """
+        from kvr_partition.runtime.support import text_config
+        from profiler.memory import Shape, check_fits
+
+        self.start()
+        ready = self._ready[0]
+        config, geometry = text_config(self._folder.config), self.geometry
+        inner = next(
+            (
+                width
+                for name in ("intermediate_size", "ffn_hidden_size", "n_inner", "ffn_dim")
+                if isinstance(width := getattr(config, name, None), int)
+            ),
+            4 * geometry.hidden_size,
+        )
+        shape = Shape(
+            self._shapes().layers,
+            geometry.hidden_size,
+            geometry.attention_heads * geometry.head_dim,
+            inner,
+            4 if self.dtype == "float32" else 2,
+            self.batch,
+            ready.layers != "stock",
+        )
+        check_fits(
+            shape,
+            Partition.even(context, self.ranks, past=past),
+            ready.weights_bytes,
+            min(one.memory_bytes for one in self._ready),
+            together=self.backend == "sm",
+        )
+
     # ------------------------------------------------------------- requests
 
     def measure(

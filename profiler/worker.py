@@ -103,6 +103,8 @@ class Worker:
             topology="chain" if self._link_setup is None else self._link_setup.topology(wanted),
             layers=self._chosen.name,
             left=tuple(self._chosen.left_in_short),
+            weights_bytes=sum(one.nbytes for one in self._model.parameters()) if on_cuda else 0,
+            memory_bytes=torch.cuda.get_device_properties(self._device).total_memory if on_cuda else 0,
         )
 
     @property

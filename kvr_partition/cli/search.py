@@ -122,6 +122,8 @@ def run(options: argparse.Namespace) -> None:
                 progress.say(f"{out.log_path}: a torn last line was set aside in {out.log_path.name}.torn")
             progress.doing(f"starting {group.ranks} {group.backend} ranks of {group.geometry.name}")
             out.check_conditions(group.provenance)
+            for context in (*contexts, *held_out):
+                group.check_memory(context, options.past)
             session = _Session(group, out, options, plan, contexts, progress)
             results = [session.search(context) for context in _ends_first(contexts)]
             results += [session.predict(context) for context in held_out]
@@ -401,6 +403,8 @@ def default_out(group: RankGroup) -> Path:
         name += f"-{group.wanted_topology}"
     if group.links != "auto":
         name += f"-{group.links}"
+    if group.layers != "auto":
+        name += f"-{group.layers}"
     if group.bandwidth is not None:
         name += f"-{group.bandwidth / 1e9:g}GBs"
     return Path("kvr-runs") / name

@@ -83,7 +83,8 @@ def test_verify_prints_and_writes_certificates(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
     assert lines[1] == ["weights:", "random(seed=0)"]
-    rows = lines[5:]
+    assert lines[2] == ["layers:", "stock"]
+    rows = lines[6:]
     assert [row[:3] for row in rows] == [["kvr", "30/18", "holds"], ["zigzag", "24/24", "holds"]]
     certificate = json.loads((folder / "certified" / "kvr.certificate.json").read_text())
     assert certificate["schema"] == "kvr-partition/certificate/2"
@@ -96,7 +97,7 @@ def test_verify_prints_and_writes_certificates(folder: Path) -> None:
     [
         ("verify --model llama --context 48 --partition 30/10/8", 2, "has 3 chunks, but there are 2 ranks"),
         ("verify --model llama --methods magic", 1, "unknown method 'magic'"),
-        ("verify --model llama --methods single", 1, "leave it out"),
+        ("verify --model llama --methods stock", 1, "leave it out"),
         ("compare --model llama --context 64 --methods kvr-x", 1, "unknown method 'kvr-x' in --methods"),
         ("compare --model llama --context 64 --bandwidth fast", 1, "like 64MB"),
         ("compare --model llama --context 64 --noise lots", 1, "like 64MB"),

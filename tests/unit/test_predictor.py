@@ -270,7 +270,7 @@ def test_files_of_others_are_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(FileFormatError, match="larger than 64 MiB"):
         load(file)
     PartitionTable([]).save(file)
-    with pytest.raises(FileFormatError, match="has schema 'kvr-partition/table/1'"):
+    with pytest.raises(FileFormatError, match="has schema 'kvr-partition/table/2'"):
         PartitionPredictor.from_json(file.read_bytes(), file)
 
 

@@ -133,6 +133,7 @@ class RecordedLayers:
     _used: torch.cuda.Event | None = None
     _for_mlp: torch.Tensor | None = None
     _owners: list[tuple[Any, str, torch.Tensor]] = field(default_factory=list)
+    _runs: dict[int, _Run] = field(default_factory=dict)
 
     @torch.no_grad()
     def record(self, most: int) -> int:
@@ -232,6 +233,8 @@ class RecordedLayers:
             return None
         if self._weights != self._addresses():
             self.sizes.clear()
+            self._runs.clear()
+            self._owners.clear()
             self._static = None
             return None
         return size
@@ -253,9 +256,13 @@ class RecordedLayers:
         Args:
             add_prefix: as in `running`.
         """
-        assert self._static is not None
-        run = _Run(self, size, self._static, add_prefix)
-        return [(layer.module, _bound(run, index, layer)) for index, layer in enumerate(self.layers)]
+        run = self._runs.get(size)
+        if run is None:
+            assert self._static is not None
+            run = self._runs[size] = _Run(self, size, self._static)
+            run.forwards = [(layer.module, _bound(run, index, layer)) for index, layer in enumerate(self.layers)]
+        run.add_prefix = add_prefix
+        return run.forwards
 
 
 def _bound(run: _Run, index: int, layer: FusedLayer) -> Callable[..., Any]:
@@ -273,8 +280,9 @@ class _Run:
     by: RecordedLayers
     size: int
     static: _Static
-    add_prefix: AddPrefix | None
+    add_prefix: AddPrefix | None = None
     hidden: torch.Tensor | None = None
+    forwards: list[tuple[Any, Callable[..., Any]]] = field(default_factory=list)
 
     def layer(self, index: int, layer: FusedLayer, hidden: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
         static, recorded = self.static, self.by.sizes[self.size]
