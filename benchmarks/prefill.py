@@ -24,7 +24,7 @@ from kvr_partition.cli.show import print_table
 from kvr_partition.cost import LinkCost
 from kvr_partition.errors import KVRError
 from kvr_partition.measurement import Measurement, median
-from kvr_partition.methods import BASELINES
+from kvr_partition.methods import BASELINES, ONE_RANK
 from kvr_partition.partition import Partition
 from kvr_partition.runtime.kernels import SHORTEST_PIECE
 from kvr_partition.schedule import Setting, best_split
@@ -90,7 +90,7 @@ def compare(
     disturbed = [
         (name, replace(candidate, noise=noise))
         for name, candidate in named
-        if noise and candidate.method not in ("single", "tp", "bound")
+        if noise and candidate.method not in (*ONE_RANK, "tp", "bound")
     ]
     candidates = [candidate for _, candidate in named + disturbed]
     measured = dict(zip(candidates, group.measure_many(candidates, plan=plan, purpose=part), strict=True))
@@ -122,7 +122,7 @@ def one_rank(group: RankGroup, contexts: list[int], plan: SamplingPlan) -> dict[
     """Our runtime on one rank against stock transformers."""
     found: dict[str, Any] = {}
     for context in contexts:
-        pair = [Candidate.single(context), Candidate("kvr", Partition((context,)))]
+        pair = [Candidate.stock(context), Candidate.single(context)]
         stock, ours = group.measure_many(pair, plan=plan, purpose=f"one-rank/{context}")
         found[str(context)] = {
             "stock_s": stock.ttft_s if stock.ok else None,
@@ -266,6 +266,7 @@ def main() -> None:
                 return [one for one in kept if one[0] not in left_out]
 
             full = [
+                ("stock", Candidate.stock(context)),
                 ("single", Candidate.single(context)),
                 *baselines(*BASELINES),
                 ("KVR-E", Candidate("kvr-chain", even)),

@@ -30,6 +30,7 @@ from kvr_partition.runtime.channel import IDLE, Doing
 from kvr_partition.runtime.decoding import configured
 from kvr_partition.runtime.execution import AT_ONCE
 from kvr_partition.runtime.fused import Layers, chosen_layers
+from kvr_partition.runtime.fused.recorded import LONGEST
 from kvr_partition.runtime.kernels import planning
 from kvr_partition.runtime.links.group import links_of
 from kvr_partition.runtime.links.plan import AnyTopology, LinkLimits, NoLinks
@@ -174,7 +175,18 @@ class Worker:
             return known
         return agreement.explain(None, error, self._phase) if is_link_error(error) else error
 
+    def _record(self, tokens: int) -> None:
+        """Have the launches of a short chunk recorded, as serving code has after `warm_up`: set-up, not prefill."""
+        if self._device.type == "cuda" and tokens <= LONGEST:
+            self._chosen.record(LONGEST)
+
+    def _own_tokens(self, request: messages.Prefill | messages.Verify) -> int:
+        """Tokens that this rank computes of a prompt."""
+        sizes = request.partition.sizes
+        return sizes[self._setup.rank] if len(sizes) > 1 else sizes[0]
+
     def _timed_prefill(self, request: messages.Prefill) -> messages.Reply:
+        self._record(self._own_tokens(request))
         run = self._runner(request)
         if request.method == "tp":
             self._tensor_parallel()
@@ -252,6 +264,7 @@ class Worker:
                 raise KVRError(f"unknown method {request.method!r}")
 
     def _verify(self, request: messages.Verify) -> messages.Reply:
+        self._record(self._own_tokens(request))
         run = self._runner(request)
         if request.method == "tp":
             self._tensor_parallel()
@@ -343,6 +356,7 @@ class Worker:
         return contextlib.nullcontext() if request.cold else planning()
 
     def _timed_chunk(self, request: messages.TimeChunk) -> messages.Reply:
+        self._record(request.chunk)
         with self._attention("kvr"), self._planning(request), _no_garbage_collection():
             self._barrier()
             if request.alone and self._setup.rank:

@@ -152,6 +152,7 @@ class RecordedLayers:
         if not missing:
             return 0
         torch.cuda.synchronize(weight.device)
+        torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(weight.device)[0]
         began = time.perf_counter()
         stream = torch.cuda.Stream(weight.device)
