@@ -110,7 +110,7 @@ class SMWorker(Worker):
 
     def _timed_alone(self, request: messages.Prefill) -> messages.Reply:
         """One rank with the whole GPU."""
-        self._record(request.partition.context)
+        self._record_short(request.partition.context)
         run = self._alone(request)
         gc.disable()
         try:

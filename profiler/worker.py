@@ -175,8 +175,8 @@ class Worker:
             return known
         return agreement.explain(None, error, self._phase) if is_link_error(error) else error
 
-    def _record(self, tokens: int) -> None:
-        """Have the launches of a short chunk recorded, as serving code has after `warm_up`: set-up, not prefill."""
+    def _record_short(self, tokens: int) -> None:
+        """Have launches of short chunks recorded, as serving code has after `warm_up`; no part of a prefill."""
         if self._device.type == "cuda" and tokens <= LONGEST:
             self._chosen.record(LONGEST)
 
@@ -186,7 +186,7 @@ class Worker:
         return sizes[self._setup.rank] if len(sizes) > 1 else sizes[0]
 
     def _timed_prefill(self, request: messages.Prefill) -> messages.Reply:
-        self._record(self._own_tokens(request))
+        self._record_short(self._own_tokens(request))
         run = self._runner(request)
         if request.method == "tp":
             self._tensor_parallel()
@@ -264,7 +264,7 @@ class Worker:
                 raise KVRError(f"unknown method {request.method!r}")
 
     def _verify(self, request: messages.Verify) -> messages.Reply:
-        self._record(self._own_tokens(request))
+        self._record_short(self._own_tokens(request))
         run = self._runner(request)
         if request.method == "tp":
             self._tensor_parallel()
@@ -356,7 +356,7 @@ class Worker:
         return contextlib.nullcontext() if request.cold else planning()
 
     def _timed_chunk(self, request: messages.TimeChunk) -> messages.Reply:
-        self._record(request.chunk)
+        self._record_short(request.chunk)
         with self._attention("kvr"), self._planning(request), _no_garbage_collection():
             self._barrier()
             if request.alone and self._setup.rank:
