@@ -142,7 +142,7 @@ def test_sm_partition_ranks_survive_a_candidate_that_does_not_fit(tmp_path: Path
         pids = group.pids
         plan = SamplingPlan(warmup=0, least=1, most=1)
         too_long, fits = group.measure_many(
-            [Candidate.single(300_000), Candidate("kvr", Partition((300, 200)))], plan=plan
+            [Candidate.stock(300_000), Candidate("kvr", Partition((300, 200)))], plan=plan
         )
         assert too_long.failure is not None
         assert too_long.failure.kind == "out-of-memory"

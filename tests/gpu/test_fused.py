@@ -64,9 +64,12 @@ def test_fused_layers_are_as_exact_as_the_models_own(name: str, dtype: torch.dty
     exact = run_reference(model, ids).logits
     own = relative(stock(model, ids).logits, exact)
     found = prefill(model, ids, Partition((171,)), layers="fused")
-    slack = torch.finfo(dtype).eps / 2
-    assert relative(found.logits, exact) <= 1.1 * own + slack
-    assert relative(behind(model, ids, 100, "fused").logits, exact) <= 1.1 * own + slack
+    # In single precision tokens are to be equal; the last digit may be another.
+    allowed = 2 * own if dtype == torch.float32 else 1.1 * own + torch.finfo(dtype).eps / 2
+    assert relative(found.logits, exact) <= allowed
+    assert relative(behind(model, ids, 100, "fused").logits, exact) <= allowed
+    if dtype == torch.float32:
+        assert torch.equal(found.first_token, stock(model, ids).first_token)  # type: ignore[arg-type]
 
 
 def test_a_gpu_has_all_parts_of_a_llama() -> None:

@@ -40,6 +40,7 @@ from kvr_partition.runtime import (
     zigzag,
 )
 from kvr_partition.runtime.agreement import agreement_of
+from kvr_partition.runtime.fused import chosen_layers
 from kvr_partition.runtime.links.group import links_of
 from kvr_partition.table import Entry
 from tests.models import build
@@ -79,6 +80,7 @@ class World:
         self.split = Partition(SPLITS[ranks])
         self.model = build("llama-gqa").to(DEVICE)
         probe(self.model)
+        chosen_layers(self.model)
         self.right: dict[int, int] = {}
 
     def attempt(self, run: Callable[[], Any]) -> dict[str, Any]:

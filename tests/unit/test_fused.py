@@ -390,3 +390,54 @@ def test_layers_that_say_the_same_share_a_line() -> None:
     assert line == "activation of layers 0, 2: its activation is not known here"
     (line,) = fused_model(trained("falcon-mqa")).left_in_short
     assert line.startswith("norm: ")
+
+
+class Adapter(nn.Module):
+    """What adapter libraries put in the place of a projection."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + 0.1 * x.sum(-1, keepdim=True)
+
+
+def test_an_adapter_that_comes_later_is_not_passed_over() -> None:
+    model = trained("llama-gqa")
+    before = read(model, layers="fused")
+    attention = model.model.layers[1].self_attn
+    attention.q_proj = Adapter(attention.q_proj)
+    right = stock(model, prompt()).logits
+    assert right is not None
+    assert not torch.allclose(before, right, atol=1e-4)
+    torch.testing.assert_close(read(model, layers="fused"), right, rtol=1e-4, atol=1e-5)
+    assert [line for line in fused_model(model).left if "layer 1" in line] == [
+        "rotary of layer 1: a projection is a Adapter"
+    ]
+
+
+def test_hooks_that_come_later_are_called() -> None:
+    model = trained("llama-gqa")
+    read(model, layers="fused")
+    calls: list[int] = []
+    hook = model.model.layers[2].mlp.register_forward_hook(lambda *_: calls.append(1))
+    read(model, layers="fused")
+    calls.clear()
+    read(model, layers="fused")
+    assert calls == [1]
+    hook.remove()
+    assert fused_model(model).name == ALL_PARTS
+
+
+def test_a_model_that_cannot_be_tried_keeps_its_layers() -> None:
+    model = trained("llama-gqa")
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+
+    hook = model.model.layers[1].register_forward_pre_hook(full)
+    assert fused_model(model).left == ["everything: there was no room to try it"]
+    hook.remove()
+    # Another time there was.
+    assert fused_model(model).name == ALL_PARTS

@@ -51,6 +51,26 @@ class _UnknownError(Exception):
     """A part stays the model's own; says why."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    """A module inside a decoder layer as it was when it was tried."""
+
+    siblings: dict[str, Any]
+    name: str
+    module: Any
+    hooks: int
+    own_forward: bool
+
+    def as_it_was(self) -> bool:
+        """Whether it is still there, with nobody's hooks or ``forward`` but those it had."""
+        module = self.module
+        return (
+            self.siblings.get(self.name) is module
+            and len(module._forward_hooks) + len(module._forward_pre_hooks) == self.hooks
+            and ("forward" in module.__dict__) == self.own_forward
+        )
+
+
 @dataclass
 class FusedModel:
     """What of a model can be replaced.
@@ -70,6 +90,13 @@ class FusedModel:
     left: list[str] = field(default_factory=list)
     chained: bool = False
     """Whether each layer reads the very tensor that the one before it returned, and all of them are known."""
+
+    watched: list[_Watched] = field(default_factory=list)
+    """What was tried. Adapters and hooks that come later must not be passed over."""
+
+    def unchanged(self) -> bool:
+        """Whether the model still has the modules that were tried."""
+        return all(one.as_it_was() for one in self.watched)
 
     @property
     def name(self) -> str:
@@ -177,10 +204,15 @@ _probed: weakref.WeakKeyDictionary[Any, FusedModel] = weakref.WeakKeyDictionary(
 
 @torch.no_grad()
 def fused_model(model: Any) -> FusedModel:
-    """What of a model can be replaced; remembered for as long as the model lives."""
+    """What of a model can be replaced; remembered for as long as nobody changes the model's modules."""
     known = _probed.get(model)
-    if known is None:
-        known = _probed[model] = _probe(model)
+    if known is None or not known.unchanged():
+        try:
+            known = _probe(model)
+        except torch.OutOfMemoryError:
+            # There may be room another time.
+            return FusedModel(left=["everything: there was no room to try it"])
+        _probed[model] = known
     return known
 
 
@@ -204,7 +236,25 @@ def _probe(model: Any) -> FusedModel:
     if not layers:
         found.left.append(f"everything: {type(model).__name__} has no decoder layers of a kind known here")
         return found
-    calls = _calls(model, layers)
+    found.watched = [
+        _Watched(
+            parent._modules,
+            name,
+            module,
+            len(module._forward_hooks) + len(module._forward_pre_hooks),
+            "forward" in module.__dict__,
+        )
+        for layer in layers
+        for parent in layer.modules()
+        for name, module in parent.named_children()
+    ]
+    try:
+        calls = _calls(model, layers)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model does not run, it will fail at by itself
+        found.left.append(f"everything: a few tokens cannot be run ({type(error).__name__})")
+        return found
     order = [layer for layer in calls if layer in layers]
     if order != layers:
         found.left.append(f"everything: {type(model).__name__} does not run its layers one after the other")
@@ -244,7 +294,7 @@ def _calls(model: Any, layers: list[Any]) -> dict[Any, _Call]:
     from kvr_partition.runtime.support import forward, probe, replaced_attention
 
     calls: dict[Any, _Call] = {}
-    hooks = []
+    hooks: list[Any] = []
 
     def before(module: Any, args: tuple[Any, ...], given: dict[str, Any]) -> None:
         calls[module] = _Call(args, given)
@@ -252,16 +302,17 @@ def _calls(model: Any, layers: list[Any]) -> dict[Any, _Call]:
     def after(module: Any, args: tuple[Any, ...], given: dict[str, Any], returned: Any) -> None:
         calls[module].returned = returned
 
-    for layer in layers:
-        for module in (layer, *(getattr(layer, _child(layer, names) or "") for names in (_ATTENTIONS, _MLPS))):
-            hooks += [
-                module.register_forward_pre_hook(before, with_kwargs=True),
-                module.register_forward_hook(after, with_kwargs=True),
-            ]
     support = probe(model)
     noting = _NotingCache(model.config)
     ids = torch.zeros((1, _TOKENS), dtype=torch.long, device=next(model.parameters()).device)
     try:
+        for layer in layers:
+            parts = [getattr(layer, _child(layer, names) or "") for names in (_ATTENTIONS, _MLPS)]
+            for module in (layer, *parts):
+                hooks += [
+                    module.register_forward_pre_hook(before, with_kwargs=True),
+                    module.register_forward_hook(after, with_kwargs=True),
+                ]
         with replaced_attention(model, support.route, noting.attend) as extra:
             forward(model, ids, noting, **extra)
     finally:
@@ -311,6 +362,8 @@ def _probe_layer(model: Any, layer: Any, index: int, calls: dict[Any, _Call], fo
         except _UnknownError as reason:
             found.left.append(f"{part} of {where}: {reason}")
             return None
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # whatever fails on a few tokens stays as it is
             found.left.append(f"{part} of {where}: {what} cannot be tried ({type(error).__name__})")
             return None
@@ -405,7 +458,7 @@ def _order(
     exactly, whatever its weights.
     """
     call = calls[layer]
-    if not _untouched(layer):
+    if "forward" in layer.__dict__:
         raise _UnknownError("somebody has changed its forward")
     if not call.args or any(
         not isinstance(getattr(layer, name), nn.Module) for name in (attention_name, mlp_name)

@@ -154,6 +154,7 @@ class RecordedLayers:
         torch.cuda.synchronize(weight.device)
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(weight.device)[0]
+        reserved = torch.cuda.memory_reserved(weight.device)
         began = time.perf_counter()
         stream = torch.cuda.Stream(weight.device)
         with torch.cuda.stream(stream), planning():
@@ -169,7 +170,11 @@ class RecordedLayers:
         # What was needed to make kernels ready is not needed again.
         torch.cuda.empty_cache()
         self.seconds += time.perf_counter() - began
-        self.nbytes += max(0, free - torch.cuda.mem_get_info(weight.device)[0])
+        # The driver keeps graphs where torch does not count; others may take and give memory meanwhile.
+        self.nbytes += max(
+            torch.cuda.memory_reserved(weight.device) - reserved,
+            free - torch.cuda.mem_get_info(weight.device)[0],
+        )
         return len(missing) * (len(self.layers) + 2)
 
     def _recorded_size(self, size: int) -> _Size:
