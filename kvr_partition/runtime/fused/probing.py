@@ -58,17 +58,16 @@ class _Watched:
     siblings: dict[str, Any]
     name: str
     module: Any
-    hooks: int
-    own_forward: bool
+    marks: tuple[int, int, bool]
 
     def as_it_was(self) -> bool:
         """Whether it is still there, with nobody's hooks or ``forward`` but those it had."""
-        module = self.module
-        return (
-            self.siblings.get(self.name) is module
-            and len(module._forward_hooks) + len(module._forward_pre_hooks) == self.hooks
-            and ("forward" in module.__dict__) == self.own_forward
-        )
+        return self.siblings.get(self.name) is self.module and _marks(self.module) == self.marks
+
+
+def _marks(module: Any) -> tuple[int, int, bool]:
+    """What others may have put around a module's ``forward``, counted."""
+    return len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in module.__dict__
 
 
 @dataclass
@@ -237,13 +236,7 @@ def _probe(model: Any) -> FusedModel:
         found.left.append(f"everything: {type(model).__name__} has no decoder layers of a kind known here")
         return found
     found.watched = [
-        _Watched(
-            parent._modules,
-            name,
-            module,
-            len(module._forward_hooks) + len(module._forward_pre_hooks),
-            "forward" in module.__dict__,
-        )
+        _Watched(parent._modules, name, module, _marks(module))
         for layer in layers
         for parent in layer.modules()
         for name, module in parent.named_children()
