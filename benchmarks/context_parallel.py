@@ -64,7 +64,7 @@ from kvr_partition.runtime import (
     zigzag,
 )
 from kvr_partition.runtime.agreement import agreement_of
-from kvr_partition.runtime.baselines import single
+from kvr_partition.runtime.baselines import stock as stock_prefill
 from kvr_partition.runtime.kernels import planning
 from kvr_partition.runtime.loading import first_line
 from kvr_partition.runtime.support import runahead_attention
@@ -181,7 +181,7 @@ class World:
     def _one_rank(self, ids: torch.Tensor) -> Outcome:
         if self.rank:
             return Outcome(time.perf_counter())
-        return told(single(self.model, ids))
+        return told(stock_prefill(self.model, ids))
 
     def _one_rank_without_cache(self, ids: torch.Tensor) -> Outcome:
         if self.rank:

@@ -263,7 +263,7 @@ def main() -> None:
             "contexts": {},
         }
         print(name, figures["layers"], figures["left"][:3], flush=True)
-        path = options.out / name / "one-rank.json"
+        path = options.out / name / "one-rank-layers.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         if options.warm_up:
             began = time.perf_counter()
