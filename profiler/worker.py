@@ -178,7 +178,7 @@ class Worker:
     def _record_short(self, tokens: int) -> None:
         """Have launches of short chunks recorded, as serving code has after `warm_up`; no part of a prefill."""
         if self._device.type == "cuda" and tokens <= LONGEST:
-            self._chosen.record(LONGEST)
+            chosen_layers(self._model, self._layers).record(tokens, least=tokens)
 
     def _own_tokens(self, request: messages.Prefill | messages.Verify) -> int:
         """Tokens that this rank computes of a prompt."""

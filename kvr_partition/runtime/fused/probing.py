@@ -29,7 +29,7 @@ from kvr_partition.runtime.fused.layers import (
     OwnAttention,
     OwnMLP,
 )
-from kvr_partition.runtime.fused.recorded import AddPrefix, RecordedLayers, can_record, recordable
+from kvr_partition.runtime.fused.recorded import AddPrefix, RecordedLayers, can_record, recordable, sizes
 
 Part = Literal["norm", "rotary", "activation", "residual"]
 PARTS: tuple[Part, ...] = ("norm", "rotary", "activation", "residual")
@@ -150,8 +150,8 @@ class FusedModel:
     recorded: RecordedLayers | None = None
     """Recordings of short chunks, once `record` made some."""
 
-    def record(self, most: int) -> int:
-        """Record the launches of chunks of up to ``most`` tokens, see `recorded`.
+    def record(self, most: int, least: int = 1) -> int:
+        """Record the launches of chunks of ``least`` to ``most`` tokens, see `recorded`.
 
         Returns:
             How many graphs were made; 0 where nothing can be recorded.
@@ -162,7 +162,7 @@ class FusedModel:
             return 0
         if self.recorded is None:
             self.recorded = RecordedLayers(self.layers)
-        return self.recorded.record(most)
+        return self.recorded.record([size for size in sizes(most) if size >= least])
 
     @property
     def left_in_short(self) -> list[str]:

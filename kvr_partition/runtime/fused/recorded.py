@@ -33,7 +33,12 @@ STEP = 128
 
 def sizes(most: int) -> list[int]:
     """The sizes that are recorded for chunks of up to ``most`` tokens."""
-    return list(range(STEP, min(LONGEST, -(-most // STEP) * STEP) + 1, STEP))
+    return list(range(STEP, min(LONGEST, size_for(most)) + 1, STEP))
+
+
+def size_for(tokens: int) -> int:
+    """The size that a chunk is padded to."""
+    return -(-tokens // STEP) * STEP
 
 
 def recordable(layers: Sequence[FusedLayer], chained: bool) -> bool:
@@ -136,13 +141,14 @@ class RecordedLayers:
     _runs: dict[int, _Run] = field(default_factory=dict)
 
     @torch.no_grad()
-    def record(self, most: int) -> int:
-        """Record all `sizes` that are not there yet.
+    def record(self, wanted: Sequence[int]) -> int:
+        """Record those of `sizes` that are not there yet, in ascending order.
 
         Returns:
             How many graphs were made.
         """
-        missing = [size for size in sizes(most) if size not in self.sizes]
+        self._moved()
+        missing = [size for size in wanted if size not in self.sizes]
         weight = self.layers[0].norms[0].module.weight
         if self._static is None:
             self._static = _Static.of(self.layers, weight, LONGEST)
@@ -234,16 +240,19 @@ class RecordedLayers:
 
     def fit(self, tokens: int) -> int | None:
         """The recorded size for a chunk; None where there is none, or where weights have moved since."""
-        size = -(-tokens // STEP) * STEP
-        if size not in self.sizes:
-            return None
-        if self._weights != self._addresses():
-            self.sizes.clear()
-            self._runs.clear()
-            self._owners.clear()
-            self._static = None
-            return None
-        return size
+        size = size_for(tokens)
+        return None if size not in self.sizes or self._moved() else size
+
+    def _moved(self) -> bool:
+        """Whether weights are elsewhere than when they were recorded; then nothing that was is kept."""
+        if self._static is None or self._weights == self._addresses():
+            return False
+        torch.cuda.synchronize(self._static.hidden.device)  # a run may be under way
+        self.sizes.clear()
+        self._runs.clear()
+        self._owners.clear()
+        self._static = None
+        return True
 
     def _addresses(self) -> tuple[int, ...]:
         if not self._owners:
