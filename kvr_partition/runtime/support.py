@@ -147,13 +147,22 @@ def check_context(config: Any, tokens: int) -> None:
                 f"RoPE of type {kind!r} changes with the length read at once, so chunks beyond {original} tokens "
                 f"cannot be exact; use a context of at most {original}, or another RoPE type"
             )
-    reach = max([limit, *(_scaled_positions(rope, limit) for rope in ropes)])
-    if tokens > reach:
+    reach = farthest(config)
+    if reach is not None and tokens > reach:
         scaled = "" if reach == limit else f" of {limit}, scaled by its RoPE"
         raise PartitionError(
             f"{tokens} tokens are beyond the {reach} positions of this {config.model_type} model "
             f"({field}{scaled}); use a shorter context"
         )
+
+
+def farthest(config: Any) -> int | None:
+    """How many positions a model has, as far as its RoPE stretches them; None where there is no end to them."""
+    config = text_config(config)
+    _, limit = _positions(config)
+    if limit is None:
+        return None
+    return max([limit, *(_scaled_positions(rope, limit) for rope in _rope_parameters(config))])
 
 
 def check_tokens(input_ids: Sequence[int], vocabulary: int) -> None:

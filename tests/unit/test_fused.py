@@ -15,6 +15,7 @@ from kvr_partition import Partition, UnsupportedError
 from kvr_partition.runtime import decode, prefill, single, stock
 from kvr_partition.runtime.fused import PARTS, chosen_layers, fused_model, ops
 from kvr_partition.runtime.fused import layers as fused_layers
+from tests import families
 from tests.models import CORE, build
 
 CONTEXT = 47
@@ -199,6 +200,16 @@ def colder(model: Any) -> None:
         layer.self_attn.__class__ = Attention
 
 
+def colder_far_away(model: Any) -> None:
+    class Attention(modeling_llama.LlamaAttention):
+        def forward(self, hidden_states: torch.Tensor, *args: Any, **given: Any) -> Any:
+            far = (given["position_ids"] > 40)[..., None]
+            return super().forward(torch.where(far, 0.9 * hidden_states, hidden_states), *args, **given)
+
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = Attention
+
+
 @pytest.mark.parametrize(
     ("change", "part"),
     [
@@ -210,6 +221,7 @@ def colder(model: Any) -> None:
         (keys_alone, "rotary"),
         (backwards, "rotary"),
         (colder, "rotary"),
+        (colder_far_away, "rotary"),
         (odd_activation, "activation"),
         (gate_for_up, "activation"),
         (scaled_residual, "residual"),
@@ -441,3 +453,32 @@ def test_a_model_that_cannot_be_tried_keeps_its_layers() -> None:
     hook.remove()
     # Another time there was.
     assert fused_model(model).name == ALL_PARTS
+
+
+def test_every_family_is_as_exact_with_fused_layers() -> None:
+    """All causal families of the installed transformers that are not refused; behind a past, and in a batch."""
+    ids = torch.randint(
+        families.FIRST_TOKEN, families.VOCABULARY, (1, 41), generator=torch.Generator().manual_seed(1)
+    )
+    seen: dict[str, str] = {}
+    for name in families.names():
+        try:
+            model = families.build(name)
+            right = prefill(model, ids, Partition((41,)), layers="stock").logits
+        except Exception:  # refused, or nothing that transformers can build small
+            continue
+        seen[name] = fused_model(model).name
+        if seen[name] == "stock":
+            continue
+        assert right is not None
+        for past, batch in ((0, 1), (0, 2), (17, 1), (17, 2)):
+            tokens = ids.expand(batch, -1)
+            before = stock(model, tokens[:, :past]).cache if past else None
+            split = Partition((41 - past,), past)
+            logits = prefill(
+                model, tokens if past else tokens[:, past:], split, past=before, layers="fused"
+            ).logits
+            assert logits is not None
+            error = float((logits - right).abs().max() / right.abs().max())
+            assert error < 2e-5, (name, seen[name], past, batch, error)
+    assert sum(parts != "stock" for parts in seen.values()) > 80

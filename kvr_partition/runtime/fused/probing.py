@@ -35,6 +35,8 @@ Part = Literal["norm", "rotary", "activation", "residual"]
 PARTS: tuple[Part, ...] = ("norm", "rotary", "activation", "residual")
 
 _TOKENS = 8
+_FAR = 1 << 20
+"""As far as tokens stand where a model does not say how many positions it has."""
 _ATTENTIONS = ("self_attn", "self_attention", "attention", "attn")
 _MLPS = ("mlp", "feed_forward", "block_sparse_moe", "ffn")
 _NORMS = (
@@ -323,6 +325,10 @@ class _NotingCache(DynamicCache):
         self.stored: tuple[torch.Tensor, torch.Tensor] | None = None
         self.given: dict[str, Any] = {}
         self.answer: torch.Tensor | None = None
+        self.before = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.before
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -637,7 +643,7 @@ def _activation(own: Any) -> str:
 
 
 def _attention(model: Any, module: Any, calls: dict[Any, _Call]) -> FusedAttention:
-    from kvr_partition.runtime.support import probe, replaced_attention
+    from kvr_partition.runtime.support import farthest, probe, replaced_attention
 
     support = probe(model)
     index: Any = getattr(module, "layer_idx", None)
@@ -666,12 +672,15 @@ def _attention(model: Any, module: Any, calls: dict[Any, _Call]) -> FusedAttenti
     )
     answer = torch.randn((1, _TOKENS, heads, kv.key_dim), generator=generator).to(device=device, dtype=dtype)
 
+    # What depends on how far a token stands in a prompt shows only far away.
+    far = torch.linspace(0, (farthest(model) or _FAR) - 1, _TOKENS, device=device).round().long()
+    given |= {name: far.view(value.shape) for name, value in given.items() if _counts_tokens(value)}
     noted: list[_NotingCache] = []
     outputs = []
     with replaced_attention(model, support.route, lambda *args, **named: noted[-1].attend(*args, **named)):
         for one, precision in ((module, dtype), (_in_higher(module), _higher(dtype))):
             noted.append(_NotingCache(model.config))
-            noted[-1].answer = answer
+            noted[-1].answer, noted[-1].before = answer, int(far[-1]) + 1 - _TOKENS
             passed = {
                 name: noted[-1] if isinstance(value, _NotingCache) else value for name, value in given.items()
             } | {"position_embeddings": (cos.to(precision)[None], sin.to(precision)[None])}
@@ -701,6 +710,11 @@ def _attention(model: Any, module: Any, calls: dict[Any, _Call]) -> FusedAttenti
     if any(ours.shape != theirs.shape for ours, theirs, _ in pairs) or not _as_good(pairs):
         raise _UnknownError("it computes something else")
     return fused
+
+
+def _counts_tokens(value: Any) -> bool:
+    """Whether something says where the tokens stand."""
+    return isinstance(value, torch.Tensor) and value.dtype == torch.long and value.numel() == _TOKENS
 
 
 def _interface(noted: dict[str, Any], given: dict[str, Any], route: str) -> tuple[dict[str, Any], tuple[str, ...]]:
