@@ -81,6 +81,20 @@ class Provenance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         fields.pop("kvr_partition")
         return fields
 
+    def costs_differ(self, other: Provenance) -> str | None:
+        """What makes chunks cost something else there, as ``"field theirs, not ours"``, or None.
+
+        Ranks, links and versions may differ; where nothing ran, the machine too.
+        """
+        names = ["dtype", "depth", "layers", "batch"]
+        if "simulate" not in (self.backend, other.backend):
+            names += ["backend", "device", "threads_per_rank"]
+        for name in names:
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if ours != theirs:
+                return f"{name.replace('_', ' ')} {theirs}, not {ours}"
+        return None
+
     def difference(self, other: Provenance) -> str | None:
         """The first condition in which two runs differ, as ``"field: ours, theirs"``, or None."""
         ours, theirs = self.conditions(), other.conditions()

@@ -116,6 +116,11 @@ def run(options: argparse.Namespace) -> None:
         stack.enter_context(group)
         progress.doing(f"starting {group.ranks} {group.backend} ranks of {group.geometry.name}")
         group.start()
+        for option, source in (("--table", table), ("--predictor", predictor)):
+            origin = None if source is None else source.provenance
+            unlike = None if origin is None else group.provenance.costs_differ(origin)
+            if unlike is not None:
+                progress.say(f"{option} is from other measurements: {unlike}; its splits may not be the best here")
         for context in contexts:
             named = _candidates(context, options.past, group, table, predictor, given, wanted, progress)
             # Simulated ranks have nothing to verify.

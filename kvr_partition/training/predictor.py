@@ -89,7 +89,9 @@ def train(
     places: set[tuple[Any, ...]] = {row.machine[:4] for row in rows}
     if len(places) == 1:
         # The same name can stand for several configurations, which take their time differently.
-        places = {(one.model.name, one.model.config_digest, one.dtype, one.depth, one.batch) for one in known}
+        places = {
+            (one.model.name, one.model.config_digest, one.dtype, one.depth, one.layers, one.batch) for one in known
+        }
     if len(places) > 1:
         shown = "; ".join(" ".join(str(one) for one in place) for place in sorted(places, key=repr))
         raise PartitionError(f"a predictor is for one model on one machine; these rows are of {shown}")

@@ -12,7 +12,7 @@ from kvr_partition import PartitionTable
 from kvr_partition.table import Entry
 from profiler.store import MeasurementLog
 from tests.cli.program import one_error, program
-from tests.models import write_folder
+from tests.models import provenance, write_folder
 
 
 @pytest.fixture
@@ -116,3 +116,13 @@ def test_bad_input_is_told_in_one_line(folder: Path, arguments: str, code: int, 
         if torch.cuda.is_available():
             pytest.skip("there is a GPU here")
     assert message in one_error(run(arguments, folder), code)
+
+
+def test_a_table_of_other_layers_is_told(folder: Path) -> None:
+    PartitionTable([Entry(96, (56, 40))], provenance()).save(folder / "other.json")
+    line = "compare --model llama --context 96 --table other.json --methods kvr-s --samples 2 --no-verify"
+    done = run(f"{line} --layers fused", folder)
+    assert done.returncode == 0, done.stderr
+    told = "--table is from other measurements: layers stock, not fused(norm, rotary, activation, residual)"
+    assert told in " ".join(done.stderr.split())
+    assert "layers stock" not in run(line, folder).stderr
