@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -225,3 +227,11 @@ def test_decoding_builds_no_plan_for_a_new_length(warm: Any) -> None:
     assert torch.backends.cuda.cudnn_sdp_enabled() == enabled
     right = warm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
     assert new.shape == right[:, 333:].shape
+
+
+def test_a_recorded_run_lets_go_of_its_cache(warm: Any) -> None:
+    out = prefill(warm, prompt(200), Partition((200,)))
+    gone = weakref.ref(out.cache)
+    del out
+    gc.collect()
+    assert gone() is None

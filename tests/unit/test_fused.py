@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -482,3 +484,15 @@ def test_every_family_is_as_exact_with_fused_layers() -> None:
             error = float((logits - right).abs().max() / right.abs().max())
             assert error < 2e-5, (name, seen[name], past, batch, error)
     assert sum(parts != "stock" for parts in seen.values()) > 80
+
+
+def test_a_model_and_its_caches_can_be_given_up() -> None:
+    model = trained("llama-gqa")
+    out = prefill(model, prompt(), Partition((CONTEXT,)), layers="fused")
+    gone = [weakref.ref(model), weakref.ref(out.cache)]
+    del out
+    gc.collect()
+    assert gone[1]() is None
+    del model
+    gc.collect()
+    assert gone[0]() is None

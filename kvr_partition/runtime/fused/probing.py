@@ -196,8 +196,12 @@ class FusedModel:
         else:
             assert self.recorded is not None
             layers = self.recorded.forwards(size, add_prefix)
-        with _standing_in(dict([*layers, *self.leaves])):
-            yield
+        try:
+            with _standing_in(dict([*layers, *self.leaves])):
+                yield
+        finally:
+            if size is not None and self.recorded is not None:
+                self.recorded.finished(size)
 
 
 _probed: weakref.WeakKeyDictionary[Any, FusedModel] = weakref.WeakKeyDictionary()

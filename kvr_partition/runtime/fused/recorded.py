@@ -279,6 +279,14 @@ class RecordedLayers:
         run.add_prefix = add_prefix
         return run.forwards
 
+    def finished(self, size: int) -> None:
+        """A run over a chunk of this size has ended, well or not; what it was given is let go of."""
+        run = self._runs.get(size)
+        if run is not None:
+            run.add_prefix = None
+            # Whoever comes next waits for what was enqueued, on whatever stream.
+            self._used = torch.cuda.current_stream().record_event()
+
 
 def _bound(run: _Run, index: int, layer: FusedLayer) -> Callable[..., Any]:
     def forward(hidden_states: torch.Tensor, *args: Any, **given: Any) -> Any:
@@ -323,7 +331,6 @@ class _Run:
             recorded.attended[:tokens].copy_(attention.attend(query, keys, values, mask, given))
         if index == len(self.by.layers) - 1:
             recorded.layers[-1].replay()
-            self.by._used = torch.cuda.current_stream().record_event()
         assert self.hidden is not None
         return self.hidden
 
