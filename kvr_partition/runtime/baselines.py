@@ -198,12 +198,12 @@ def _together(
         assert turn.of is not None
         turn.checked(lambda: stack.enter_context(exclusively(model)))
         ranks = turn.of.ranks
-        turn.checked(lambda: chosen_layers(model, layers))
+        fused = turn.checked(lambda: chosen_layers(model, layers))
         prompt = turn.checked(lambda: _checked_prompt(model, input_ids, method, ranks))
         turn.agree(method, model, input_ids, prompt, limits=limits)
         gather = GroupGather(turn.of.collectives(input_ids.device), limits)
         try:
-            return gathered(model, input_ids, method, gather, layers)
+            return gathered(model, input_ids, method, gather, fused)
         except RuntimeError as error:
             if is_link_error(error):
                 raise turn.explain(None, error) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,30 +88,38 @@ class TokenRows:
         self.taken_from: list[int] = []
         """Rows from which other caches have gone on in place, in that order."""
         self.rows = empty((tokens, kv.entry(batch)), dtype=dtype, device=device)
-        # Views of everything once: a slice of one is an operation less for each of a token's layers.
-        split = batch * kv.key_heads * kv.key_dim
-        self._keys = self._view(self.rows[:, :split], kv.key_heads, kv.key_dim)
-        self._values = self._view(self.rows[:, split:], kv.value_heads, kv.value_dim)
+        self._split = batch * kv.key_heads * kv.key_dim
 
     def keys(self, start: int, end: int) -> torch.Tensor:
         """Keys of rows ``start`` to ``end`` as ``[batch, heads, tokens, dim]``, no copy."""
-        return self._keys[:, :, start:end]
+        return self._all_keys[:, :, start:end]
 
     def values(self, start: int, end: int) -> torch.Tensor:
         """Values of rows ``start`` to ``end`` as ``[batch, heads, tokens, dim]``, no copy."""
-        return self._values[:, :, start:end]
+        return self._all_values[:, :, start:end]
 
     def place(self, start: int, end: int, first: int = 0) -> Place:
         """Rows ``start`` to ``end`` for the tokens of a chunk from ``first`` on; of one prompt."""
-        return Place.of(first, self.rows[start:end], self.kv.key_heads * self.kv.key_dim)
+        return Place.of(first, self.rows[start:end], self._split)
 
     def write(self, start: int, keys: torch.Tensor, values: torch.Tensor) -> int:
         """Put keys and values ``[batch, heads, tokens, dim]`` at row ``start``; returns the row after them."""
         end = start + keys.shape[-2]
-        with torch.no_grad():  # as the views were made
+        with torch.no_grad():  # as the rows were made
             self.keys(start, end).copy_(keys)
             self.values(start, end).copy_(values)
         return end
+
+    # Views of everything once: a slice of one is an operation less for each of a token's layers. Not before they
+    # are asked for: while rows are allocated the device has nothing to do.
+
+    @functools.cached_property
+    def _all_keys(self) -> torch.Tensor:
+        return self._view(self.rows[:, : self._split], self.kv.key_heads, self.kv.key_dim)
+
+    @functools.cached_property
+    def _all_values(self) -> torch.Tensor:
+        return self._view(self.rows[:, self._split :], self.kv.value_heads, self.kv.value_dim)
 
     def _view(self, part: torch.Tensor, heads: int, dim: int) -> torch.Tensor:
         return part.view(part.shape[0], self.batch, heads, dim).permute(1, 2, 0, 3)

@@ -141,7 +141,11 @@ def _processors(
 
     length, device = ids.shape[1], ids.device
     ends = _ends(config)
-    eos: Any = torch.tensor(ends, device=device) if ends else None
+
+    def eos() -> Any:
+        # A copy to the device, which most settings do not need.
+        return torch.tensor(ends, device=device) if ends else None
+
     # The classes take a device as a word; one that is not the default loses its number there.
     on: Any = device
     prompt: Any = ids
@@ -158,19 +162,19 @@ def _processors(
     if (size := said("encoder_no_repeat_ngram_size", 0)) is not None:
         found.append(rules.EncoderNoRepeatNGramLogitsProcessor(size, encoder_input_ids=prompt))
     if (words := said("bad_words_ids")) is not None:
-        found.append(rules.NoBadWordsLogitsProcessor(words, eos))
-    if eos is not None and (least := said("min_length", 0)) is not None:
-        found.append(rules.MinLengthLogitsProcessor(least, eos, device=on))
-    if eos is not None and (least := said("min_new_tokens", 0)) is not None:
-        found.append(rules.MinNewTokensLengthLogitsProcessor(length, least, eos, device=on))
+        found.append(rules.NoBadWordsLogitsProcessor(words, eos()))
+    if ends and (least := said("min_length", 0)) is not None:
+        found.append(rules.MinLengthLogitsProcessor(least, eos(), device=on))
+    if ends and (least := said("min_new_tokens", 0)) is not None:
+        found.append(rules.MinNewTokensLengthLogitsProcessor(length, least, eos(), device=on))
     if (token := said("forced_bos_token_id")) is not None:
         found.append(rules.ForcedBOSTokenLogitsProcessor(token))
     if max_new_tokens is not None and (token := said("forced_eos_token_id")) is not None:
         found.append(rules.ForcedEOSTokenLogitsProcessor(length + max_new_tokens, token, device=on))
     if said("remove_invalid_values", False) is not None:
         found.append(rules.InfNanRemoveLogitsProcessor())
-    if eos is not None and (decay := said("exponential_decay_length_penalty")) is not None:
-        found.append(rules.ExponentialDecayLengthPenalty(decay, eos, length))
+    if ends and (decay := said("exponential_decay_length_penalty")) is not None:
+        found.append(rules.ExponentialDecayLengthPenalty(decay, eos(), length))
     if (tokens := said("suppress_tokens")) is not None:
         found.append(rules.SuppressTokensLogitsProcessor(tokens, device=on))
     if (tokens := said("begin_suppress_tokens")) is not None:

@@ -21,7 +21,7 @@ from kvr_partition.runtime.cache import RunaheadCache, RunaheadLayer, check_past
 from kvr_partition.runtime.decoding import Greedy, top_is_finite
 from kvr_partition.runtime.digests import past_fingerprint, prompt_digest
 from kvr_partition.runtime.execution import AT_ONCE, Execution, on_device
-from kvr_partition.runtime.fused import Layers, chosen_layers, running
+from kvr_partition.runtime.fused import FusedModel, Layers, chosen_layers, running
 from kvr_partition.runtime.kernels import CudnnPlans
 from kvr_partition.runtime.links.group import link_setup
 from kvr_partition.runtime.links.plan import NO_LIMITS, AnyTopology, LinkLimits, Links, NoLinks, check_topology
@@ -173,7 +173,7 @@ def prefill(
                 ranks=split.ranks,
                 links=links,
                 depth=depth,
-                layers=layers,
+                layers=plan.layers,
                 partition=split,
                 choose=plan.greedy.first,
                 padding=plan.padding,
@@ -192,6 +192,7 @@ class _Plan:
     rank: int
     greedy: Greedy
     padding: Padding | None
+    layers: FusedModel
     input_ids: torch.Tensor
     prompt: int
     """Digest of the prompt and its mask."""
@@ -241,7 +242,7 @@ def _planned(
     padding = read_padding(model, attention_mask, input_ids.shape[0], held, partition.context, depth)
     mask = None if padding is None else padding.mask
     support.choose("cache" if padding is not None and depth == "auto" else depth)
-    chosen_layers(model, layers)
+    fused = chosen_layers(model, layers)
     unknown = held + input_ids.shape[1] - whole_ids.shape[1]
     greedy = Greedy.under(model.generation_config, whole_ids, past=unknown, attention_mask=mask)
     fingerprint: tuple[float, ...] = ()
@@ -249,7 +250,7 @@ def _planned(
         # What the last layer keeps depends on all that the others do.
         fingerprint = past_fingerprint(*held_states(past.layers[support.last_kv_layer]))
     prompt = read_prompt(model, input_ids, mask)
-    return _Plan(partition, rank, greedy, padding, input_ids, prompt, fingerprint)
+    return _Plan(partition, rank, greedy, padding, fused, input_ids, prompt, fingerprint)
 
 
 def read_prompt(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> int:
@@ -349,7 +350,7 @@ def run_chunk(
     ranks: int,
     links: Links,
     depth: Depth = "auto",
-    layers: Layers = "auto",
+    layers: Layers | FusedModel = "auto",
     execution: Execution = AT_ONCE,
     partition: Partition | None = None,
     choose: Callable[[torch.Tensor], torch.Tensor] | None = None,
@@ -361,7 +362,7 @@ def run_chunk(
     Args:
         chunk_ids: the chunk's tokens, ``[batch, tokens]``.
         cache: of `chunk_cache`, not used before.
-        layers: as in `prefill`.
+        layers: as in `prefill`, or what `chosen_layers` found.
         execution: at once, or to be recorded.
         partition: the split it is part of; the chunk alone when None.
         choose: takes the first token from logits; the largest one when None.

@@ -14,16 +14,18 @@ __all__ = ["PARTS", "FusedModel", "Layers", "chosen_layers", "fused_model", "run
 Layers = Literal["auto", "fused", "stock"]
 
 
-def chosen_layers(model: Any, layers: Layers = "auto") -> FusedModel:
+def chosen_layers(model: Any, layers: Layers | FusedModel = "auto") -> FusedModel:
     """What of a model is replaced in a run.
 
     Args:
         layers: ``"fused"``: whatever can be; ``"stock"``: nothing; ``"auto"``: whatever can be on a GPU, and
-            nothing elsewhere, where it is no faster.
+            nothing elsewhere, where it is no faster; or what an earlier call chose.
 
     Raises:
         UnsupportedError: another word, or ``"fused"`` where nothing can be replaced, with the reason.
     """
+    if isinstance(layers, FusedModel):
+        return layers
     if layers not in ("auto", "fused", "stock"):
         raise UnsupportedError(f"layers must be auto, fused or stock; got {layers!r}")
     if layers == "stock" or (layers == "auto" and next(model.parameters()).device.type != "cuda"):
@@ -35,7 +37,7 @@ def chosen_layers(model: Any, layers: Layers = "auto") -> FusedModel:
 
 
 def running(
-    model: Any, layers: Layers, tokens: int | None = None, add_prefix: AddPrefix | None = None
+    model: Any, layers: Layers | FusedModel, tokens: int | None = None, add_prefix: AddPrefix | None = None
 ) -> AbstractContextManager[object]:
     """While it lasts, a model runs with these layers.
 

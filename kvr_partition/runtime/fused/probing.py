@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -53,23 +53,30 @@ class _UnknownError(Exception):
     """A part stays the model's own; says why."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Watched:
-    """A module inside a decoder layer as it was when it was tried."""
+class _Watched(NamedTuple):
+    """A module inside a decoder layer as it was when it was tried.
+
+    Attributes:
+        siblings, name: where its parent has it.
+        attributes: its ``__dict__``.
+        hooks, pre_hooks, replaced: what others had put around its ``forward``: how many hooks, and whether there
+            was another ``forward``.
+    """
 
     siblings: dict[str, Any]
     name: str
     module: Any
-    marks: tuple[int, int, bool]
+    attributes: dict[str, Any]
+    hooks: int
+    pre_hooks: int
+    replaced: bool
 
-    def as_it_was(self) -> bool:
-        """Whether it is still there, with nobody's hooks or ``forward`` but those it had."""
-        return self.siblings.get(self.name) is self.module and _marks(self.module) == self.marks
-
-
-def _marks(module: Any) -> tuple[int, int, bool]:
-    """What others may have put around a module's ``forward``, counted."""
-    return len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in module.__dict__
+    @classmethod
+    def of(cls, parent: Any, name: str, module: Any) -> _Watched:
+        """A module as it is."""
+        attributes = module.__dict__
+        hooks, pre_hooks = (len(attributes[kind]) for kind in ("_forward_hooks", "_forward_pre_hooks"))
+        return cls(parent._modules, name, module, attributes, hooks, pre_hooks, "forward" in attributes)
 
 
 @dataclass
@@ -97,7 +104,16 @@ class FusedModel:
 
     def unchanged(self) -> bool:
         """Whether the model still has the modules that were tried."""
-        return all(one.as_it_was() for one in self.watched)
+        # Hundreds of modules before every prompt, while the device waits: a call for each would be dear.
+        for siblings, name, module, attributes, hooks, pre_hooks, replaced in self.watched:
+            if (
+                siblings.get(name) is not module
+                or len(attributes["_forward_hooks"]) != hooks
+                or len(attributes["_forward_pre_hooks"]) != pre_hooks
+                or ("forward" in attributes) is not replaced
+            ):
+                return False
+        return True
 
     @property
     def name(self) -> str:
@@ -242,7 +258,7 @@ def _probe(model: Any) -> FusedModel:
         found.left.append(f"everything: {type(model).__name__} has no decoder layers of a kind known here")
         return found
     found.watched = [
-        _Watched(parent._modules, name, module, _marks(module))
+        _Watched.of(parent, name, module)
         for layer in layers
         for parent in layer.modules()
         for name, module in parent.named_children()

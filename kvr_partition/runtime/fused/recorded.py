@@ -133,11 +133,11 @@ class RecordedLayers:
     seconds: float = 0.0
     nbytes: int = 0
     _static: _Static | None = None
-    _weights: tuple[int, ...] = ()
+    _weights: list[tuple[dict[str, Any], str, torch.Tensor, int]] = field(default_factory=list)
+    """Parameters that were recorded: those of its module, its name there, itself, and its address."""
     _pools: tuple[Any, Any] = (None, None)
     _used: torch.cuda.Event | None = None
     _for_mlp: torch.Tensor | None = None
-    _owners: list[tuple[Any, str, torch.Tensor]] = field(default_factory=list)
     _runs: dict[int, _Run] = field(default_factory=dict)
 
     @torch.no_grad()
@@ -154,7 +154,13 @@ class RecordedLayers:
             self._static = _Static.of(self.layers, weight, LONGEST)
             # Attention runs while what a layer keeps for its MLP is there, so its memory is another.
             self._pools = torch.cuda.graph_pool_handle(), torch.cuda.graph_pool_handle()
-            self._weights = self._addresses()
+            self._weights = [
+                (module._parameters, name, weight, weight.data_ptr())
+                for layer in self.layers
+                for module in layer.module.modules()
+                for name, weight in module._parameters.items()
+                if weight is not None
+            ]
         if not missing:
             return 0
         torch.cuda.synchronize(weight.device)
@@ -245,25 +251,16 @@ class RecordedLayers:
 
     def _moved(self) -> bool:
         """Whether weights are elsewhere than when they were recorded; then nothing that was is kept."""
-        if self._static is None or self._weights == self._addresses():
+        if self._static is None or all(
+            of.get(name) is weight and weight.data_ptr() == address for of, name, weight, address in self._weights
+        ):
             return False
         torch.cuda.synchronize(self._static.hidden.device)  # a run may be under way
         self.sizes.clear()
         self._runs.clear()
-        self._owners.clear()
+        self._weights.clear()
         self._static = None
         return True
-
-    def _addresses(self) -> tuple[int, ...]:
-        if not self._owners:
-            self._owners = [
-                (module._parameters, name, weight)
-                for layer in self.layers
-                for module in layer.module.modules()
-                for name, weight in module._parameters.items()
-                if weight is not None
-            ]
-        return tuple(weight.data_ptr() if of.get(name) is weight else 0 for of, name, weight in self._owners)
 
     def forwards(self, size: int, add_prefix: AddPrefix | None) -> list[tuple[Any, Callable[..., Any]]]:
         """What stands in for the ``forward`` of each layer in a run over a chunk padded to ``size``.

@@ -98,7 +98,7 @@ class LinkSetup:
         limits: LinkLimits,
     ) -> Links:
         """The links of one prefill, once all ranks have their rows."""
-        slots = [layer.slot for _, layer in cache.kv_layers]
+        slots = [layer.slot for _, layer in cache.kv_layers] if turn.of is not None else ()
         return self.row_links(partition, slots, device, turn, topology, limits)
 
     def row_links(
