@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from kvr_partition.runtime.kernels import attend, merge_
+from kvr_partition.runtime.kernels import attend, attend_parts, merge_
 
 IMPLEMENTATION = "kv_runahead"
 """Name under which the attention is registered with transformers."""
@@ -74,8 +74,8 @@ def add_prefix_(
     rows = query.shape[2]
     seeing = rows if window is None else min(rows, window - 1)
     bias = None if window is None else _band(seeing, prefix[0].shape[2], window, query)
-    other, other_lse = attend(query[:, :, :seeing], *prefix, scale=scale, bias=bias)
-    merge_(output[:, :, :seeing], lse[:, :, :seeing], (other, other_lse))
+    others = attend_parts(query[:, :, :seeing], *prefix, scale=scale, bias=bias)
+    merge_(output[:, :, :seeing], lse[:, :, :seeing], *others)
 
 
 def _attend_own_window(

@@ -167,12 +167,19 @@ def _cuda_cudnn(
     It builds a plan for every new shape (some 40 ms). See `CudnnPlans` for how a cold shape avoids that.
     """
     assert bias is None
+    return _merged(_cudnn_parts(query, key, value, scale, causal))
+
+
+def _cudnn_parts(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The same, unmerged."""
     query, key, value = (_plain_batch_stride(one) for one in (query, key, value))
     plans = CudnnPlans.here()
     pattern = _Pattern.of(query, key, value)
     rows, tokens = query.shape[2], key.shape[2]
     if plans.use(pattern, rows, tokens, causal):
-        return _cudnn_call(query, key, value, scale, causal)
+        return [_cudnn_call(query, key, value, scale, causal)]
     return _attend_in_pieces(query, key, value, scale, causal, plans.ahead(pattern))
 
 
@@ -257,7 +264,7 @@ def row_lengths(most: int) -> list[int]:
 
 
 def rows_planned(rows: int) -> int:
-    """The fewest of `row_lengths` that hold so many rows."""
+    """The fewest of `row_lengths` that hold so many rows: queries that are allocated with them need no copies."""
     step = _step(max(rows, SHORTEST) - 1)
     return max(SHORTEST, -(-rows // step) * step)
 
@@ -290,8 +297,8 @@ class CudnnPlans:
     """Which cuDNN plans this thread has, since cuDNN keeps them per thread and does not tell.
 
     After `build_ahead`, a call of an unknown shape is padded and put together from pieces whose plans are
-    there, a few percent slower than a plan of its own, and builds nothing; without it, or inside `planning`, the
-    plan of the exact shape is built.
+    there, a few percent slower than a plan of its own, and builds nothing. For longer ones, and inside `planning`,
+    the plan of the exact shape is built.
     """
 
     _threads = threading.local()
@@ -315,7 +322,8 @@ class CudnnPlans:
         self._seen[pattern] = None
         if (pattern, rows, tokens, causal) in self._known:
             return True
-        if not self.exact and self.ahead(pattern):
+        # What is longer than all plans would take many pieces: for that a plan of its own pays.
+        if not self.exact and rows + (0 if causal else tokens) <= self.ahead(pattern):
             return False
         self._known.add((pattern, rows, tokens, causal))
         return True
@@ -398,29 +406,18 @@ def split_length(length: int, most: int) -> tuple[list[tuple[int, int]], int]:
 
 def _attend_in_pieces(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool, most: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Attention from plans that exist; what is too short for any of them goes to FlashAttention.
 
     Rows are padded to a length that has a plan: leaving some over would read all tokens once more for them, and
     put the parts of the output together.
+
+    Returns:
+        Attention to some tokens after the other, to be merged.
     """
-    rows = query.shape[2]
-    # Only what is longer than all plans takes more than one turn.
-    longest = rows if rows <= most else row_lengths(most // 2)[-1]
-    parts = []
-    for low in range(0, rows, longest):
-        high = min(low + longest, rows)
-        block = query[:, :, low:high]
-        if causal:
-            part = _own(block, key[:, :, low:high], value[:, :, low:high], scale)
-            if low:
-                merge_(*part, _rectangle(block, key[:, :, :low], value[:, :, :low], scale, most))
-        else:
-            part = _rectangle(block, key, value, scale, most)
-        parts.append(part)
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat([output for output, _ in parts], dim=2), torch.cat([lse for _, lse in parts], dim=2)
+    if causal:
+        return [_own(query, key, value, scale)]
+    return _rectangle(query, key, value, scale, most)
 
 
 def _own(
@@ -431,20 +428,20 @@ def _own(
     if rows < LEAST_PADDED:
         return _cuda_flash(query, key, value, scale=scale, causal=True, bias=None)
     planned = rows_planned(rows)
-    query, key, value = (_padded(one, planned) for one in (query, key, value))
-    output, lse = _cudnn_call(query, key, value, scale, True)
+    key, value = (_padded(one, planned) for one in (key, value))
+    output, lse = _cudnn_call(_padded_query(query, planned), key, value, scale, True)
     return output[:, :, :rows], lse[:, :, :rows]
 
 
 def _rectangle(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, most: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Attention of all rows to all tokens, some tokens after the other."""
     rows, tokens = query.shape[2], key.shape[2]
     if rows < LEAST_PADDED:
-        return _cuda_flash(query, key, value, scale=scale, causal=False, bias=None)
+        return [_cuda_flash(query, key, value, scale=scale, causal=False, bias=None)]
     planned = rows_planned(rows)
-    padded = _padded(query, planned)
+    padded = _padded_query(query, planned)
     runs, end = split_length(tokens, most + _step(planned) - 1 - planned)
     parts = []
     for low, high in runs:
@@ -453,17 +450,32 @@ def _rectangle(
     if end < tokens:
         rest = key[:, :, end:], value[:, :, end:]
         parts.append(_cuda_flash(query, *rest, scale=scale, causal=False, bias=None))
-    (output, lse), *others = ((output[:, :, :rows], lse[:, :, :rows]) for output, lse in parts)
-    merge_(output, lse, *others)
-    return output, lse
+    return [(output[:, :, :rows], lse[:, :, :rows]) for output, lse in parts]
+
+
+def _padded_query(query: torch.Tensor, rows: int) -> torch.Tensor:
+    """Queries and as many rows more as are missing, whatever is in them: what comes of those is left out.
+
+    Where there is memory behind them nothing is copied; see `rows_planned`.
+    """
+    shape, strides = _shape_of(query, rows)
+    # Of several prompts, rows of the next one lie behind those of one.
+    behind = (query.untyped_storage().nbytes() // query.itemsize - query.storage_offset()) * (query.shape[0] == 1)
+    return query.as_strided(shape, strides) if _span(shape, strides) <= behind else _padded(query, rows)
+
+
+def _shape_of(given: torch.Tensor, rows: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides of so many rows, as plans are made for."""
+    batch, heads, _, dim = given.shape
+    return (batch, heads, rows, dim), (rows * given.stride(2), *given.stride()[1:])
 
 
 def _padded(given: torch.Tensor, rows: int) -> torch.Tensor:
     """The same rows and as many zeros as are missing, with the strides that plans are made for."""
-    batch, heads, tokens, dim = given.shape
+    tokens = given.shape[2]
     if tokens == rows:
         return _plain_batch_stride(given)
-    shape, strides = (batch, heads, rows, dim), (rows * given.stride(2), *given.stride()[1:])
+    shape, strides = _shape_of(given, rows)
     whole = given.new_empty(_span(shape, strides)).as_strided(shape, strides)
     whole[:, :, :tokens] = given
     whole[:, :, tokens:] = 0
@@ -528,8 +540,31 @@ def attend(
     bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention and the log-sum-exp of its scores by the first kernel of `KERNELS` that fits; see `Kernel`."""
+    return _merged(attend_parts(query, key, value, scale=scale, causal=causal, bias=bias))
+
+
+def attend_parts(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    bias: torch.Tensor | None = None,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The same as a kernel makes it, which may be in parts, so that all are merged at once with something else."""
     choice = next(choice for choice in KERNELS if choice.fits(query, key, value, bias))
-    return choice.kernel(query, key, value, scale=scale, causal=causal, bias=bias)
+    if choice.kernel is _cuda_cudnn:
+        return _cudnn_parts(query, key, value, scale, causal)
+    return [choice.kernel(query, key, value, scale=scale, causal=causal, bias=bias)]
+
+
+def _merged(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """All parts in the first one."""
+    first, *others = parts
+    if others:
+        merge_(*first, *others)
+    return first
 
 
 MOST_MERGED = 8

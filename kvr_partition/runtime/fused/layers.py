@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvr_partition.runtime.cache import Place, RunaheadCache
 from kvr_partition.runtime.fused import ops
+from kvr_partition.runtime.kernels import rows_planned
 
 MLP_ROWS = 4096
 """Rows that go through an MLP together: its inner activations, several times as wide as a layer, never take more.
@@ -54,6 +55,13 @@ class Linear:
             return ops.product(rows, self.module.weight, self.module.bias, to)
         found: torch.Tensor = self.module(rows[None])[0]
         return found if to is None else to.copy_(found)
+
+    def of_queries(self, rows: torch.Tensor) -> torch.Tensor:
+        """The same, with memory behind it for as many rows as attention may pad it to."""
+        if not self.plain:
+            return self.of(rows)
+        width = self.module.weight.shape[0]
+        return self.of(rows, rows.new_empty((rows_planned(rows.shape[0]), width))[: rows.shape[0]])
 
     def add_to_(self, residual: torch.Tensor, rows: torch.Tensor) -> None:
         """Add the projection of rows to a residual."""
@@ -161,11 +169,13 @@ class FusedAttention:
         width = self.kv_heads * self.dim
         values: torch.Tensor | None = None
         if len(self.projections) == 1:
-            joined = self.projections[0].of(rows)
+            joined = self.projections[0].of_queries(rows)
             query, key, values = joined[:, : -2 * width], joined[:, -2 * width : -width], joined[:, -width:]
             query = query if to_query is None else to_query.copy_(query)
         else:
-            query, key = self.projections[0].of(rows, to_query), self.projections[1].of(rows)
+            first = self.projections[0]
+            query = first.of_queries(rows) if to_query is None else first.of(rows, to_query)
+            key = self.projections[1].of(rows)
         heads: torch.Tensor = query.unflatten(1, (-1, self.dim))
         key = key.unflatten(1, (-1, self.dim))
         norms = None
