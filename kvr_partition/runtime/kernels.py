@@ -264,9 +264,14 @@ def row_lengths(most: int) -> list[int]:
 
 
 def rows_planned(rows: int) -> int:
-    """The fewest of `row_lengths` that hold so many rows: queries that are allocated with them need no copies."""
+    """The fewest of `row_lengths` that hold so many rows."""
     step = _step(max(rows, SHORTEST) - 1)
     return max(SHORTEST, -(-rows // step) * step)
+
+
+def query_rows(rows: int) -> int:
+    """How many rows to allocate for so many queries, so that none are copied to be padded."""
+    return rows if rows < LEAST_PADDED else rows_planned(rows)
 
 
 def _step(length: int) -> int:
@@ -456,7 +461,7 @@ def _rectangle(
 def _padded_query(query: torch.Tensor, rows: int) -> torch.Tensor:
     """Queries and as many rows more as are missing, whatever is in them: what comes of those is left out.
 
-    Where there is memory behind them nothing is copied; see `rows_planned`.
+    Where there is memory behind them nothing is copied; see `query_rows`.
     """
     shape, strides = _shape_of(query, rows)
     # Of several prompts, rows of the next one lie behind those of one.

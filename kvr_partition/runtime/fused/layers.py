@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvr_partition.runtime.cache import Place, RunaheadCache
 from kvr_partition.runtime.fused import ops
-from kvr_partition.runtime.kernels import rows_planned
+from kvr_partition.runtime.kernels import query_rows
 
 MLP_ROWS = 4096
 """Rows that go through an MLP together: its inner activations, several times as wide as a layer, never take more.
@@ -61,7 +61,7 @@ class Linear:
         if not self.plain:
             return self.of(rows)
         width = self.module.weight.shape[0]
-        return self.of(rows, rows.new_empty((rows_planned(rows.shape[0]), width))[: rows.shape[0]])
+        return self.of(rows, rows.new_empty((query_rows(rows.shape[0]), width))[: rows.shape[0]])
 
     def add_to_(self, residual: torch.Tensor, rows: torch.Tensor) -> None:
         """Add the projection of rows to a residual."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 import itertools
+import operator
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -53,30 +54,43 @@ class _UnknownError(Exception):
     """A part stays the model's own; says why."""
 
 
-class _Watched(NamedTuple):
-    """A module inside a decoder layer as it was when it was tried.
+@dataclass
+class _Watched:
+    """Modules inside decoder layers, and whether they are as they were when they were tried.
 
-    Attributes:
-        siblings, name: where its parent has it.
-        attributes: its ``__dict__``.
-        hooks, pre_hooks, replaced: what others had put around its ``forward``: how many hooks, and whether there
-            was another ``forward``.
+    Hundreds of modules are looked at before every prompt, while the device waits: they are kept by columns, which
+    take no loop of ours.
     """
 
-    siblings: dict[str, Any]
-    name: str
-    module: Any
-    attributes: dict[str, Any]
-    hooks: int
-    pre_hooks: int
-    replaced: bool
+    siblings: list[dict[str, Any]] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    attributes: list[dict[str, Any]] = field(default_factory=list)
+    then: tuple[list[Any], ...] = ()
 
     @classmethod
-    def of(cls, parent: Any, name: str, module: Any) -> _Watched:
-        """A module as it is."""
-        attributes = module.__dict__
-        hooks, pre_hooks = (len(attributes[kind]) for kind in ("_forward_hooks", "_forward_pre_hooks"))
-        return cls(parent._modules, name, module, attributes, hooks, pre_hooks, "forward" in attributes)
+    def of(cls, layers: list[Any]) -> _Watched:
+        """All modules inside some layers, as they are."""
+        found = cls()
+        for layer in layers:
+            for parent in layer.modules():
+                for name, module in parent.named_children():
+                    found.siblings.append(parent._modules)
+                    found.names.append(name)
+                    found.attributes.append(module.__dict__)
+        found.then = found.now()
+        return found
+
+    def now(self) -> tuple[list[Any], ...]:
+        """The modules that are there, and what others have put around their ``forward``."""
+        return (
+            list(map(dict.get, self.siblings, self.names)),
+            list(map(len, map(_HOOKS, self.attributes))),
+            list(map(len, map(_PRE_HOOKS, self.attributes))),
+            list(map(dict.__contains__, self.attributes, itertools.repeat("forward"))),
+        )
+
+
+_HOOKS, _PRE_HOOKS = (operator.itemgetter(name) for name in ("_forward_hooks", "_forward_pre_hooks"))
 
 
 @dataclass
@@ -99,21 +113,12 @@ class FusedModel:
     chained: bool = False
     """Whether each layer reads the very tensor that the one before it returned, and all of them are known."""
 
-    watched: list[_Watched] = field(default_factory=list)
+    watched: _Watched = field(default_factory=_Watched)
     """What was tried. Adapters and hooks that come later must not be passed over."""
 
     def unchanged(self) -> bool:
         """Whether the model still has the modules that were tried."""
-        # Hundreds of modules before every prompt, while the device waits: a call for each would be dear.
-        for siblings, name, module, attributes, hooks, pre_hooks, replaced in self.watched:
-            if (
-                siblings.get(name) is not module
-                or len(attributes["_forward_hooks"]) != hooks
-                or len(attributes["_forward_pre_hooks"]) != pre_hooks
-                or ("forward" in attributes) is not replaced
-            ):
-                return False
-        return True
+        return not self.watched.names or self.watched.now() == self.watched.then
 
     @property
     def name(self) -> str:
@@ -257,12 +262,7 @@ def _probe(model: Any) -> FusedModel:
     if not layers:
         found.left.append(f"everything: {type(model).__name__} has no decoder layers of a kind known here")
         return found
-    found.watched = [
-        _Watched.of(parent, name, module)
-        for layer in layers
-        for parent in layer.modules()
-        for name, module in parent.named_children()
-    ]
+    found.watched = _Watched.of(layers)
     try:
         calls = _calls(model, layers)
     except torch.OutOfMemoryError:
