@@ -546,22 +546,27 @@ def warm_up(model: Any, tokens: int, depth: Depth = "auto", layers: Layers = "au
     device = next(model.parameters()).device
     # A chunk behind a prefix shows which kinds of calls the model makes.
     chunk = max(1, min(512, tokens // 2))
-    ids = torch.zeros((1, chunk), dtype=torch.long, device=device)
-    cache = chunk_cache(model, ids, prefix=chunk)
-    for _, layer in cache.kv_layers:
-        layer.store.rows.zero_()
-    run_chunk(model, ids, cache, rank=0, ranks=1, links=NoLinks(), depth=depth, layers=layers)
+    _run_blank(model, chunk, chunk, depth, layers)
     if device.type != "cuda":
         return WarmUp(0, 0, time.perf_counter() - began, 0)
     built = CudnnPlans.here().build_ahead(tokens)
     fused = chosen_layers(model, layers)
     graphs = fused.record(tokens)
-    # One token less is a length without a plan, so everything that such a length needs runs once. Where the
-    # longest prompt fits only when it is split, there is nothing to set aside.
-    ids = torch.zeros((1, max(1, tokens - 1)), dtype=torch.long, device=device)
-    with contextlib.suppress(torch.OutOfMemoryError):
-        cache = chunk_cache(model, ids, prefix=0)
-        run_chunk(model, ids, cache, rank=0, ranks=1, links=NoLinks(), depth=depth, layers=layers)
+    # One token less is a length without a plan, so everything that such a length needs runs once: kernels for what
+    # is left over, and memory for a whole prompt and for all parts of a prefix. Where the longest prompt fits only
+    # when it is split, there is nothing to set aside.
+    for chunk in dict.fromkeys((max(1, tokens - 1), max(1, tokens // 3))):
+        with contextlib.suppress(torch.OutOfMemoryError):
+            _run_blank(model, chunk, max(0, tokens - 1 - chunk), depth, fused)
     torch.cuda.synchronize(device)
     held = 0 if fused.recorded is None else fused.recorded.nbytes
     return WarmUp(built, graphs, time.perf_counter() - began, held)
+
+
+def _run_blank(model: Any, tokens: int, prefix: int, depth: Depth, layers: Layers | FusedModel) -> None:
+    """Run a chunk behind a prefix, both without meaning."""
+    ids = torch.zeros((1, tokens), dtype=torch.long, device=next(model.parameters()).device)
+    cache = chunk_cache(model, ids, prefix=prefix)
+    for _, layer in cache.kv_layers:
+        layer.store.rows.zero_()
+    run_chunk(model, ids, cache, rank=0, ranks=1, links=NoLinks(), depth=depth, layers=layers)

@@ -9,6 +9,7 @@ import torch
 
 from kvr_partition import Partition
 from kvr_partition.errors import UnsupportedError
+from kvr_partition.methods import ONE_RANK
 from profiler import Candidate, RankGroup
 from profiler.measure import METHODS
 from tests.models import write_folder
@@ -30,7 +31,7 @@ def test_every_method_over_nccl_equals_one_rank(name: str, dtype: str, tmp_path:
             for method in METHODS:
                 split = uneven if method.startswith("kvr") else Partition.even(400, ranks)
                 candidate = Candidate(method, split, noise=100_000 if bandwidth is not None else 0)
-                if method in ("single", "bound", "tp"):
+                if method in (*ONE_RANK, "bound", "tp"):
                     continue
                 try:
                     group.check(candidate)
