@@ -427,7 +427,7 @@ class RunaheadCache(Cache):
             in_place.append(stays)
             if one is not None and not stays:
                 sizes.append(rows * one.entry(batch) * dtype.itemsize)
-        execution.make_room(sizes)
+        empty = execution.empty if execution.room is None else execution.room(sizes)
         return cls(
             [
                 None
@@ -440,7 +440,7 @@ class RunaheadCache(Cache):
                     reserve=reserve,
                     dtype=dtype,
                     device=device,
-                    empty=execution.empty,
+                    empty=empty,
                     past=before[index],
                     in_place=in_place[index],
                 )

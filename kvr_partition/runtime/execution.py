@@ -18,9 +18,10 @@ class Execution:
     Attributes:
         clock: takes the stamps of the timeline.
         to_host: whether the first token is copied to the host, which waits for the device.
-        empty: allocates the rows of KV, like ``torch.empty``.
+        empty: allocates rows of KV, like ``torch.empty``.
         owns: whether rows that a past cache has lie where this run needs them, so that it can go on with them.
-        make_room: told how many bytes `empty` is about to be asked for, piece by piece.
+        room: told how many bytes the rows of all layers take, returns what allocates them, in that order; None
+            where that is `empty`.
         at_once: whether it is carried out while it is enqueued.
     """
 
@@ -28,7 +29,7 @@ class Execution:
     to_host: bool = True
     empty: Callable[..., torch.Tensor] = torch.empty
     owns: Callable[[torch.Tensor], bool] = lambda _: True
-    make_room: Callable[[Sequence[int]], None] = lambda _: None
+    room: Callable[[Sequence[int]], Callable[..., torch.Tensor]] | None = None
     at_once: bool = True
 
 

@@ -114,6 +114,43 @@ def test_rows_to_which_a_peer_may_still_write_go_to_nobody_else() -> None:
     assert rows(memory, GRAIN).data_ptr() == where
 
 
+def test_rows_of_all_layers_are_one_block_where_there_is_one() -> None:
+    memory, allocator = memory_of()
+    sizes = [(3, 700), (0, 700), (5, 700), (2, 64)]
+    empty = memory.room([rows * width * 2 for rows, width in sizes])
+    made = len(allocator.held)
+    tensors = [empty(shape, dtype=torch.float16) for shape in sizes]
+    assert len(allocator.held) == made == 1
+    assert [tuple(one.shape) for one in tensors] == sizes
+    spans = sorted((one.data_ptr(), one.data_ptr() + one.nbytes) for one in tensors if one.nbytes)
+    assert all(
+        end <= start and (start - spans[0][0]) % 512 == 0 for (_, end), (start, _) in itertools.pairwise(spans)
+    )
+    assert len(memory._blocks) == 1
+    # All of it is kept as long as any of it may be read or written.
+    under_way = True
+    memory.may_be_written(tensors[2:3], lambda: under_way)
+    del tensors
+    del empty
+    gc.collect()
+    assert memory.use.used_bytes > 0
+    under_way = False
+    assert memory.use.used_bytes == 0
+    assert not memory._parts
+
+
+def test_rows_that_fit_into_holes_only_are_taken_one_by_one() -> None:
+    memory, _ = memory_of()
+    memory.make_room([GRAIN] * 4)
+    held = [rows(memory, GRAIN) for _ in range(4)]
+    del held[0], held[1]
+    gc.collect()
+    empty = memory.room([GRAIN, GRAIN])
+    found = [empty((GRAIN,), dtype=torch.uint8) for _ in range(2)]
+    assert memory.use.reserved_bytes == 4 * GRAIN
+    assert len({one.data_ptr() for one in [*held, *found]}) == 4
+
+
 def test_memory_that_others_were_told_of_is_given_back_by_who_told_them() -> None:
     class Teller:
         pass

@@ -75,9 +75,7 @@ class LinkSetup:
         if self.peers is None or not self._receives:
             return AT_ONCE
         memory = self.peers.memory
-        return Execution(
-            empty=memory.empty, owns=lambda rows: memory.place(rows) is not None, make_room=memory.make_room
-        )
+        return Execution(empty=memory.empty, owns=lambda rows: memory.place(rows) is not None, room=memory.room)
 
     @property
     def has_peers(self) -> bool:

@@ -24,6 +24,10 @@ _GRAIN = 2 << 20
 
 _ALIGN = 512
 
+_TOGETHER = 2 << 30
+"""Bytes of rows that are still taken as one block: making a tensor of one takes some 20 µs, and there is a tensor for
+each layer. With more bytes that is nothing, and rows that grow while decoding should give theirs back one by one."""
+
 HANDLE_BYTES = 64
 
 
@@ -81,6 +85,8 @@ class _Block:
     start: int
     nbytes: int
     written: Callable[[], bool] = lambda: False
+    tensors: list[int] = field(default_factory=list)
+    """Where the tensors begin that were cut of it."""
 
 
 class _Owner:
@@ -122,6 +128,7 @@ class LinkMemory:
         self._allocator = DriverAllocator(device) if allocator is None else allocator
         self._lock = threading.RLock()
         self._blocks: dict[int, _Block] = {}
+        self._parts: dict[int, _Block] = {}
         # Tensors die wherever the interpreter collects garbage: in the middle of an allocation, too.
         self._dropped: deque[int] = deque()
         self._limbo: list[_Block] = []
@@ -144,7 +151,8 @@ class LinkMemory:
                 block = self._taken(nbytes)
             assert block is not None
             pointer = block.segment.pointer + block.start
-            self._blocks[pointer] = block
+            self._blocks[pointer] = self._parts[pointer] = block
+            block.tensors.append(pointer)
         owner = _Owner(pointer, nbytes)
         weakref.finalize(owner, self._dropped.append, pointer).atexit = False
         flat = self._allocator.tensor(owner)
@@ -173,6 +181,36 @@ class LinkMemory:
             if missing:
                 self._grow(missing)
 
+    def room(self, sizes: Sequence[int]) -> Callable[..., torch.Tensor]:
+        """Like `make_room`; returns what gives these pieces, in this order, called like `empty`.
+
+        Raises:
+            OutOfMemoryError: the device is full.
+        """
+        with self._lock:
+            self.make_room(sizes)
+            total = sum(map(_aligned, sizes))
+            longest = max((end - start for segment in self.segments for start, end in segment.free), default=0)
+            if not 0 < total <= min(_TOGETHER, longest):
+                return self.empty
+            whole = self.empty((total,), dtype=torch.uint8)
+            block = self._blocks[whole.data_ptr()]
+        at = 0
+
+        def piece(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
+            nonlocal at
+            nbytes = torch.Size(shape).numel() * dtype.itemsize
+            if nbytes == 0:
+                return self.empty(shape, dtype=dtype)
+            part = whole[at : at + nbytes].view(dtype).view(tuple(shape))
+            at += _aligned(nbytes)
+            with self._lock:
+                self._parts[part.data_ptr()] = block
+                block.tensors.append(part.data_ptr())
+            return part
+
+        return piece
+
     def place(self, rows: torch.Tensor) -> tuple[int, int] | None:
         """The number of the segment in which a tensor lies, and its offset there; None for other memory."""
         pointer = rows.data_ptr()
@@ -185,8 +223,8 @@ class LinkMemory:
         """Keep rows from being taken for something else for as long as ``written`` says that a peer may write."""
         with self._lock:
             for one in rows:
-                # Of rows that were gone on with in place, the block begins where the tensor does, too.
-                block = self._blocks.get(one.data_ptr())
+                # Rows that were gone on with in place begin where they did, too.
+                block = self._parts.get(one.data_ptr())
                 if block is not None:
                     block.written = written
 
@@ -230,7 +268,10 @@ class LinkMemory:
     def _collect(self) -> None:
         """Take back what tensors that are gone have had, unless a peer may still write there."""
         while self._dropped:
-            self._limbo.append(self._blocks.pop(self._dropped.popleft()))
+            block = self._blocks.pop(self._dropped.popleft())
+            for pointer in block.tensors:
+                self._parts.pop(pointer, None)
+            self._limbo.append(block)
         kept = []
         for block in self._limbo:
             if block.written():

@@ -32,7 +32,6 @@ def time_pairs(
         setup: LinkSetup = link_setup(turn, device)
         partition = Partition((1,) * ranks)
         execution = setup.execution
-        execution.make_room([ranks * nbytes])
         rows = execution.empty((ranks, nbytes), dtype=torch.uint8, device=device).zero_()
         slots = [Slot(rows, 0, None)] * repeats
         near = sorted({low if high == rank else high for low, high in pairs if rank in (low, high)})
