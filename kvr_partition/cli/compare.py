@@ -1,10 +1,11 @@
 """Time KV-Runahead and what people would use instead side by side, interleaved in one run.
 
-Methods: single (one rank, stock attention); TSP, the baseline of the paper; TSP with causal kernels; zigzag
-context parallelism; transformers' tensor parallelism; KVR-E (even split); KVR-S, what the table found for
-this very context; KVR-P, what a predictor says, or the table would say had that context never been
-searched; the best of these over a fan-out; and TTFT(p), that split with all waits and transfers removed. Each
-is first verified to equal one rank. What cannot run here is left out, with a word why.
+Methods: stock (transformers as it is, on one rank); single (one rank of this runtime); TSP, the baseline of
+the paper; TSP with causal kernels; zigzag context parallelism; transformers' tensor parallelism; KVR-E (even
+split); KVR-S, what the table found for this very context; KVR-P, what a predictor says, or the table would
+say had that context never been searched; the best of these over a fan-out; and TTFT(p), that split with all
+waits and transfers removed. Each is first verified to equal one rank. What cannot run here is left out, with
+a word why.
 
 Example:
   kvr-partition compare --context 1024 --table kvr-runs/quickstart-llama-2xcpu-float32/table.json

@@ -25,8 +25,8 @@ _GRAIN = 2 << 20
 _ALIGN = 512
 
 _TOGETHER = 2 << 30
-"""Bytes of rows that are still taken as one block: making a tensor of one takes some 20 µs, and there is a tensor for
-each layer. With more bytes that is nothing, and rows that grow while decoding should give theirs back one by one."""
+"""Bytes of rows that are taken as one block. A tensor with a block of its own takes tens of microseconds, and
+each layer has one. With more bytes that is nothing, and rows that grow while decoding go back one by one."""
 
 HANDLE_BYTES = 64
 
@@ -188,10 +188,11 @@ class LinkMemory:
             OutOfMemoryError: the device is full.
         """
         with self._lock:
-            self.make_room(sizes)
             total = sum(map(_aligned, sizes))
-            longest = max((end - start for segment in self.segments for start, end in segment.free), default=0)
-            if not 0 < total <= min(_TOGETHER, longest):
+            together = 0 < total <= _TOGETHER
+            if not together or total > self._longest():
+                self.make_room(sizes)
+            if not together or total > self._longest():
                 return self.empty
             whole = self.empty((total,), dtype=torch.uint8)
             block = self._blocks[whole.data_ptr()]
@@ -252,6 +253,11 @@ class LinkMemory:
             reserved = sum(segment.nbytes for segment in self.segments)
             free = sum(end - start for segment in self.segments for start, end in segment.free)
             return LinkMemoryUse(reserved, reserved - free)
+
+    def _longest(self) -> int:
+        """Bytes of the longest part that nobody has."""
+        self._collect()
+        return max((end - start for segment in self.segments for start, end in segment.free), default=0)
 
     def _taken(self, nbytes: int) -> _Block | None:
         self._collect()
