@@ -26,7 +26,7 @@ from kvr_partition.errors import KVRError
 from kvr_partition.measurement import Measurement, median
 from kvr_partition.methods import BASELINES, ONE_RANK
 from kvr_partition.partition import Partition
-from kvr_partition.runtime.kernels import SHORTEST_PIECE
+from kvr_partition.runtime.kernels.plans import SHORTEST_PIECE
 from kvr_partition.schedule import Setting, best_split
 from kvr_partition.search import SearchResult, search
 from kvr_partition.search.beliefs import Beliefs

@@ -156,9 +156,9 @@ def test_sm_partition_ranks_survive_a_candidate_that_does_not_fit(tmp_path: Path
 def test_a_shape_never_seen_is_put_together_from_plans_that_exist(
     rows: int, prefix: int, heads: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from kvr_partition.runtime import kernels
     from kvr_partition.runtime.attention import attend_chunk
-    from kvr_partition.runtime.kernels import CudnnPlans
+    from kvr_partition.runtime.kernels import CudnnPlans, attend
+    from kvr_partition.runtime.kernels import plans as kernel_plans
     from tests.unit.test_attention import close, reference
 
     torch.manual_seed(rows + prefix)
@@ -171,8 +171,8 @@ def test_a_shape_never_seen_is_put_together_from_plans_that_exist(
         return query, key, value
 
     query, key, value = chunk(256, 256)
-    kernels.attend(query, key[:, :, :256], value[:, :, :256], scale=0.1)
-    real = kernels._cudnn_call
+    attend(query, key[:, :, :256], value[:, :, :256], scale=0.1)
+    real = kernel_plans.cudnn_call
     # A plan is kept by shapes and strides.
     calls: set[Any] = set()
 
@@ -180,7 +180,7 @@ def test_a_shape_never_seen_is_put_together_from_plans_that_exist(
         calls.add((causal, *((one.shape, one.stride()) for one in (q, k, v))))
         return real(q, k, v, scale, causal)
 
-    monkeypatch.setattr(kernels, "_cudnn_call", spy)
+    monkeypatch.setattr(kernel_plans, "cudnn_call", spy)
     # What other tests have planned on this thread does not count.
     plans = CudnnPlans()
     plans._seen.update(CudnnPlans.here()._seen)

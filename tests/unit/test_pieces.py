@@ -9,13 +9,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvr_partition.runtime import kernels
-from kvr_partition.runtime.kernels import piece_lengths, planned_shapes, row_lengths, rows_planned, split_length
+from kvr_partition.runtime.kernels import CudnnPlans, cudnn, flash, merge_, plans
+from kvr_partition.runtime.kernels.cudnn import split_length
+from kvr_partition.runtime.kernels.plain import plain as plain_attention
+from kvr_partition.runtime.kernels.plans import Pattern, piece_lengths, planned_shapes, row_lengths, rows_planned
 from tests.unit.test_attention import close, reference
 
 
 def plain(query: Any, key: Any, value: Any, scale: float, causal: bool) -> Any:
-    return kernels._plain(query, key, value, scale=scale, causal=causal, bias=None)
+    return plain_attention(query, key, value, scale=scale, causal=causal, bias=None)
 
 
 @given(st.integers(1, 70_000))
@@ -45,13 +47,13 @@ def test_pieces_add_up_to_the_whole(rows: int, prefix: int, room: bool, monkeypa
     planned = set(planned_shapes(most))
     calls, copied = [], []
 
-    def cudnn(query: Any, key: Any, value: Any, scale: float, causal: bool) -> Any:
+    def cudnn_call(query: Any, key: Any, value: Any, scale: float, causal: bool) -> Any:
         calls.append((query.shape[2], key.shape[2], causal))
         return plain(query, key, value, scale, causal)
 
-    monkeypatch.setattr(kernels, "_cudnn_call", cudnn)
-    monkeypatch.setattr(kernels, "_flash_call", plain)
-    padded = kernels._padded
+    monkeypatch.setattr(plans, "cudnn_call", cudnn_call)
+    monkeypatch.setattr(flash, "flash_call", plain)
+    padded = cudnn._padded
 
     def strides_kept(given: Any, length: int) -> Any:
         whole = padded(given, length)
@@ -60,7 +62,7 @@ def test_pieces_add_up_to_the_whole(rows: int, prefix: int, room: bool, monkeypa
         copied.append(given.shape[1])
         return whole
 
-    monkeypatch.setattr(kernels, "_padded", strides_kept)
+    monkeypatch.setattr(cudnn, "_padded", strides_kept)
     torch.manual_seed(rows + prefix)
     # Token-major, as all tensors are that have plans ahead.
     query = torch.randn(1, rows, 4, 8)
@@ -70,11 +72,11 @@ def test_pieces_add_up_to_the_whole(rows: int, prefix: int, room: bool, monkeypa
     query = query[:, :rows].transpose(1, 2)
     key, value = torch.randn(2, 1, prefix + rows, 2, 8).transpose(2, 3)
     own = key[:, :, prefix:], value[:, :, prefix:]
-    (output, lse), *others = kernels._attend_in_pieces(query, *own, 0.3, True, most)
+    (output, lse), *others = cudnn._attend_in_pieces(query, *own, 0.3, True, most)
     if prefix:
         before = key[:, :, :prefix], value[:, :, :prefix]
-        others += kernels._attend_in_pieces(query, *before, 0.3, False, most)
-    kernels.merge_(output, lse, *others)
+        others += cudnn._attend_in_pieces(query, *before, 0.3, False, most)
+    merge_(output, lse, *others)
     visible = torch.ones(rows, prefix + rows, dtype=torch.bool).tril(prefix)
     right, right_lse = reference(query, key, value, 0.3, visible)
     assert close(output, right, torch.float32)
@@ -87,13 +89,13 @@ def test_pieces_add_up_to_the_whole(rows: int, prefix: int, room: bool, monkeypa
 
 
 def test_what_is_longer_than_all_plans_ahead_gets_one_of_its_own() -> None:
-    plans = kernels.CudnnPlans()
-    pattern = kernels._Pattern.of(*torch.zeros(3, 1, 4, 8, 16, dtype=torch.float16).unbind())
-    plans._ahead[pattern] = 2048
-    assert not plans.use(pattern, 2001, 2001, causal=True)
-    assert not plans.use(pattern, 1001, 1001, causal=False)
-    assert plans.use(pattern, 2049, 2049, causal=True)
-    assert plans.use(pattern, 1024, 1025, causal=False)
+    known = CudnnPlans()
+    pattern = Pattern.of(*torch.zeros(3, 1, 4, 8, 16, dtype=torch.float16).unbind())
+    known._ahead[pattern] = 2048
+    assert not known.use(pattern, 2001, 2001, causal=True)
+    assert not known.use(pattern, 1001, 1001, causal=False)
+    assert known.use(pattern, 2049, 2049, causal=True)
+    assert known.use(pattern, 1024, 1025, causal=False)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 77])
@@ -102,15 +104,15 @@ def test_what_is_longer_than_all_plans_ahead_gets_one_of_its_own() -> None:
 def test_few_rows_split_the_tokens(rows: int, tokens: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = []
 
-    def flash(query: Any, key: Any, value: Any, scale: float, causal: bool) -> Any:
+    def flash_call(query: Any, key: Any, value: Any, scale: float, causal: bool) -> Any:
         batches.append(query.shape[0])
         return plain(query, key, value, scale, causal)
 
-    monkeypatch.setattr(kernels, "_flash_call", flash)
+    monkeypatch.setattr(flash, "flash_call", flash_call)
     torch.manual_seed(rows)
     query = torch.randn(1, 4, rows, 8)
     key, value = torch.randn(2, tokens, kv_heads, 8).permute(0, 2, 1, 3).unsqueeze(1)
-    output, lse = kernels._cuda_flash(query, key, value, scale=0.3, causal=False, bias=None)
+    output, lse = flash.cuda_flash(query, key, value, scale=0.3, causal=False, bias=None)
     right, right_lse = reference(query, key, value, 0.3, torch.ones(rows, tokens, dtype=torch.bool))
     assert close(output, right, torch.float32)
     assert close(lse, right_lse, torch.float32)
