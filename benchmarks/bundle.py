@@ -22,7 +22,7 @@ from kvr_partition.table import Entry, PartitionTable
 from kvr_partition.training import Row, load_dataset, measured_row, train
 from kvr_partition.training.dataset import common_quantum
 from profiler import MeasurementLog
-from profiler.calibrate import guessed_setting_of_log
+from profiler.calibrate import guessed_machine_of_log
 from profiler.models import open_model, operations
 
 
@@ -50,7 +50,7 @@ def row_of(log_path: Path) -> Row:
     with MeasurementLog(log_path) as log:
         origin = next(iter(log.provenance.values()))
         counted = log.operations or operations(open_model(model_folder(origin.model.name)))
-        told = guessed_setting_of_log(log, origin, counted)
+        told = guessed_machine_of_log(log, origin, counted)
         # The log has the topology in the method's name; a search has it in its conditions.
         trials = [msgspec.structs.replace(one, method="kvr") for one in log.measurements("search") if one.ok]
     return measured_row(origin, told, trials, tuple(best))

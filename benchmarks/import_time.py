@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from kvr_partition import Partition, PartitionPredictor, PartitionTable
+from kvr_partition.machine.cost import ChunkCost
 from kvr_partition.measurement import median
 from kvr_partition.predictor import Grid, Training
 from kvr_partition.table import Entry
-from kvr_partition.terms import ChunkTerms
 
 CONTEXTS = tuple(round(2048 * 2 ** (step / 8)) for step in range(41))
 SHARES = tuple(step / 10 for step in range(9))
@@ -41,7 +41,7 @@ def predictor() -> PartitionPredictor:
         cuts = tuple((at + 1) / ranks for at in range(ranks - 1))
         grids.append(Grid(ranks, CONTEXTS, SHARES, ((cuts,) * len(CONTEXTS),) * len(SHARES), CONTEXTS[::8]))
     return PartitionPredictor(
-        grids, Training("corrected", 100, 100, "", ()), ChunkTerms(0.0, 1e-5, 1e-9, 1e-9, 0.2)
+        grids, Training("corrected", 100, 100, "", ()), ChunkCost(0.0, 1e-5, 1e-9, 1e-9, 0.2)
     )
 
 

@@ -19,10 +19,13 @@ import numpy as np
 from scipy.optimize import nnls
 
 from kvr_partition.cli.show import print_table
-from kvr_partition.cost import ChunkCost, LinkCost
+from kvr_partition.machine.bounds import bounds, gathering_ttft
+from kvr_partition.machine.cost import ChunkCost, LinkCost
+from kvr_partition.machine.machine import Machine
+from kvr_partition.machine.schedule import simulate
+from kvr_partition.machine.solve import best_split
 from kvr_partition.measurement import median
 from kvr_partition.partition import Partition
-from kvr_partition.schedule import Setting, best_split, bounds, gathering_ttft, simulate
 
 PAPER = Path(__file__).resolve().parents[1] / "data" / "paper"
 SHAPES = {"llama-7b": (32, 4096, 11008), "llama-13b": (40, 5120, 13824)}
@@ -35,7 +38,7 @@ def rows(name: str) -> list[dict[str, str]]:
     return list(csv.DictReader(line for line in lines if not line.startswith("#")))
 
 
-def setting_of(model: str) -> Setting:
+def machine_of(model: str) -> Machine:
     """What one GPU's column says about a model; 13B by the sizes of its matrices."""
     column = [(int(row["context"]), float(row["single_s"])) for row in rows("single_gpu_llama7b.csv")]
     seconds = np.array([one for _, one in column])
@@ -49,7 +52,7 @@ def setting_of(model: str) -> Setting:
     attention = layers * hidden / (base_layers * base_hidden)
     share = 3 * hidden / (4 * hidden + 3 * inner)
     cost = ChunkCost(fixed, token * linear, pair * attention, pair * attention, share)
-    return Setting(
+    return Machine(
         cost, layers, 2 * hidden * 2, link=LinkCost.of(300e9, 2e-5), overlap=False, dense=True
     )  # K and V, two bytes each
 
@@ -62,11 +65,11 @@ def main() -> None:
     found: list[dict[str, Any]] = []
     for row in rows("table1_llama.csv"):
         context, ranks = int(row["context"]), int(row["gpus"])
-        setting = setting_of(row["model"])
-        split = best_split(context, ranks, setting, quantum=16)
+        machine = machine_of(row["model"])
+        split = best_split(context, ranks, machine, quantum=16)
         even = Partition.even(context, ranks)
-        tsp, kvr = gathering_ttft("tsp", context, ranks, setting), simulate(split, setting).ttft_s
-        limits = bounds(context, ranks, setting, split)
+        tsp, kvr = gathering_ttft("tsp", context, ranks, machine), simulate(split, machine).ttft_s
+        limits = bounds(context, ranks, machine, split)
         published_tsp, published_kvr = float(row["tsp_s"]), float(row["kvr_s_s"])
         found.append(
             {
@@ -78,7 +81,7 @@ def main() -> None:
                 "published_tsp_s": published_tsp,
                 "kvr_s": kvr,
                 "published_kvr_s": published_kvr,
-                "kvr_e": simulate(even, setting).ttft_s,
+                "kvr_e": simulate(even, machine).ttft_s,
                 "speedup": tsp / kvr,
                 "published_speedup": published_tsp / published_kvr,
                 # Equations 3 to 7: the bounds, and the KV entries on the wire.

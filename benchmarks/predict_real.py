@@ -28,9 +28,9 @@ import optuna
 
 from kvr_partition.cli.options import model_folder, parse_contexts
 from kvr_partition.cli.show import print_table
+from kvr_partition.machine.machine import Machine
 from kvr_partition.measurement import Measurement, median, median_interval
 from kvr_partition.partition import Partition
-from kvr_partition.schedule import Setting
 from kvr_partition.search import search
 from kvr_partition.search.correction import noise_of
 from kvr_partition.table import Entry, PartitionTable
@@ -39,7 +39,7 @@ from kvr_partition.training.evaluation import decoded
 from kvr_partition.training.features import Query
 from kvr_partition.training.regressors import Corrected, Interpolation
 from profiler import Candidate, MeasurementLog, RankGroup, SamplingPlan
-from profiler.calibrate import guessed_setting, measured_setting, setting_of_log
+from profiler.calibrate import guessed_machine, machine_of_log, measured_machine
 from profiler.sizes import tell_sizes
 
 
@@ -78,7 +78,7 @@ def main() -> None:
         group: RankGroup | Replayed
         if options.replay:
             group = Replayed(log)
-            told = setting_of_log(log, group.provenance)
+            told = machine_of_log(log, group.provenance)
         else:
             group = stack.enter_context(
                 RankGroup(
@@ -106,7 +106,7 @@ def main() -> None:
                 return found
 
             found = search(
-                measure, context, options.ranks, options.budget, setting=told, quantum=options.quantum,
+                measure, context, options.ranks, options.budget, machine=told, quantum=options.quantum,
                 past=options.past, confirm=lambda splits: confirmed(context, splits),
             )  # fmt: skip
             trials = [one.measurement for one in found.trials if one.measurement.ok]
@@ -221,10 +221,10 @@ def _over(one: Measurement, searched: Measurement) -> dict[str, float]:
     return {"median": median(ratios), "low": low, "high": high}
 
 
-def _told(group: RankGroup, longest: int, log: MeasurementLog, plan: SamplingPlan, profile: bool) -> Setting:
+def _told(group: RankGroup, longest: int, log: MeasurementLog, plan: SamplingPlan, profile: bool) -> Machine:
     if profile:
-        return measured_setting(group, longest, log)
-    return guessed_setting(group, longest, lambda one: group.measure_many([one], plan=plan, purpose="guess")[0])
+        return measured_machine(group, longest, log)
+    return guessed_machine(group, longest, lambda one: group.measure_many([one], plan=plan, purpose="guess")[0])
 
 
 if __name__ == "__main__":

@@ -9,37 +9,40 @@ Parts that finished are skipped when the same command runs again.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from msgspec.structs import replace
 
 from kvr_partition.cli.comparison import Comparison, together
 from kvr_partition.cli.options import model_folder, parse_bytes, parse_rate
 from kvr_partition.cli.show import print_table
-from kvr_partition.cost import LinkCost
 from kvr_partition.errors import KVRError
+from kvr_partition.machine.cost import LinkCost
+from kvr_partition.machine.machine import Machine
+from kvr_partition.machine.solve import best_split
 from kvr_partition.measurement import Measurement, median
 from kvr_partition.methods import BASELINES, ONE_RANK
 from kvr_partition.partition import Partition
 from kvr_partition.runtime.kernels.plans import SHORTEST_PIECE
-from kvr_partition.schedule import Setting, best_split
 from kvr_partition.search import SearchResult, search
 from kvr_partition.search.beliefs import Beliefs
 from profiler import Candidate, MeasurementLog, RankGroup, SamplingPlan
-from profiler.calibrate import guessed_setting
+from profiler.calibrate import guessed_machine
 
 FEW = SamplingPlan(warmup=1, least=3, most=3)
 """For guesses and searches; what is compared is sampled again."""
 
 
-def searched(group: RankGroup, context: int, quantum: int, budget: int) -> tuple[SearchResult, Setting]:
-    """The split that the informed search finds from a guess, and the setting that its measurements led to."""
-    guess = guessed_setting(group, context, lambda one: group.measure_many([one], plan=FEW, purpose="guess")[0])
+def searched(group: RankGroup, context: int, quantum: int, budget: int) -> tuple[SearchResult, Machine]:
+    """The split that the informed search finds from a guess, and the machine that its measurements led to."""
+    guess = guessed_machine(group, context, lambda one: group.measure_many([one], plan=FEW, purpose="guess")[0])
 
     def confirm(splits: Sequence[Partition]) -> list[Measurement]:
         return group.measure_many([Candidate("kvr", one) for one in splits], plan=FEW, purpose="confirm")
@@ -51,8 +54,8 @@ def searched(group: RankGroup, context: int, quantum: int, budget: int) -> tuple
         print(f"  {split}: {found.ttft_s * 1e3:.1f} ms, ranks compute {took} ms", flush=True)
         return found
 
-    found = search(measure, context, group.ranks, budget, setting=guess, quantum=quantum, confirm=confirm)
-    return found, Beliefs.after(guess, context, [one.measurement for one in found.trials]).setting
+    found = search(measure, context, group.ranks, budget, machine=guess, quantum=quantum, confirm=confirm)
+    return found, Beliefs.after(guess, context, [one.measurement for one in found.trials]).machine
 
 
 def certified(group: RankGroup, context: int, skipped: set[str]) -> dict[str, Any]:
@@ -88,7 +91,7 @@ def compare(
     """Methods on one context, as `kvr-partition compare` shows them."""
     context = named[0][1].partition.context
     disturbed = [
-        (name, replace(candidate, noise=noise))
+        (name, dataclasses.replace(candidate, noise=noise))
         for name, candidate in named
         if noise and candidate.method not in (*ONE_RANK, "tp", "bound")
     ]
@@ -251,7 +254,7 @@ def main() -> None:
             skipped = set(options.skip.split(","))
             equal = certified(group, options.verify, skipped) if options.verify else {}
             left_out = skipped | {method for method, one in equal.items() if "left_out" in one}
-            found, setting = searched(group, context, quantum, options.budget)
+            found, machine = searched(group, context, quantum, options.budget)
             even = Partition.even(context, group.ranks)
 
             def baselines(*methods: str) -> list[tuple[str, Candidate]]:
@@ -289,7 +292,7 @@ def main() -> None:
                 return figures
             bandwidth = parse_rate(options.bandwidth)
             group.hold_links(bandwidth)
-            held = replace(setting, link=LinkCost.of(bandwidth))
+            held = replace(machine, link=LinkCost.of(bandwidth))
             chain = best_split(context, group.ranks, held, quantum)
             fanout = best_split(context, group.ranks, replace(held, topology="fanout"), quantum)
             limited = [

@@ -9,18 +9,20 @@ import argparse
 import json
 import platform
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from msgspec.structs import replace
 
-from kvr_partition.cost import ChunkCost, LinkCost
+from kvr_partition.machine.cost import ChunkCost, LinkCost
+from kvr_partition.machine.machine import Machine
+from kvr_partition.machine.schedule import simulate, ttft
+from kvr_partition.machine.solve import balanced, best_split
 from kvr_partition.measurement import median
 from kvr_partition.partition import Partition
-from kvr_partition.schedule import Setting, balanced, best_split, simulate, ttft
 
 # Of the order of a 7B model on one fast GPU; speed does not depend on the values.
-SETTING = Setting(ChunkCost(2e-3, 2.8e-5, 2e-9, 2e-9, kv_share=0.25), layers=32, entry_bytes=16384)
+MACHINE = Machine(ChunkCost(2e-3, 2.8e-5, 2e-9, 2e-9, kv_share=0.25), layers=32, entry_bytes=16384)
 CONTEXT = 16384
 
 
@@ -43,21 +45,21 @@ def main() -> None:
     sizes = np.random.default_rng(0).dirichlet(np.ones(8) * 20, 20_000) * CONTEXT
     rates = {}
     for topology in ("chain", "fanout"):
-        setting = replace(SETTING, link=LinkCost.of(10e9, 1e-5), topology=topology)
-        ttft(sizes[:2048], setting)
-        rates[topology] = len(sizes) / seconds(lambda setting=setting: ttft(sizes, setting), 5)
+        machine = replace(MACHINE, link=LinkCost.of(10e9, 1e-5), topology=topology)
+        ttft(sizes[:2048], machine)
+        rates[topology] = len(sizes) / seconds(lambda machine=machine: ttft(sizes, machine), 5)
         print(f"{topology}: {rates[topology]:,.0f} partitions a second")
     splits = []
     for ranks in (2, 4, 8):
         for bandwidth in (300e9, 10e9, 1e9):
-            setting = replace(SETTING, link=LinkCost.of(bandwidth, 1e-5))
-            best = best_split(CONTEXT, ranks, setting)
-            took = seconds(lambda setting=setting, ranks=ranks: best_split(CONTEXT, ranks, setting), 3)
+            machine = replace(MACHINE, link=LinkCost.of(bandwidth, 1e-5))
+            best = best_split(CONTEXT, ranks, machine)
+            took = seconds(lambda machine=machine, ranks=ranks: best_split(CONTEXT, ranks, machine), 3)
             times = {
-                name: simulate(one, setting).ttft_s
+                name: simulate(one, machine).ttft_s
                 for name, one in (
                     ("best", best),
-                    ("balanced", balanced(setting.cost, CONTEXT, ranks)),
+                    ("balanced", balanced(machine.cost, CONTEXT, ranks)),
                     ("even", Partition.even(CONTEXT, ranks)),
                 )
             }

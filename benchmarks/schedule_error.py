@@ -31,9 +31,10 @@ from typing import Any, Literal
 import msgspec
 
 from benchmarks.agreement import conditions
-from kvr_partition.cost import ChunkCost
+from kvr_partition.machine.cost import ChunkCost
+from kvr_partition.machine.schedule import simulate
+from kvr_partition.machine.solve import best_split
 from kvr_partition.partition import Partition
-from kvr_partition.schedule import best_split, simulate
 from tests.ranks.asleep import Case, Seen, shares
 from tests.ranks.launch import launch
 
@@ -110,7 +111,7 @@ def error_of(cases: Sequence[Case], ranks: int, repeats: int) -> list[dict[str, 
     found = []
     for at, case in enumerate(cases):
         measured = statistics.median(seen.end_s for seen in last[at :: len(cases)])
-        expected = simulate(Partition(case.sizes), case.setting()).ttft_s
+        expected = simulate(Partition(case.sizes), case.machine()).ttft_s
         found.append(
             {
                 "sizes": case.sizes,
@@ -205,10 +206,10 @@ def other_order(order: Order, best: bool, count: int = 737) -> dict[str, Any]:
             speeds=tuple(draw.uniform(0.5, 2) for _ in range(ranks)),
         )
         if best:
-            split = best_split(sum(case.sizes), ranks, case.setting())
+            split = best_split(sum(case.sizes), ranks, case.machine())
             case = msgspec.structs.replace(case, sizes=split.sizes)
         plan = played(case, "plan")
-        scheduled = simulate(Partition(case.sizes), case.setting()).ttft_s
+        scheduled = simulate(Partition(case.sizes), case.machine()).ttft_s
         assert abs(plan / scheduled - 1) < 1e-9, (plan, scheduled)
         ratios.append(played(case, order) / plan)
     return {

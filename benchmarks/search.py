@@ -15,17 +15,20 @@ import random
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
 from joblib import Parallel, delayed
+from msgspec.structs import replace
 
-from kvr_partition.cost import ChunkCost, LinkCost
+from kvr_partition.machine.cost import ChunkCost, LinkCost
+from kvr_partition.machine.machine import Machine
+from kvr_partition.machine.schedule import simulate
+from kvr_partition.machine.solve import best_split
 from kvr_partition.measurement import Measurement, RankTimes, Sample, median
 from kvr_partition.partition import Partition
-from kvr_partition.schedule import Setting, best_split, simulate
 from kvr_partition.search import SAMPLERS, Seed, search
 from kvr_partition.search.beliefs import Beliefs
 from kvr_partition.search.space import default_quantum
@@ -41,8 +44,8 @@ class Landscape:
     name: str
     context: int
     ranks: int
-    fitted: Setting
-    truth: Setting
+    fitted: Machine
+    truth: Machine
 
 
 def landscapes(repeats: int) -> list[Landscape]:
@@ -62,7 +65,7 @@ def landscapes(repeats: int) -> list[Landscape]:
 def _landscape(name: str, context: int, ranks: int, bandwidth: float, entry_bytes: int) -> Landscape:
     # The order of a 7B model on one large GPU.
     cost = ChunkCost(1e-3, 2.2e-5, 2e-9, 1.9e-9, 0.25)
-    fitted = Setting(cost, LAYERS, entry_bytes, link=LinkCost.of(bandwidth, 2e-5))
+    fitted = Machine(cost, LAYERS, entry_bytes, link=LinkCost.of(bandwidth, 2e-5))
     draw = random.Random(name)
 
     def off(share: float = 0.15) -> float:
@@ -121,7 +124,7 @@ def race(landscape: Landscape, sampler: str, budget: int, seed: int) -> dict[str
         # All begin with the fitted model's best split, so that what is compared is the sampler.
         seeds=lambda: [] if sampler == "hierarchical" else [Seed("solved", solved)],
         sampler=sampler,
-        setting=landscape.fitted,
+        machine=landscape.fitted,
         quantum=quantum,
         seed=seed,
     )

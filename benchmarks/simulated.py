@@ -21,14 +21,13 @@ import optuna
 
 from kvr_partition.cli.options import model_folder
 from kvr_partition.cli.show import print_table
+from kvr_partition.machine.schedule import simulate
 from kvr_partition.measurement import Measurement, Sample, median
 from kvr_partition.partition import Partition
-from kvr_partition.schedule import simulate
 from kvr_partition.search import search
 from kvr_partition.search.correction import noise_of
-from kvr_partition.terms import SettingTerms
 from profiler import Candidate, MeasurementLog, RankGroup, SamplingPlan
-from profiler.calibrate import chunk_design, measured_setting, time_point
+from profiler.calibrate import chunk_design, measured_machine, time_point
 
 
 def sweep(
@@ -76,13 +75,13 @@ def main() -> None:
         splits = [Partition.from_fractions((share, 1 - share), context, quantum=16) for share in shares]
         swept = sweep(group, log, context, splits, options.samples)
         # The chunks are in the log; only links are still to be timed.
-        setting = measured_setting(group, context, log)
+        machine = measured_machine(group, context, log)
         found = search(
             lambda one: group.measure(one, plan=plan, purpose="search"),
             context,
             2,
             options.budget,
-            setting=setting,
+            machine=machine,
             quantum=16,
         )
         best = sorted(swept, key=lambda one: one.ttft_s)[:3]
@@ -97,7 +96,7 @@ def main() -> None:
     def off(measured: Measurement, predicted: float) -> float:
         return predicted / measured.ttft_s - 1
 
-    fresh = [off(one, simulate(one.partition, setting).ttft_s) for one in swept]
+    fresh = [off(one, simulate(one.partition, machine).ttft_s) for one in swept]
     print_table(
         ["split", "measured", "noise", "simulated", "off"],
         [
@@ -105,7 +104,7 @@ def main() -> None:
                 str(one.partition),
                 f"{one.ttft_s * 1e3:.1f} ms",
                 f"{noise_of(one):.1%}",
-                f"{simulate(one.partition, setting).ttft_s * 1e3:.1f} ms",
+                f"{simulate(one.partition, machine).ttft_s * 1e3:.1f} ms",
                 f"{error:+.1%}",
             ]
             for one, error in zip(swept, fresh, strict=True)
@@ -131,7 +130,7 @@ def main() -> None:
         document = {
             "command": " ".join(["python benchmarks/simulated.py", *sys.argv[1:]]),
             "provenance": origin,
-            "setting": msgspec.to_builtins(SettingTerms.of(setting, 2)),
+            "machine": msgspec.to_builtins(machine.filed(2)),
             "figures": figures,
             "sweep": [
                 {

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
-from kvr_partition.cost import ChunkCost, steps_of
+from kvr_partition.machine.cost import ChunkCost, steps_of
 from kvr_partition.measurement import median
 from profiler import MeasurementLog
 from profiler.sizes import with_steps

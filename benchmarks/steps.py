@@ -15,26 +15,28 @@ against the best split that exchanging tokens finds on the truth, from each of t
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import random
 import sys
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
 from joblib import Parallel, delayed
+from msgspec.structs import replace
 
-from kvr_partition.cost import ChunkCost, LinkCost
+from kvr_partition.machine.cost import ChunkCost, LinkCost
+from kvr_partition.machine.machine import Machine
+from kvr_partition.machine.schedule import simulate, ttft
+from kvr_partition.machine.solve import best_split
 from kvr_partition.measurement import Measurement, RankTimes, Sample, median
 from kvr_partition.partition import Partition
-from kvr_partition.schedule import Setting, best_split, simulate, ttft
 from kvr_partition.search import correction, search
 from kvr_partition.search.exchange import exchanged
-from kvr_partition.terms import SettingTerms
 from kvr_partition.training import Row
 from kvr_partition.training.evaluation import decoded
 from kvr_partition.training.features import Query
@@ -55,7 +57,7 @@ class Rugged:
         self._noise = random.Random(f"noise {ranks} {seed}")
         # The order of a 7B model on one GPU that all ranks share.
         cost = ChunkCost(1e-3, 2.8e-5 * ranks, 1.9e-9 * ranks, 2.2e-9 * ranks, 0.3)
-        self.told = Setting(cost, 32, 16384, link=LinkCost.of(2e12, 1e-5))
+        self.told = Machine(cost, 32, 16384, link=LinkCost.of(2e12, 1e-5))
         true = ChunkCost.of_terms(term * (1 + draw.uniform(-0.15, 0.15)) for term in cost.terms)
         self.smooth = replace(self.told, cost=true)
         sizes = range(QUANTUM, CONTEXT + 1, QUANTUM)
@@ -103,7 +105,7 @@ def race(ranks: int, seed: int, kind: str, budget: int) -> dict[str, Any]:
         CONTEXT,
         ranks,
         budget,
-        setting=land.told,
+        machine=land.told,
         quantum=QUANTUM,
         confirm=lambda splits: [land.measure(one) for one in splits],
     )
@@ -127,9 +129,9 @@ def predicted(ranks: int, seed: int, budget: int, profiled: bool) -> list[dict[s
     land = Rugged(ranks, seed, profiled)
     rows = []
     for context in SEARCHED:
-        found = search(land.measure, context, ranks, budget, setting=land.told, quantum=QUANTUM)
+        found = search(land.measure, context, ranks, budget, machine=land.told, quantum=QUANTUM)
         trials = tuple(one.measurement for one in found.trials)
-        told = SettingTerms.of(land.told, ranks)
+        told = land.told.filed(ranks)
         rows.append(
             Row("simulated", "a GPU", "a model", None, "chain", ranks, context, 0, told, found.best.sizes, trials)
         )
@@ -140,7 +142,7 @@ def predicted(ranks: int, seed: int, budget: int, profiled: bool) -> list[dict[s
 
     results = []
     for context in HELD_OUT:
-        query = replace(Query.of(rows[0]), context=context)
+        query = dataclasses.replace(Query.of(rows[0]), context=context)
         splits = {"profiled" if profiled else "met": decoded(corrected, query, QUANTUM)}
         if not profiled:
             splits |= {

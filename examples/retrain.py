@@ -15,7 +15,7 @@ from kvr_partition.partition import Partition
 from kvr_partition.search import search
 from kvr_partition.training import measured_row, train
 from profiler import MeasurementLog, RankGroup, SamplingPlan
-from profiler.calibrate import guessed_setting
+from profiler.calibrate import guessed_machine
 
 PLAN = SamplingPlan(warmup=1, least=2, most=4)
 
@@ -25,14 +25,14 @@ def main() -> None:
     model, out = sys.argv[1], Path(sys.argv[3])
     contexts = sorted(int(word) for word in sys.argv[2].split(","))
     with MeasurementLog(out / "measurements.jsonl") as log, RankGroup(model, ranks=2, log=log) as group:
-        told = guessed_setting(group, contexts[-1], lambda one: group.measure_many([one], plan=PLAN)[0])
+        told = guessed_machine(group, contexts[-1], lambda one: group.measure_many([one], plan=PLAN)[0])
 
         def measure(partition: Partition) -> Measurement:
             return group.measure(partition, plan=PLAN)
 
         rows = []
         for context in contexts:
-            found = search(measure, context, group.ranks, budget=4, setting=told)
+            found = search(measure, context, group.ranks, budget=4, machine=told)
             trials = [one.measurement for one in found.trials if one.measurement.ok]
             rows.append(measured_row(group.provenance, told, trials, found.best.sizes))
         predictor = train(rows, group.provenance)

@@ -9,13 +9,14 @@ than told.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Literal
 
 import msgspec
+from msgspec.structs import replace
 
+from kvr_partition.machine.machine import FREE_LINK, Machine
+from kvr_partition.machine.schedule import Timeline, simulate
 from kvr_partition.measurement import Measurement, RankTimes, Sample, median
-from kvr_partition.schedule import FREE_LINK, Setting, Timeline, simulate
 
 Kind = Literal["late", "link", "wait", "compute", "unexplained"]
 
@@ -68,20 +69,20 @@ class Finding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def findings(
-    measurement: Measurement, setting: Setting, *, chunks_timed: bool = True, noise_seed: int = 0
+    measurement: Measurement, machine: Machine, *, chunks_timed: bool = True, noise_seed: int = 0
 ) -> list[Finding]:
     """What a measurement of KV-Runahead shows that its schedule does not.
 
     Args:
-        setting: of the machine. One without links says nothing.
-        chunks_timed: whether the setting's costs were timed here; a guess of them says nothing about slow ranks.
+        machine: what it ran on. One without links says nothing.
+        chunks_timed: whether the machine's costs were timed here; a guess of them says nothing about slow ranks.
         noise_seed: of the choice of links that foreign traffic disturbs.
     """
     partition = measurement.partition
-    known = setting.link != FREE_LINK
+    known = machine.link != FREE_LINK
     if not known or not measurement.ok or not measurement.method.startswith("kvr") or partition.ranks < 2:
         return []
-    told = replace(setting, past=partition.past, noise=measurement.noise, noise_seed=noise_seed)
+    told = replace(machine, past=partition.past, noise=measurement.noise, noise_seed=noise_seed)
     if measurement.method in ("kvr-chain", "kvr-fanout"):
         told = replace(told, topology="fanout" if measurement.method == "kvr-fanout" else "chain")
     alone = simulate(partition, told)
@@ -120,7 +121,7 @@ def contradict(found: Sequence[Sequence[Finding]], least: int = 2) -> str | None
     return None
 
 
-def _as_computed(sample: Sample, told: Setting, alone: Timeline, measurement: Measurement) -> Timeline:
+def _as_computed(sample: Sample, told: Machine, alone: Timeline, measurement: Measurement) -> Timeline:
     """The schedule of ranks that compute what they did in one sample."""
     speeds = tuple(
         planned.compute_s / (ran.compute_s * told.slowness(rank)) if ran.compute_s > 0 else 1.0
@@ -129,7 +130,7 @@ def _as_computed(sample: Sample, told: Setting, alone: Timeline, measurement: Me
     return simulate(measurement.partition, replace(told, speeds=speeds, alone_speed=1.0))
 
 
-def _waits(samples: Sequence[Sample], expected: Sequence[Timeline], told: Setting) -> list[Finding]:
+def _waits(samples: Sequence[Sample], expected: Sequence[Timeline], told: Machine) -> list[Finding]:
     """The first rank that waits longer than its links explain, and why; those after it wait for it."""
     ranks = len(samples[0].ranks)
     for rank in range(1, ranks):
@@ -174,7 +175,7 @@ def _long_wait(rank: int, over: float, share: float) -> Finding:
 
 
 def _slow_link(
-    rank: int, samples: Sequence[Sample], expected: Sequence[Timeline], told: Setting, share: float
+    rank: int, samples: Sequence[Sample], expected: Sequence[Timeline], told: Machine, share: float
 ) -> Finding | None:
     """The link to a rank, if what is sent before it takes far longer than it was timed at."""
     sources = [rank - 1] if told.topology == "chain" else list(range(rank))

@@ -13,10 +13,10 @@ import msgspec
 
 from kvr_partition import jsonfile
 from kvr_partition.errors import FileFormatError, OutOfRangeError, PartitionError
+from kvr_partition.machine.cost import ChunkCost
 from kvr_partition.partition import Partition, whole
 from kvr_partition.provenance import Provenance
 from kvr_partition.table import Lookup
-from kvr_partition.terms import ChunkTerms
 
 SCHEMA = "kvr-partition/predictor/2"
 
@@ -164,7 +164,7 @@ class PredictorFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     schema: str
     provenance: Provenance | None
     training: Training
-    cost: ChunkTerms
+    cost: ChunkCost
     grids: tuple[Grid, ...]
 
 
@@ -184,7 +184,7 @@ class PartitionPredictor:
 
     Example:
         >>> grid = Grid(2, (8, 16), (0.0,), (((0.5,), (0.75,)),), (8, 16))
-        >>> cost = ChunkTerms(0.0, 1.0, 0.0, 0.0, 0.0)
+        >>> cost = ChunkCost(0.0, 1.0, 0.0, 0.0, 0.0)
         >>> predictor = PartitionPredictor([grid], Training("interpolation", 2, 2, "", ()), cost)
         >>> predictor.predict(12)
         Lookup(partition=Partition(sizes=(8, 4), past=0), source='predicted')
@@ -194,7 +194,7 @@ class PartitionPredictor:
         self,
         grids: Iterable[Grid],
         training: Training,
-        cost: ChunkTerms,
+        cost: ChunkCost,
         provenance: Provenance | None = None,
     ) -> None:
         self._grids: dict[int, Grid] = {}
@@ -230,7 +230,7 @@ class PartitionPredictor:
         return self._training
 
     @property
-    def cost(self) -> ChunkTerms:
+    def cost(self) -> ChunkCost:
         """Of a chunk on the machine it is for."""
         return self._cost
 
@@ -339,9 +339,9 @@ class PartitionPredictor:
         if ranks == 1 or fallback == "even":
             return Lookup(even, "even")
         if fallback == "cost-model":
-            from kvr_partition.schedule import balanced
+            from kvr_partition.machine.solve import balanced
 
-            return Lookup(balanced(self._cost.cost, context, ranks, quantum=quantum, past=past), "cost-model")
+            return Lookup(balanced(self._cost, context, ranks, quantum=quantum, past=past), "cost-model")
         if fallback is not None:
             raise OutOfRangeError(f"there is no fallback {fallback!r}; use 'cost-model' or 'even'")
         reason = self._why_not(context, ranks, past)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,20 @@ def schemas() -> dict[str, dict[str, Any]]:
     }
     found = {}
     for name, (kind, schema) in kinds.items():
-        document = msgspec.json.schema(kind)
+        # As a reader of the file has it: lists for tuples, and descriptions indented alike under every Python.
+        document = _plain(msgspec.to_builtins(msgspec.json.schema(kind)))
         title = document["$ref"].rpartition("/")[2]
         document["$defs"][title]["properties"]["schema"] = {"const": schema}
         found[name] = {"$schema": "https://json-schema.org/draft/2020-12/schema", **document}
     return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return inspect.cleandoc(value) if isinstance(value, str) else value
 
 
 def main() -> None:

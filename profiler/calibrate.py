@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
-from kvr_partition.cost import ChunkCost, FitError, LinkCost, TimedChunk
+from msgspec.structs import replace
+
 from kvr_partition.errors import RankError
+from kvr_partition.machine.cost import ChunkCost, FitError, LinkCost, TimedChunk
+from kvr_partition.machine.machine import FREE_LINK, Machine
 from kvr_partition.measurement import Measurement, median
 from kvr_partition.partition import Partition
 from kvr_partition.provenance import Provenance
-from kvr_partition.schedule import FREE_LINK, Setting
 from profiler.measure import Candidate
 from profiler.models import Operations
 from profiler.ranks import RankGroup
@@ -151,7 +152,7 @@ def timed_links(group: RankGroup) -> tuple[LinkCost, ...]:
     )
 
 
-def rough_setting(group: RankGroup, found: Measurement) -> Setting:
+def rough_machine(group: RankGroup, found: Measurement) -> Machine:
     """What waits can be held against where no chunk was timed: a guess of costs, and links as they are.
 
     Args:
@@ -165,8 +166,8 @@ def rough_setting(group: RankGroup, found: Measurement) -> Setting:
     return replace(_guess(group, cost), link=timed_links(group))
 
 
-def _guess(group: RankGroup, cost: ChunkCost) -> Setting:
-    return Setting(
+def _guess(group: RankGroup, cost: ChunkCost) -> Machine:
+    return Machine(
         cost,
         len(group.windows),
         group.entry_bytes,
@@ -196,7 +197,7 @@ def _links(log: MeasurementLog, ranks: int) -> tuple[LinkCost, ...]:
     )
 
 
-def guessed_setting(group: RankGroup, context: int, measure: Callable[[Candidate], Measurement]) -> Setting:
+def guessed_machine(group: RankGroup, context: int, measure: Callable[[Candidate], Measurement]) -> Machine:
     """A guess from what one rank alone takes, dealt to matrix products and attention by their operations.
 
     Where one rank cannot read the whole context, all of them together are asked for what they compute.
@@ -219,10 +220,10 @@ def guessed_setting(group: RankGroup, context: int, measure: Callable[[Candidate
     return _guess(group, _guessed_cost(counted, found, group.backend, group.ranks))
 
 
-def guessed_setting_of_log(
+def guessed_machine_of_log(
     log: MeasurementLog, origin: Provenance, counted: Operations | OperationsLine
-) -> Setting:
-    """As `guessed_setting` told whoever wrote a log, without ranks.
+) -> Machine:
+    """As `guessed_machine` told whoever wrote a log, without ranks.
 
     Args:
         counted: what the model computes; of a log in which that stands, its own.
@@ -234,7 +235,7 @@ def guessed_setting_of_log(
     if not guesses:
         raise FitError("neither one rank nor an even split was timed to guess costs from")
     cost = _guessed_cost(counted, guesses[-1], origin.backend, origin.ranks)
-    return _setting_of(origin, with_steps(cost, log))
+    return _machine_of(origin, with_steps(cost, log))
 
 
 def _guessed_cost(counted: Operations | OperationsLine, found: Measurement, backend: str, ranks: int) -> ChunkCost:
@@ -252,7 +253,7 @@ def _guessed_cost(counted: Operations | OperationsLine, found: Measurement, back
     return ChunkCost(0.0, counted.per_token * per_operation, pair, pair, counted.before_kv)
 
 
-def setting_of_log(log: MeasurementLog, origin: Provenance) -> Setting:
+def machine_of_log(log: MeasurementLog, origin: Provenance) -> Machine:
     """What a search's log tells of its machine, without ranks; as the search was told, measured or else guessed.
 
     Raises:
@@ -265,20 +266,20 @@ def setting_of_log(log: MeasurementLog, origin: Provenance) -> Setting:
     except FitError:
         if log.operations is None:
             raise
-        return guessed_setting_of_log(log, origin, log.operations)
+        return guessed_machine_of_log(log, origin, log.operations)
     return replace(
-        _setting_of(origin, with_steps(cost, log)),
+        _machine_of(origin, with_steps(cost, log)),
         link=link,
         speeds=rank_speeds(log, origin.ranks),
         alone_speed=_alone_speed(log),
     )
 
 
-def _setting_of(origin: Provenance, cost: ChunkCost) -> Setting:
-    """What conditions say of a setting."""
+def _machine_of(origin: Provenance, cost: ChunkCost) -> Machine:
+    """What conditions say of a machine."""
     shape = origin.model
     width = 4 if origin.dtype == "float32" else 2
-    return Setting(
+    return Machine(
         cost,
         shape.layers,
         2 * shape.kv_heads * shape.head_dim * width * origin.batch,
@@ -287,12 +288,12 @@ def _setting_of(origin: Provenance, cost: ChunkCost) -> Setting:
     )
 
 
-def measured_setting(
+def measured_machine(
     group: RankGroup,
     context: int,
     log: MeasurementLog,
     on_chunk: Callable[[int, int], None] | None = None,
-) -> Setting:
+) -> Machine:
     """Everything about a machine that a schedule depends on, timed: chunks, ranks and links.
 
     Raises:
@@ -300,7 +301,7 @@ def measured_setting(
         FitError: the times do not determine it.
     """
     cost = calibrate(group, context, log, on_chunk)
-    return Setting(
+    return Machine(
         cost=cost,
         layers=len(group.windows),
         entry_bytes=group.entry_bytes,

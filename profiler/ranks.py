@@ -16,10 +16,10 @@ from kvr_partition._version import __version__
 from kvr_partition.certificate import Certificate
 from kvr_partition.errors import PartitionError, UnsupportedError
 from kvr_partition.link_kinds import COPIES, GLOO
+from kvr_partition.machine.profile import Profile
 from kvr_partition.measurement import Measurement, Sample
 from kvr_partition.methods import BASELINES, ONE_RANK
 from kvr_partition.partition import Partition
-from kvr_partition.profile import Profile
 from kvr_partition.provenance import ROUTED, ModelGeometry, Provenance
 from profiler import messages
 from profiler.measure import METHODS, Candidate, SamplingPlan, measure_interleaved

@@ -6,10 +6,14 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+from msgspec.structs import replace
+
 from kvr_partition.errors import UnsupportedError
+from kvr_partition.machine.bounds import bounds, gathering_ttft
+from kvr_partition.machine.machine import Machine
+from kvr_partition.machine.profile import Profile
+from kvr_partition.machine.schedule import simulate
 from kvr_partition.measurement import RankTimes
-from kvr_partition.profile import Profile
-from kvr_partition.schedule import Setting, bounds, gathering_ttft, simulate
 from profiler import messages
 
 
@@ -37,21 +41,20 @@ class Simulated:
             case messages.Prefill() as request:
                 return self._prefill(request)
             case messages.TimeChunk(chunk=chunk, prefix=prefix, alone=alone, layers=layers):
-                setting = self._profile.setting()
-                share = 1.0 if layers is None else layers / setting.layers
-                timed, eased = (1, setting.alone_speed) if alone else (ranks, 1.0)
-                first = setting.cost.kv_share * (setting.cost.fixed_s + setting.cost.per_token_s * chunk)
+                machine = self._profile.machine()
+                share = 1.0 if layers is None else layers / machine.layers
+                timed, eased = (1, machine.alone_speed) if alone else (ranks, 1.0)
+                first = machine.cost.kv_share * machine.cost.smooth.parts(chunk, 0).tokens
                 return [
                     messages.ChunkDone(
-                        share * setting.cost.seconds(chunk, prefix) * setting.slowness(rank) / eased,
-                        first / setting.layers * setting.slowness(rank) / eased,
+                        share * machine.cost.seconds(chunk, prefix) * machine.slowness(rank) / eased,
+                        first / machine.layers * machine.slowness(rank) / eased,
                     )
                     for rank in range(timed)
                 ]
             case messages.TimeLink(nbytes=nbytes, repeats=repeats, bandwidth=bandwidth):
-                setting = self._profile.setting(bandwidth=bandwidth)
-                links = [setting.link_between(rank, rank + 1) for rank in range(ranks - 1)]
-                return [*(messages.LinkDone((link.seconds(nbytes),) * repeats) for link in links),
+                machine = self._profile.machine(bandwidth=bandwidth)
+                return [*(messages.LinkDone((link.seconds(nbytes),) * repeats) for link in machine.links(ranks)),
                         messages.LinkDone(())]  # fmt: skip
             case other:
                 raise UnsupportedError(
@@ -81,29 +84,29 @@ class Simulated:
     def _prefill(self, request: messages.Prefill) -> list[messages.Reply]:
         ranks = self._profile.provenance.ranks
         partition = request.partition
-        setting = self._setting(request)
+        machine = self._machine(request)
         idle = RankTimes(0.0, 0.0, 0.0)
         times, sent, finishing = [idle] * ranks, [0] * ranks, ranks - 1
         match request.method:
             case "single":
-                ttft = bounds(partition.context, 1, setting).single_s
+                ttft = bounds(partition.context, 1, machine).single_s
                 times[-1] = RankTimes(ttft, 0.0, 0.0)
             case "bound":
-                found = bounds(partition.context, ranks, setting, partition).practical_s
+                found = bounds(partition.context, ranks, machine, partition).practical_s
                 assert found is not None
                 ttft = found
             case "tsp" | "tsp-causal" | "zigzag" as method:
-                ttft = gathering_ttft(method, partition.context, ranks, setting)
-                row = setting.entry_bytes * setting.layers * (ranks - 1)
+                ttft = gathering_ttft(method, partition.context, ranks, machine)
+                row = machine.entry_bytes * machine.layers * (ranks - 1)
                 sent = [size * row for size in partition.sizes]
             case _:
-                timeline = simulate(partition, setting)
+                timeline = simulate(partition, machine)
                 ttft = timeline.ttft_s
                 times = [RankTimes.of(one) for one in timeline.ranks]
-                row = setting.entry_bytes * setting.layers
+                row = machine.entry_bytes * machine.layers
                 sent = [
                     sum(partition.sizes[: rank + 1]) * row
-                    if setting.topology == "chain"
+                    if machine.topology == "chain"
                     else partition.sizes[rank] * row * (ranks - 1 - rank)
                     for rank in range(ranks - 1)
                 ] + [0]
@@ -112,11 +115,9 @@ class Simulated:
             for rank in range(ranks)
         ]
 
-    def _setting(self, request: messages.Prefill) -> Setting:
-        import dataclasses
-
+    def _machine(self, request: messages.Prefill) -> Machine:
         topology: Literal["chain", "fanout"] = "chain"
         if request.method == "kvr-fanout" or (request.method == "kvr" and self._topology == "fanout"):
             topology = "fanout"
-        setting = self._profile.setting(topology, request.bandwidth)
-        return dataclasses.replace(setting, past=request.past, noise=request.noise, noise_seed=self._noise_seed)
+        machine = self._profile.machine(topology, request.bandwidth)
+        return replace(machine, past=request.past, noise=request.noise, noise_seed=self._noise_seed)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
-from kvr_partition.cost import LEAST_STEP, ChunkCost, steps_of
-from kvr_partition.schedule import Setting, best_split
+from msgspec.structs import replace
+
+from kvr_partition.machine.cost import LEAST_STEP, ChunkCost, steps_of
+from kvr_partition.machine.machine import Machine
+from kvr_partition.machine.solve import best_split
 from profiler.ranks import RankGroup
 from profiler.store import ChunkLine, MeasurementLog
 
@@ -29,17 +31,17 @@ LEAST_SIZES = 5
 
 def tell_sizes(
     group: RankGroup,
-    setting: Setting,
+    machine: Machine,
     quanta: Mapping[int, int],
     log: MeasurementLog,
     on_chunk: Callable[[int], None] | None = None,
-) -> Setting:
-    """A setting with the steps of all chunk sizes that good splits of some contexts may have, timed.
+) -> Machine:
+    """A machine with the steps of all chunk sizes that good splits of some contexts may have, timed.
 
-    The same setting where kernels take single rows, or every quantum is too fine to matter to them.
+    The same machine where kernels take single rows, or every quantum is too fine to matter to them.
 
     Args:
-        setting: what chunks cost, about.
+        machine: what chunks cost, about.
         quanta: by context, what boundaries are multiples of; it is for contexts between as well.
         on_chunk: told of each timed chunk.
 
@@ -49,25 +51,25 @@ def tell_sizes(
     """
     coarse = {context: quantum for context, quantum in quanta.items() if quantum >= LEAST_STEP}
     if group.tile_rows == 1 or not coarse:
-        return setting
-    sizes = likely_sizes(setting, list(coarse), group.ranks, min(coarse.values()))
+        return machine
+    sizes = likely_sizes(machine, list(coarse), group.ranks, min(coarse.values()))
     time_sizes(group, sizes, log, on_chunk)
-    return replace(setting, cost=with_steps(setting.cost, log))
+    return replace(machine, cost=with_steps(machine.cost, log))
 
 
-def likely_sizes(setting: Setting, contexts: Sequence[int], ranks: int, quantum: int) -> tuple[int, ...]:
+def likely_sizes(machine: Machine, contexts: Sequence[int], ranks: int, quantum: int) -> tuple[int, ...]:
     """Multiples of the quantum that chunks may have in good splits of these contexts, and of any between them.
 
     From `FINEST` quanta on every other one, from twice as many on every fourth, and so on.
 
     Args:
-        setting: what chunks cost, about.
+        machine: what chunks cost, about.
         quantum: what boundaries are multiples of.
 
     Raises:
         PartitionError: a context too short for so many ranks.
     """
-    smooth = replace(setting, past=0, cost=replace(setting.cost, steps=()))
+    smooth = replace(machine, past=0, cost=replace(machine.cost, steps=()))
     least = min(best_split(min(contexts), ranks, smooth, quantum).sizes)
     most = max(best_split(max(contexts), ranks, smooth, quantum).sizes)
     low = max(1, math.floor(min(least * (1 - MARGIN), least - LEAST_MARGIN * quantum) / quantum))

@@ -26,16 +26,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Predict and print."""
-    from kvr_partition.advice import Advice, Option, advise
     from kvr_partition.cli.show import print_json, print_table, seconds
     from kvr_partition.loading import load_table
-    from kvr_partition.profile import load_profile
+    from kvr_partition.machine.advice import Advice, Option, advise
+    from kvr_partition.machine.profile import load_profile
     from kvr_partition.table import PartitionTable
 
     contexts = parse_contexts(options.contexts)
     profile = load_profile(options.profile)
     bandwidth = None if options.bandwidth is None else parse_rate(options.bandwidth)
-    setting = profile.setting(bandwidth=bandwidth)
+    machine = profile.machine(bandwidth=bandwidth)
     table = load_table(options.table) if options.table else PartitionTable([])
     ranks = profile.provenance.ranks
 
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
             None,
         )
 
-    found = [advise(setting, context, ranks) for context in contexts]
+    found = [advise(machine, context, ranks) for context in contexts]
     if options.format == "json":
         print_json(
             [

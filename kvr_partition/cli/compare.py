@@ -28,10 +28,10 @@ from kvr_partition.cli.options import (
     parse_bytes,
     parse_contexts,
 )
-from kvr_partition.cost import FitError
 from kvr_partition.errors import KVRError, OutOfRangeError, PartitionError, RankError, UnsupportedError
 from kvr_partition.findings import Finding, findings, worst
 from kvr_partition.loading import load_predictor, load_table
+from kvr_partition.machine.cost import FitError
 from kvr_partition.methods import BASELINES, ONE_RANK
 from kvr_partition.partition import Partition
 from kvr_partition.predictor import PartitionPredictor
@@ -178,19 +178,19 @@ def run(options: argparse.Namespace) -> None:
 
 def _noticed(group: RankGroup, measurements: Sequence[Measurement], progress: Progress) -> list[Finding]:
     """What measurements show that their schedules do not; nothing where there is nothing to hold them against."""
-    from profiler.calibrate import rough_setting
+    from profiler.calibrate import rough_machine
 
     timed = [one for one in measurements if one.ok and (one.method == "single" or one.method.startswith("kvr"))]
     if not any(one.method.startswith("kvr") for one in timed):
         return []
     base = next((one for one in timed if one.method == "single"), timed[0])
     try:
-        setting = rough_setting(group, base)
+        machine = rough_machine(group, base)
     except (FitError, RankError) as error:
         progress.say(f"  waits are not held against the schedule: {error}")
         return []
     seed = group.noise_seed
-    return worst(one for found in timed for one in findings(found, setting, chunks_timed=False, noise_seed=seed))
+    return worst(one for found in timed for one in findings(found, machine, chunks_timed=False, noise_seed=seed))
 
 
 def _noisy(candidate: Candidate, noise: int) -> Candidate:

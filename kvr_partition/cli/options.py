@@ -84,7 +84,7 @@ def add_past(group: Any) -> None:
 
 def make_group(options: argparse.Namespace) -> RankGroup:
     """The group that the options describe; nothing is started yet, unless to follow a ``torchrun`` leader."""
-    from kvr_partition.profile import load_profile
+    from kvr_partition.machine.profile import load_profile
     from profiler.ranks import RankGroup
     from profiler.transport import is_follower
 

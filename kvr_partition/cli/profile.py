@@ -41,9 +41,9 @@ def run(options: argparse.Namespace) -> None:
     from contextlib import ExitStack
 
     from kvr_partition.cli.show import Progress, print_json, print_table
-    from kvr_partition.profile import ChunkSample, LinkSample, Profile
+    from kvr_partition.machine.profile import ChunkSample, LinkSample, Profile
     from kvr_partition.search.space import default_quantum
-    from profiler.calibrate import LEAST_SAMPLES, chunk_design, measured_setting
+    from profiler.calibrate import LEAST_SAMPLES, chunk_design, measured_machine
     from profiler.sizes import tell_sizes
     from profiler.store import MeasurementLog
 
@@ -56,13 +56,13 @@ def run(options: argparse.Namespace) -> None:
         progress.doing(f"starting {group.ranks} {group.backend} ranks of {group.geometry.name}")
         stack.enter_context(group)
         progress.doing("timing chunks and links")
-        setting = measured_setting(group, options.context, log, lambda chunk, prefix: progress.advance(1.0))
+        machine = measured_machine(group, options.context, log, lambda chunk, prefix: progress.advance(1.0))
         progress.doing("timing chunk sizes")
         contexts = (max(options.context // SHORTER, group.ranks), options.context)
         quanta = {context: default_quantum(context, group.ranks, group.tile_rows) for context in contexts}
-        setting = tell_sizes(group, setting, quanta, log)
+        machine = tell_sizes(group, machine, quanta, log)
         profile = Profile.of(
-            setting,
+            machine,
             options.context,
             group.provenance,
             tuple(

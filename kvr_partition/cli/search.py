@@ -14,9 +14,11 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from kvr_partition.cli.options import (
     add_output,
@@ -34,8 +36,8 @@ from kvr_partition.provenance import weights_line
 if TYPE_CHECKING:
     from kvr_partition.cli.outdir import OutDir
     from kvr_partition.cli.show import Progress
+    from kvr_partition.machine.machine import Machine
     from kvr_partition.measurement import Measurement, Sample
-    from kvr_partition.schedule import Setting
     from kvr_partition.search import Seed, Trial
     from profiler.measure import Candidate, SamplingPlan
     from profiler.ranks import RankGroup
@@ -162,9 +164,9 @@ class _Session:
         self._contexts = contexts
         self._progress = progress
         self._past: int = options.past
-        self._setting: Setting | None = None
+        self._machine: Machine | None = None
         self._setting_known = False
-        self._reference: Setting | None = None
+        self._reference: Machine | None = None
         self._chunks_timed = False
         self._said: set[object] = set()
         self.costs_known = False
@@ -203,9 +205,9 @@ class _Session:
                 )
             return why is not None
 
-        setting = None if self._options.sampler == "hierarchical" else self._measured_setting()
+        machine = None if self._options.sampler == "hierarchical" else self._measured_machine()
         # Without a cost to correct there is nothing to be informed by.
-        lost = setting is None and self._options.sampler == "informed"
+        lost = machine is None and self._options.sampler == "informed"
         found = search(
             measure,
             context,
@@ -213,7 +215,7 @@ class _Session:
             self._options.budget,
             seeds=lambda: self._seeds(context),
             sampler="gp" if lost else self._options.sampler,
-            setting=setting,
+            machine=machine,
             quantum=self._quantum(context),
             past=self._past,
             storage=self._options.storage or self._out.study_url,
@@ -318,12 +320,12 @@ class _Session:
         return given or default_quantum(context, self._group.ranks, self._group.tile_rows)
 
     def _seeds(self, context: int) -> list[Seed]:
-        """For samplers that know nothing: what the table interpolates, and what a fitted setting solves to."""
-        from kvr_partition.schedule import best_split
+        """For samplers that know nothing: what the table interpolates, and what a fitted machine solves to."""
+        from kvr_partition.machine.solve import best_split
         from kvr_partition.search import Seed
 
         sampler = self._options.sampler
-        if sampler == "hierarchical" or (sampler == "informed" and self._measured_setting() is not None):
+        if sampler == "hierarchical" or (sampler == "informed" and self._measured_machine() is not None):
             return []
         seeds = []
         ranks, quantum = self._group.ranks, self._quantum(context)
@@ -331,52 +333,54 @@ class _Session:
         with contextlib.suppress(OutOfRangeError):
             found = self._out.table.lookup(context, ranks=ranks, past=self._past)
             seeds.append(Seed("interpolated", found.partition))
-        setting = self._measured_setting()
-        if setting is not None:
-            told = replace(setting, past=self._past)
+        machine = self._measured_machine()
+        if machine is not None:
+            told = machine.behind(self._past)
             seeds.append(Seed("solved", best_split(context, ranks, told, quantum=quantum)))
         return seeds
 
-    def _measured_setting(self) -> Setting | None:
+    def _measured_machine(self) -> Machine | None:
         """What chunks and links cost here, found out once for all contexts; None if nothing tells."""
-        from kvr_partition.cost import FitError
-        from profiler.calibrate import guessed_setting, measured_setting, time_links
+        from kvr_partition.machine.cost import FitError
+        from profiler.calibrate import guessed_machine, measured_machine, time_links
 
         if self._setting_known:
-            return self._setting
+            return self._machine
         self._setting_known = True
         self._progress.doing("timing a few chunks and the links")
         longest = max(self._contexts)
         try:
-            self._setting = measured_setting(self._group, longest + self._past, self._out.log)
+            self._machine = measured_machine(self._group, longest + self._past, self._out.log)
             self.costs_known = self._chunks_timed = True
-            self._reference = self._setting
+            self._reference = self._machine
         except FitError as error:
             # Measurements correct a guess as well as a fit; it only takes a few more of them.
             self._progress.say(f"  going on from a guess of what chunks cost: {error}")
             with contextlib.suppress(RankError):
-                self._setting = guessed_setting(
+                self._machine = guessed_machine(
                     self._group, longest, lambda candidate: self._measure([candidate], "guess")[0]
                 )
                 self.costs_known = True
                 with contextlib.suppress(FitError):
-                    self._reference = replace(self._setting, link=time_links(self._group, self._out.log))
-        if self._setting is not None:
-            self._setting = self._with_steps(self._setting)
+                    self._reference = msgspec.structs.replace(
+                        self._machine, link=time_links(self._group, self._out.log)
+                    )
+        if self._machine is not None:
+            self._machine = self._with_steps(self._machine)
         self._progress.doing("measuring the first partitions")
-        return self._setting
+        return self._machine
 
-    def _with_steps(self, setting: Setting) -> Setting:
+    def _with_steps(self, machine: Machine) -> Machine:
         """What single chunk sizes take, where kernels like some better than others."""
         from profiler.sizes import tell_sizes
 
         self._progress.doing("timing chunk sizes")
         quanta = {context: self._quantum(context) for context in self._contexts}
         try:
-            return tell_sizes(self._group, setting, quanta, self._out.log)
+            return tell_sizes(self._group, machine, quanta, self._out.log)
         except RankError as error:
             self._progress.say(f"  going on without knowing what single chunk sizes take: {error}")
-            return setting
+            return machine
 
     def _finish_phase(self, context: int, *, searched: bool) -> None:
         budget = self._options.budget if searched else 0

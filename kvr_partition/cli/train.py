@@ -123,10 +123,10 @@ def rows_of(folder: Path) -> list[Row]:
     Raises:
         FileFormatError: no such search, or one whose log does not tell what chunks cost.
     """
-    from kvr_partition.cost import FitError
     from kvr_partition.loading import load_table
+    from kvr_partition.machine.cost import FitError
     from kvr_partition.training import measured_row
-    from profiler.calibrate import setting_of_log
+    from profiler.calibrate import machine_of_log
     from profiler.store import MeasurementLog
 
     table = load_table(folder / "table.json")
@@ -136,7 +136,7 @@ def rows_of(folder: Path) -> list[Row]:
     origin = table.provenance
     with MeasurementLog(log_path) as log:
         try:
-            told = setting_of_log(log, origin)
+            told = machine_of_log(log, origin)
         except FitError as error:
             raise FileFormatError(f"{log_path} does not tell what a chunk costs: {error}") from None
         rows = []

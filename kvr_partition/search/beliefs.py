@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kvr_partition.machine.machine import Machine
+from kvr_partition.machine.schedule import ttft
 from kvr_partition.measurement import Measurement
-from kvr_partition.schedule import Setting, ttft
 from kvr_partition.search.correction import TERM_SPREAD, corrected, noise_of
 
 if TYPE_CHECKING:
@@ -26,11 +27,11 @@ LEAST_SURFACE = 0.003
 class Beliefs:
     """TTFT of any partition as expected after some measurements.
 
-    The corrected setting's schedule, times a smooth factor for what it does not explain: a Gaussian process
+    The corrected machine's schedule, times a smooth factor for what it does not explain: a Gaussian process
     over boundaries in units of the average chunk.
     """
 
-    setting: Setting
+    machine: Machine
     context: int
     measured: tuple[Measurement, ...]
     _process: Any
@@ -39,19 +40,19 @@ class Beliefs:
     _met: tuple[int, ...] = ()
 
     @classmethod
-    def after(cls, setting: Setting, context: int, measurements: Sequence[Measurement]) -> Beliefs:
+    def after(cls, machine: Machine, context: int, measurements: Sequence[Measurement]) -> Beliefs:
         """What to believe after these measurements; failed ones say nothing."""
         import numpy as np
         from sklearn.gaussian_process import GaussianProcessRegressor
         from sklearn.gaussian_process.kernels import RBF, ConstantKernel
 
         timed = tuple(one for one in measurements if one.ok)
-        found = corrected(setting, timed)
+        found = corrected(machine, timed)
         if not timed:
-            return cls(found.setting, context, timed, None, 0.0)
+            return cls(found.machine, context, timed, None, 0.0)
         sizes = np.array([one.sizes for one in timed], dtype=float)
         took = np.log([one.ttft_s for one in timed]) - found.drift
-        residual = took - np.log(ttft(sizes, found.setting))
+        residual = took - np.log(ttft(sizes, found.machine))
         noise = np.array([noise_of(one) for one in timed])
         # Only what scatters by more than noise would in all likelihood is worth a surface of its own.
         by_chance = float((noise**2).mean()) * (1 + 2 * math.sqrt(2 / max(1, len(timed) - 1)))
@@ -67,14 +68,14 @@ class Beliefs:
             process.fit(_places(sizes), residual - offset)
             if best is None or process.log_marginal_likelihood_value_ > best[0].log_marginal_likelihood_value_:
                 best = process, offset
-        return cls(found.setting, context, timed, best[0], best[1], found.step_spread, found.met)
+        return cls(found.machine, context, timed, best[0], best[1], found.step_spread, found.met)
 
     def ttft_s(self, sizes: Any) -> tuple[Array, Array]:
         """Expected TTFT in seconds of partitions ``[n, ranks]``, and its relative uncertainty."""
         import numpy as np
 
         table = np.asarray(sizes, dtype=float)
-        simulated = ttft(table, self.setting)
+        simulated = ttft(table, self.machine)
         if self._process is None:
             return simulated, np.full(len(table), TERM_SPREAD)
         shift, spread = self._process.predict(_places(table), return_std=True)

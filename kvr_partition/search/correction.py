@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvr_partition.cost import ChunkCost, LinkCost
+from msgspec.structs import replace
+
+from kvr_partition.machine.cost import ChunkCost, LinkCost, multiples
+from kvr_partition.machine.machine import Machine
+from kvr_partition.machine.schedule import ease, ttft
 from kvr_partition.measurement import Measurement, median
-from kvr_partition.schedule import Setting, ease, step_of, ttft
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,20 +67,20 @@ class Corrected:
     """What measurements say.
 
     Attributes:
-        setting: the one that best explains how long ranks computed and links carried.
+        machine: the one that best explains how long ranks computed and links carried.
         drift: of each measurement the logarithm of how much slower the whole machine was than on average.
         step_spread: how far, as a share, chunks of one size are off from what was told of their size.
         met: the chunk sizes that were measured, whose steps are known.
     """
 
-    setting: Setting
+    machine: Machine
     drift: tuple[float, ...]
     step_spread: float = 0.0
     met: tuple[int, ...] = ()
 
 
-def corrected(setting: Setting, measurements: Sequence[Measurement]) -> Corrected:
-    """The setting that best explains how long ranks computed and links carried, given where it came from.
+def corrected(machine: Machine, measurements: Sequence[Measurement]) -> Corrected:
+    """The machine that best explains how long ranks computed and links carried, given where it came from.
 
     Each cost term, each rank's speed and each link may be off; what is measured decides how much, as far as
     it tells them apart (a maximum a posteriori estimate with log-normal spreads). Where all ranks were slower in
@@ -85,39 +89,38 @@ def corrected(setting: Setting, measurements: Sequence[Measurement]) -> Correcte
     """
     timed = [one for one in measurements if one.ok and len(one.samples[0].ranks) == len(one.sizes)]
     if not timed:
-        return Corrected(_with_steps(setting, USUAL_WEIGHT), (0.0,) * len(measurements))
-    found = _with_costs(setting, timed)
-    told = _with_links(found.setting, timed)
+        return Corrected(_with_steps(machine, USUAL_WEIGHT), (0.0,) * len(measurements))
+    found = _with_costs(machine, timed)
+    told = _with_links(found.machine, timed)
     known = dict(zip(map(id, timed), found.drift, strict=True))
     drift = tuple(known.get(id(one), 0.0) for one in measurements)
     return Corrected(_with_kv_share(told, timed, found.drift), drift, found.step_spread, found.met)
 
 
-def _with_steps(setting: Setting, weight: float) -> Setting:
+def _with_steps(machine: Machine, weight: float) -> Machine:
     """The same, with so much of its steps."""
-    steps = tuple((size, factor**weight) for size, factor in setting.cost.steps)
-    return replace(setting, cost=replace(setting.cost, steps=steps))
+    steps = tuple((size, factor**weight) for size, factor in machine.cost.steps)
+    return replace(machine, cost=replace(machine.cost, steps=steps))
 
 
-def _with_costs(setting: Setting, timed: Sequence[Measurement]) -> Corrected:
+def _with_costs(machine: Machine, timed: Sequence[Measurement]) -> Corrected:
     import numpy as np
     from scipy.optimize import least_squares
 
-    cost = setting.cost
-    prices = np.array([cost.fixed_s, cost.per_token_s, cost.per_own_pair_s, cost.per_prefix_pair_s])
+    cost = machine.cost
+    prices = np.array(cost.terms[:4])
     sizes = np.array([one.sizes for one in timed], dtype=float)
     pasts = np.array([[one.past] for one in timed], dtype=float)
     starts = pasts + np.cumsum(sizes, axis=1) - sizes
-    own = sizes * sizes * (1.0 if setting.dense else 0.5)
-    terms = np.stack([np.ones_like(sizes), sizes, own, sizes * starts], axis=-1) * prices
+    terms = multiples(sizes, starts, machine.dense) * prices
     took = np.array([[_median(one, rank, "compute_s") for rank in range(len(one.sizes))] for one in timed])
     if not (took > 0).all() or not (terms.sum(axis=-1) > 0).all():
-        return Corrected(setting, (0.0,) * len(timed))
+        return Corrected(machine, (0.0,) * len(timed))
     noise = np.array([noise_of(one) for one in timed])[:, None]
     ranks = sizes.shape[1]
-    slowness = np.log([setting.slowness(rank) for rank in range(ranks)])
-    all_known = np.log(took) - slowness - np.log(_eases(timed, setting))[:, None]
-    told_steps = np.log(step_of(cost, sizes))
+    slowness = np.log([machine.slowness(rank) for rank in range(ranks)])
+    all_known = np.log(took) - slowness - np.log(_eases(timed, machine))[:, None]
+    told_steps = np.log(cost.step(sizes))
     different, which = np.unique(sizes, return_inverse=True)
     which = which.reshape(sizes.shape)
 
@@ -158,16 +161,16 @@ def _with_costs(setting: Setting, timed: Sequence[Measurement]) -> Corrected:
         every = itertools.product(DRIFT_SPREADS, STEP_SPREADS, SCATTER_SPREADS)
         best = likeliest(weight, itertools.starmap(_Spreads, every))
         if told_steps.any():
-            near_best = [replace(best[1], step=step) for step in STEP_SPREADS]
+            near_best = [dataclasses.replace(best[1], step=step) for step in STEP_SPREADS]
             best = max((likeliest(one, near_best) for one in TOLD_WEIGHTS), key=lambda found: found[0])
         _, spreads, weight = best
     cost_terms, slow, drift, steps = solved(all_known - weight * told_steps, spreads)
     fixed, token, own_pair, prefix_pair = (float(one) for one in prices * np.exp(cost_terms))
-    factors = dict(_with_steps(setting, weight).cost.steps)
+    factors = dict(_with_steps(machine, weight).cost.steps)
     for size, step in zip(map(int, different), steps, strict=False):
         factors[size] = factors.get(size, 1.0) * math.exp(step)
     told = replace(
-        setting,
+        machine,
         cost=ChunkCost(fixed, token, own_pair, prefix_pair, cost.kv_share, tuple(sorted(factors.items()))),
         speeds=tuple(float(one) for one in np.exp(-(slowness + slow))),
     )
@@ -251,13 +254,13 @@ def _usual(timed: Sequence[Measurement]) -> float:
     return max(LEAST_USUAL, median(samples))
 
 
-def _with_links(setting: Setting, timed: Sequence[Measurement]) -> Setting:
+def _with_links(machine: Machine, timed: Sequence[Measurement]) -> Machine:
     ranks = len(timed[0].sizes)
     logs: list[list[float]] = [[] for _ in range(ranks - 1)]
     rates: list[list[float]] = [[] for _ in range(ranks - 1)]
     for one in timed:
         for rank in range(ranks - 1):
-            took, carried = _median(one, rank, "transfer_s"), _bytes_sent(setting, one.sizes, rank)
+            took, carried = _median(one, rank, "transfer_s"), _bytes_sent(machine, one.sizes, rank)
             expected = sum(nbytes * link.seconds_per_byte for nbytes, link in carried)
             total = sum(nbytes for nbytes, _ in carried)
             if took > 0 and total > 0:
@@ -272,27 +275,27 @@ def _with_links(setting: Setting, timed: Sequence[Measurement]) -> Setting:
         factor = math.exp(weight * sum(found) / len(found)) if found else 1.0
         return replace(link, seconds_per_byte=link.seconds_per_byte * factor)
 
-    if setting.topology == "chain":
-        links = tuple(scaled(setting.link_between(at, at + 1), logs[at], rates[at]) for at in range(ranks - 1))
-        return replace(setting, link=links)
+    if machine.topology == "chain":
+        links = tuple(scaled(machine.link_between(at, at + 1), logs[at], rates[at]) for at in range(ranks - 1))
+        return replace(machine, link=links)
     # A fan-out's times are sums over links; only what all have in common can be told.
     together = [value for each in logs for value in each], [value for each in rates for value in each]
-    if isinstance(setting.link, LinkCost):
-        return replace(setting, link=scaled(setting.link, *together))
-    return replace(setting, link=tuple(scaled(link, *together) for link in setting.link))
+    if isinstance(machine.link, LinkCost):
+        return replace(machine, link=scaled(machine.link, *together))
+    return replace(machine, link=tuple(scaled(link, *together) for link in machine.link))
 
 
-def _with_kv_share(setting: Setting, timed: Sequence[Measurement], drift: Sequence[float]) -> Setting:
+def _with_kv_share(machine: Machine, timed: Sequence[Measurement], drift: Sequence[float]) -> Machine:
     """How early a layer's KV is ready shows in nothing but TTFT itself."""
     import numpy as np
 
-    share = setting.cost.kv_share
+    share = machine.cost.kv_share
     if not 0 < share < 1:
-        return setting
+        return machine
     took, noise = np.log([one.ttft_s for one in timed]) - drift, np.array([noise_of(one) for one in timed])
     best = None
     for factor in np.exp(np.linspace(-2, 2, 21) * SHARE_SPREAD):
-        tried = replace(setting, cost=replace(setting.cost, kv_share=min(0.95, share * float(factor))))
+        tried = replace(machine, cost=replace(machine.cost, kv_share=min(0.95, share * float(factor))))
         off = (np.log(_simulated(timed, tried)) - took) / noise
         unlikely = float((off**2).sum()) + (math.log(factor) / SHARE_SPREAD) ** 2
         if best is None or unlikely < best[0]:
@@ -301,30 +304,30 @@ def _with_kv_share(setting: Setting, timed: Sequence[Measurement], drift: Sequen
     return best[1]
 
 
-def _simulated(timed: Sequence[Measurement], setting: Setting) -> Array:
+def _simulated(timed: Sequence[Measurement], machine: Machine) -> Array:
     """TTFT in seconds of each of these partitions, each behind its own past."""
     import numpy as np
 
     times = np.empty(len(timed))
     for past in {one.past for one in timed}:
         at = [index for index, one in enumerate(timed) if one.past == past]
-        times[at] = ttft([timed[index].sizes for index in at], replace(setting, past=past))
+        times[at] = ttft([timed[index].sizes for index in at], replace(machine, past=past))
     return times
 
 
-def _eases(timed: Sequence[Measurement], setting: Setting) -> Array:
+def _eases(timed: Sequence[Measurement], machine: Machine) -> Array:
     """`schedule.ease` of each of these partitions, each behind its own past."""
     import numpy as np
 
-    return np.array([ease([one.sizes], replace(setting, past=one.past))[0] for one in timed])
+    return np.array([ease([one.sizes], replace(machine, past=one.past))[0] for one in timed])
 
 
-def _bytes_sent(setting: Setting, sizes: Sequence[int], rank: int) -> list[tuple[float, LinkCost]]:
+def _bytes_sent(machine: Machine, sizes: Sequence[int], rank: int) -> list[tuple[float, LinkCost]]:
     """Bytes a rank puts on each of its links in one prefill."""
-    row = setting.entry_bytes * setting.layers
-    if setting.topology == "chain":
-        return [(sum(sizes[: rank + 1]) * row, setting.link_between(rank, rank + 1))]
-    return [(sizes[rank] * row, setting.link_between(rank, peer)) for peer in range(rank + 1, len(sizes))]
+    row = machine.entry_bytes * machine.layers
+    if machine.topology == "chain":
+        return [(sum(sizes[: rank + 1]) * row, machine.link_between(rank, rank + 1))]
+    return [(sizes[rank] * row, machine.link_between(rank, peer)) for peer in range(rank + 1, len(sizes))]
 
 
 def _median(measurement: Measurement, rank: int, field: str) -> float:

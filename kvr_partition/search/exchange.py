@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from kvr_partition.machine.machine import Machine
+from kvr_partition.machine.schedule import ttft
 from kvr_partition.partition import Partition
-from kvr_partition.schedule import Setting, ttft
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,23 +23,23 @@ MOST_EXCHANGES = 30
 def settled(
     start: Partition,
     quantum: int,
-    setting: Setting,
+    machine: Machine,
     delayed: Callable[[Sizes], Array],
     inside: Callable[[Sizes], Sizes] | None = None,
 ) -> Partition:
-    """The best partition by a setting whose chunk sizes have steps, from one that knows nothing of them.
+    """The best partition by a machine whose chunk sizes have steps, from one that knows nothing of them.
 
     Args:
         start, quantum, inside: as in `exchanged`.
-        setting: what a prefill costs.
+        machine: what a prefill costs.
         delayed: by what factor partitions ``[n, ranks]`` take longer, as they may have sizes never met.
     """
     import numpy as np
 
-    known = [size for size, _ in setting.cost.steps]
+    known = [size for size, _ in machine.cost.steps]
 
     def seconds(rows: Sizes) -> Array:
-        return ttft(rows, setting) * delayed(rows)
+        return ttft(rows, machine) * delayed(rows)
 
     best = exchanged(np.array(start.sizes), quantum, seconds, known, inside)[-1]
     return Partition((int(size) for size in best), start.past)

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import optuna
+from msgspec.structs import replace
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from kvr_partition.errors import PartitionError
+from kvr_partition.machine.machine import Machine
+from kvr_partition.machine.solve import best_split
 from kvr_partition.measurement import Measurement
 from kvr_partition.partition import Partition
-from kvr_partition.schedule import Setting, best_split
 from kvr_partition.search.beliefs import Beliefs
 from kvr_partition.search.correction import LEAST_NOISE, LONE_NOISE, noise_of
 from kvr_partition.search.exchange import exchanged, settled
@@ -109,26 +110,26 @@ def running_in(study: optuna.Study) -> set[tuple[int, ...]]:
 class InformedSampler(PartitionSampler):
     """Proposes what is expected to win most, by a schedule whose costs every measurement corrects.
 
-    It begins at the best split of the setting it is given. After each measurement, what ranks computed and
+    It begins at the best split of the machine it is given. After each measurement, what ranks computed and
     links carried corrects cost terms, speeds and bandwidths; what the schedule still leaves unexplained
-    becomes a smooth surface. Candidates are the best split of the corrected setting, and steps around it
+    becomes a smooth surface. Candidates are the best split of the corrected machine, and steps around it
     and around what was fastest; the one with the largest expected improvement is next. When none is
     expected to win more than measuring can tell, it proposes nothing.
 
     Args:
         space, seed: as in `PartitionSampler`.
-        setting: what a prefill costs, as far as it is known.
+        machine: what a prefill costs, as far as it is known.
     """
 
     def __init__(
-        self, space: Space | None = None, setting: Setting | None = None, *, seed: int | None = None
+        self, space: Space | None = None, machine: Machine | None = None, *, seed: int | None = None
     ) -> None:
         super().__init__(space, seed=seed)
-        self._setting = setting if setting is None or space is None else replace(setting, past=space.past)
+        self._machine = machine if machine is None or space is None else replace(machine, past=space.past)
         self._seed = seed
 
     def propose(self, study: optuna.Study) -> Partition | None:
-        if self._setting is None or self._space is None:
+        if self._machine is None or self._space is None:
             return None
         return self.next(measured_in(study), running_in(study))
 
@@ -139,9 +140,9 @@ class InformedSampler(PartitionSampler):
         import numpy as np
 
         assert self._space is not None
-        assert self._setting is not None
+        assert self._machine is not None
         context = self._space.context
-        beliefs = Beliefs.after(self._setting, context, measured)
+        beliefs = Beliefs.after(self._machine, context, measured)
         solved = self._solved(beliefs)
         taken = {one.sizes for one in measured} | (running or set())
         ranked = beliefs.ranked()
@@ -152,7 +153,7 @@ class InformedSampler(PartitionSampler):
         generator = np.random.default_rng((self._seed or 0, len(measured)))
         centres = [solved.boundaries[1:-1], *(one.partition.boundaries[1:-1] for one in ranked[:3])]
         sizes = self._around(centres, context, generator)
-        if beliefs.setting.cost.steps and len(sizes):
+        if beliefs.machine.cost.steps and len(sizes):
             sizes = np.unique(np.concatenate([sizes, self._exchanged(beliefs, sizes)]), axis=0)
         fresh = np.array([tuple(row) not in taken for row in sizes.tolist()], dtype=bool)
         sizes = sizes[fresh]
@@ -172,19 +173,19 @@ class InformedSampler(PartitionSampler):
         return self._partition(sizes[at])
 
     def _solved(self, beliefs: Beliefs) -> Partition:
-        """The best split of a setting, and of its steps where sizes are told to have any."""
+        """The best split of a machine, and of its steps where sizes are told to have any."""
         assert self._space is not None
-        space, setting = self._space, beliefs.setting
-        found = best_split(space.context, len(space.ranges) + 1, setting, quantum=space.quantum)
-        if not setting.cost.steps or space.context % space.quantum:
+        space, machine = self._space, beliefs.machine
+        found = best_split(space.context, len(space.ranges) + 1, machine, quantum=space.quantum)
+        if not machine.cost.steps or space.context % space.quantum:
             return found
-        return settled(found, space.quantum, setting, beliefs.surprised, self._inside)
+        return settled(found, space.quantum, machine, beliefs.surprised, self._inside)
 
     def _exchanged(self, beliefs: Beliefs, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
         """Partitions of chunk sizes that go well, on the way from the best of these."""
         assert self._space is not None
         best = sizes[int(beliefs.ttft_s(sizes)[0].argmin())]
-        known = [size for size, _ in beliefs.setting.cost.steps]
+        known = [size for size, _ in beliefs.machine.cost.steps]
         return exchanged(best, self._space.quantum, lambda rows: beliefs.ttft_s(rows)[0], known, self._inside)
 
     def _partition(self, sizes: Any) -> Partition:

@@ -7,7 +7,7 @@ import warnings
 import optuna
 
 from kvr_partition.errors import UnsupportedError
-from kvr_partition.schedule import Setting
+from kvr_partition.machine.machine import Machine
 from kvr_partition.search.informed import HierarchicalGridSampler, InformedSampler
 from kvr_partition.search.space import Space
 
@@ -15,7 +15,7 @@ SAMPLERS = ("informed", "hierarchical", "gp", "tpe", "cmaes")
 
 
 def make_sampler(
-    name: str, *, seed: int, seeds: int, space: Space, setting: Setting | None = None
+    name: str, *, seed: int, seeds: int, space: Space, machine: Machine | None = None
 ) -> optuna.samplers.BaseSampler:
     """An Optuna sampler that begins where the seeds end.
 
@@ -24,16 +24,16 @@ def make_sampler(
         seed: of its random numbers.
         seeds: how many seed partitions the study measures before it asks the sampler.
         space: of the study.
-        setting: what a prefill costs, as far as it is known; ``"informed"`` needs it.
+        machine: what a prefill costs, as far as it is known; ``"informed"`` needs it.
 
     Raises:
-        UnsupportedError: an unknown name, or ``"informed"`` without a setting.
+        UnsupportedError: an unknown name, or ``"informed"`` without a machine.
     """
     check_sampler(name)
     if name == "informed":
-        if setting is None:
-            raise UnsupportedError("sampler 'informed' needs a setting to start from; use another sampler")
-        return InformedSampler(space, setting, seed=seed)
+        if machine is None:
+            raise UnsupportedError("sampler 'informed' needs a machine to start from; use another sampler")
+        return InformedSampler(space, machine, seed=seed)
     if name == "hierarchical":
         return HierarchicalGridSampler(space, seed=seed)
     with warnings.catch_warnings():

@@ -12,7 +12,7 @@ import sqlite3
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ import sqlalchemy.exc
 from optuna.trial import FrozenTrial, TrialState
 
 from kvr_partition.errors import RankError, StorageError
+from kvr_partition.machine.machine import Machine
 from kvr_partition.measurement import Measurement
 from kvr_partition.partition import Partition
-from kvr_partition.schedule import Setting
 from kvr_partition.search.beliefs import Beliefs
 from kvr_partition.search.decision import decided
 from kvr_partition.search.informed import PartitionSampler
@@ -101,7 +101,7 @@ def search(
     *,
     seeds: Callable[[], Sequence[Seed]] | None = None,
     sampler: str | None = None,
-    setting: Setting | None = None,
+    machine: Machine | None = None,
     quantum: int | None = None,
     past: int = 0,
     storage: str | optuna.storages.BaseStorage | None = None,
@@ -127,8 +127,8 @@ def search(
         budget: how many different partitions to measure, seeds included.
         seeds: called for a new study only: the first partitions to measure, best informed last. The even
             split is always among them.
-        sampler: one of `SAMPLERS`; ``"informed"`` if there is a setting, else ``"gp"``, when None.
-        setting: what a prefill costs, as far as it is known; for the informed sampler.
+        sampler: one of `SAMPLERS`; ``"informed"`` if there is a machine, else ``"gp"``, when None.
+        machine: what a prefill costs, as far as it is known; for the informed sampler.
         quantum: boundaries are multiples of this many tokens; a 128th of the average chunk when None.
         past: tokens that every rank has in its cache before the prompt.
         storage: Optuna storage, or its URL as in `open_storage`; in memory when None.
@@ -145,14 +145,14 @@ def search(
     Raises:
         RankError: measuring failed several times in a row.
         StorageError: the storage is damaged, full or of another search.
-        UnsupportedError: an unknown sampler, or one that needs a setting without one.
+        UnsupportedError: an unknown sampler, or one that needs a machine without one.
     """
-    sampler = sampler or ("gp" if setting is None else "informed")
+    sampler = sampler or ("gp" if machine is None else "informed")
     if isinstance(storage, str):
         with _storage_errors():
             storage = open_storage(storage)
     name = study_name or f"{ranks}-ranks-{context}" + (f"-past-{past}" if past else "")
-    setting = None if setting is None else replace(setting, past=past)
+    machine = None if machine is None else machine.behind(past)
     with _storage_errors():
         study = _Study(
             storage,
@@ -163,7 +163,7 @@ def search(
             quantum or default_quantum(context, ranks),
             seeds,
             sampler,
-            setting,
+            machine,
             seed,
             shared,
             conditions,
@@ -186,14 +186,14 @@ class _Study:
         quantum: int,
         seeds: Callable[[], Sequence[Seed]] | None,
         sampler: str,
-        setting: Setting | None,
+        machine: Machine | None,
         seed: int,
         shared: bool,
         conditions: Mapping[str, object] | None,
     ) -> None:
         self._shared = shared
         self._sampler = sampler
-        self._setting = setting
+        self._machine = machine
         self._seed = seed
         storage = optuna.storages.get_storage(storage)
         begun = None
@@ -327,9 +327,9 @@ class _Study:
 
     def beliefs(self) -> Beliefs | None:
         """What all measurements say, where a cost model says what to make of them."""
-        if self._sampler != "informed" or self._setting is None:
+        if self._sampler != "informed" or self._machine is None:
             return None
-        return Beliefs.after(self._setting, self.space.context, self._timed())
+        return Beliefs.after(self._machine, self.space.context, self._timed())
 
     def ranked(self, beliefs: Beliefs | None) -> list[Measurement]:
         """What was timed, the most promising first."""
@@ -374,7 +374,7 @@ class _Study:
             optuna.samplers.RandomSampler(seed=seed)
             if explore or given is not None
             else make_sampler(
-                self._sampler, seed=seed, seeds=len(self.seeds), space=self.space, setting=self._setting
+                self._sampler, seed=seed, seeds=len(self.seeds), space=self.space, machine=self._machine
             )
         )
         with warnings.catch_warnings():

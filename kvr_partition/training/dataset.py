@@ -13,11 +13,12 @@ import msgspec
 
 from kvr_partition import jsonfile
 from kvr_partition.errors import FileFormatError, PartitionError
+from kvr_partition.machine.machine import Machine
+from kvr_partition.machine.schedule import simulate
+from kvr_partition.machine.solve import best_split
 from kvr_partition.measurement import Measurement
 from kvr_partition.partition import Partition
 from kvr_partition.provenance import Provenance
-from kvr_partition.schedule import Setting, best_split, simulate
-from kvr_partition.terms import SettingTerms
 
 if TYPE_CHECKING:
     from kvr_partition.search.beliefs import Beliefs
@@ -27,7 +28,7 @@ SCHEMA = "kvr-partition/dataset/2"
 MOST_QUANTUM = 256
 """No kernel takes more rows at once."""
 
-Machine = tuple[str, str, float | None, str, int]
+MachineKey = tuple[str, str, float | None, str, int]
 """Hardware, model, bandwidth, topology, ranks."""
 
 
@@ -55,15 +56,15 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ranks: int
     context: int
     past: int
-    told: SettingTerms
+    told: Machine
     sizes: tuple[int, ...]
     trials: tuple[Measurement, ...]
-    truth: SettingTerms | None = None
+    truth: Machine | None = None
     best_s: float | None = None
     provenance: Provenance | None = None
 
     @property
-    def machine(self) -> Machine:
+    def machine(self) -> MachineKey:
         """What rows must share to be told apart by context and past alone."""
         return self.hardware, self.model, self.bandwidth, self.topology, self.ranks
 
@@ -89,7 +90,7 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         partition near the measured ones is good to their noise.
         """
         if self.truth is not None and self.best_s is not None:
-            return simulate(partition, self.truth.setting(self.past)).ttft_s / self.best_s - 1
+            return simulate(partition, self.truth.behind(self.past)).ttft_s / self.best_s - 1
         beliefs, best_s = _believed(self)
         return float(beliefs.ttft_s([partition.sizes])[0][0]) / best_s - 1
 
@@ -99,15 +100,15 @@ def _believed(row: Row) -> tuple[Beliefs, float]:
     """What a measured row's trials lead to expect, and of the best partition."""
     from kvr_partition.search.beliefs import Beliefs
 
-    beliefs = Beliefs.after(row.told.setting(row.past), row.context, row.trials)
-    solved = best_split(row.context, row.ranks, beliefs.setting)
+    beliefs = Beliefs.after(row.told.behind(row.past), row.context, row.trials)
+    solved = best_split(row.context, row.ranks, beliefs.machine)
     known = [row.sizes, solved.sizes, *(one.sizes for one in row.trials if one.ok)]
     return beliefs, float(beliefs.ttft_s(known)[0].min())
 
 
 def measured_row(
     provenance: Provenance,
-    told: Setting,
+    told: Machine,
     trials: Sequence[Measurement],
     sizes: tuple[int, ...],
     bandwidth: float | None = None,
@@ -130,7 +131,7 @@ def measured_row(
         ranks=provenance.ranks,
         context=context,
         past=past,
-        told=SettingTerms.of(told, provenance.ranks),
+        told=told.filed(provenance.ranks),
         sizes=sizes,
         trials=tuple(trials),
         provenance=provenance,
@@ -185,6 +186,7 @@ def load_dataset(path: str | os.PathLike[str]) -> Dataset:
             raise FileFormatError(
                 f"{os.fspath(path)}: rows[{index}] has sizes that are no partition of its context"
             )
-        if len(row.told.links) != row.ranks - 1 or len(row.told.speeds) != row.ranks:
+        links = row.told.link
+        if not isinstance(links, tuple) or len(links) != row.ranks - 1 or len(row.told.speeds) != row.ranks:
             raise FileFormatError(f"{os.fspath(path)}: rows[{index}] tells of another number of ranks")
     return found

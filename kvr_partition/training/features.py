@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvr_partition.schedule import Setting, best_split
-from kvr_partition.terms import SettingTerms
-from kvr_partition.training.dataset import Machine, Row
+import msgspec
+
+from kvr_partition.machine.machine import Machine
+from kvr_partition.machine.solve import best_split
+from kvr_partition.training.dataset import MachineKey, Row
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,8 +41,8 @@ NAMES = (
 class Query:
     """What is to be predicted: a context and past on a machine, and what is known of its costs."""
 
-    machine: Machine
-    told: SettingTerms
+    machine: MachineKey
+    told: Machine
     context: int
     past: int
 
@@ -65,14 +67,14 @@ def features(query: Query) -> Array:
     import numpy as np
 
     told, ranks, context, past = query.told, query.ranks, query.context, query.past
-    cost = told.cost
-    linear = cost.per_token_s * context
-    attention = cost.per_own_pair_s * context * context / 2 + cost.per_prefix_pair_s * context * past
-    work = linear + attention + cost.fixed_s * ranks
-    slowest = max(link.seconds_per_byte for link in told.links)
+    cost, links = told.cost, told.links(ranks)
+    tokens, *pairs = cost.smooth.parts(context, past)
+    attention = sum(pairs)
+    work = tokens + attention + cost.fixed_s * (ranks - 1)
+    slowest = max(link.seconds_per_byte for link in links)
     carried = context * told.entry_bytes * told.layers * slowest
     mean_speed = sum(told.speeds) / ranks
-    mean_link = sum(link.seconds_per_byte for link in told.links) / len(told.links)
+    mean_link = sum(link.seconds_per_byte for link in links) / len(links)
     so_far = list(itertools.accumulate(speed / mean_speed / ranks for speed in told.speeds))
     rows = []
     for at in range(ranks - 1):
@@ -90,7 +92,7 @@ def features(query: Query) -> Array:
                 so_far[at] - place,
                 told.speeds[at] / mean_speed - 1,
                 told.speeds[at + 1] / mean_speed - 1,
-                told.links[at].seconds_per_byte / mean_link - 1 if mean_link else 0.0,
+                links[at].seconds_per_byte / mean_link - 1 if mean_link else 0.0,
                 float(told.overlap),
                 float(told.topology == "fanout"),
             ]
@@ -104,7 +106,7 @@ def places(ranks: int) -> list[float]:
 
 
 @functools.lru_cache(maxsize=100_000)
-def solved(setting: Setting, context: int, ranks: int) -> tuple[float, ...]:
-    """Boundaries of a setting's best split as shares of the context, whatever steps single sizes have."""
-    found = best_split(context, ranks, replace(setting, cost=replace(setting.cost, steps=())))
+def solved(machine: Machine, context: int, ranks: int) -> tuple[float, ...]:
+    """Boundaries of a machine's best split as shares of the context, whatever steps single sizes have."""
+    found = best_split(context, ranks, msgspec.structs.replace(machine, cost=machine.cost.smooth))
     return tuple(boundary / context for boundary in found.boundaries[1:-1])

@@ -113,10 +113,9 @@ def train(
         chosen, len(rows), sum(row.origin == "measured" for row in rows), digest(rows), tuple(scores(found))
     )
     largest = max(rows, key=lambda row: (row.context, row.ranks))
-    cost = Corrected().fit(rows).setting(Query.of(largest)).cost
-    from kvr_partition.terms import ChunkTerms
+    cost = Corrected().fit(rows).machine(Query.of(largest)).cost.smooth
 
-    return PartitionPredictor(grids, training, ChunkTerms.of(cost), provenance)
+    return PartitionPredictor(grids, training, cost, provenance)
 
 
 def _grid(regressor: Any, rows: Sequence[Row], quantum: int | None) -> Grid:

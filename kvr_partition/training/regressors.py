@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from kvr_partition.cost import LEAST_STEP, ChunkCost
+from msgspec.structs import replace
+
 from kvr_partition.errors import OutOfRangeError
+from kvr_partition.machine.cost import LEAST_STEP, ChunkCost
+from kvr_partition.machine.machine import Machine
 from kvr_partition.partition import Partition
-from kvr_partition.schedule import Setting
 from kvr_partition.search.beliefs import surprise
 from kvr_partition.search.correction import corrected
 from kvr_partition.search.exchange import settled
-from kvr_partition.training.dataset import Machine, Row
+from kvr_partition.training.dataset import MachineKey, Row
 from kvr_partition.training.features import Query, features, places, solved
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ class Interpolation(_Smooth):
     """KVR-P as published: linear between the nearest searched contexts of the same machine and past share."""
 
     def fit(self, rows: Sequence[Row]) -> Interpolation:
-        self._series: dict[tuple[Machine, float], list[Row]] = {}
+        self._series: dict[tuple[MachineKey, float], list[Row]] = {}
         for row in sorted(rows, key=lambda row: row.context):
             self._series.setdefault((row.machine, round(row.past_share, 6)), []).append(row)
         return self
@@ -84,12 +86,12 @@ def _in_steps(
     cuts: Sequence[float],
     query: Query,
     quantum: int,
-    setting: Setting,
+    machine: Machine,
     met: Iterable[int] = (),
     step_spread: float = 0.0,
 ) -> tuple[int, ...] | None:
     """The best chunks where single sizes have steps, near some boundaries; None where none have."""
-    if not setting.cost.steps or quantum < LEAST_STEP or query.context % quantum:
+    if not machine.cost.steps or quantum < LEAST_STEP or query.context % quantum:
         return None
     import numpy as np
 
@@ -98,7 +100,7 @@ def _in_steps(
         return factors
 
     start = Partition.from_cuts(cuts, query.context, quantum)
-    return settled(start, quantum, setting, delayed).sizes
+    return settled(start, quantum, machine, delayed).sizes
 
 
 class CostModel:
@@ -108,24 +110,24 @@ class CostModel:
         return self
 
     def cuts(self, query: Query) -> Sequence[float]:
-        return solved(query.told.setting(query.past), query.context, query.ranks)
+        return solved(query.told.behind(query.past), query.context, query.ranks)
 
     def sizes(self, query: Query, quantum: int) -> tuple[int, ...] | None:
-        return _in_steps(self.cuts(query), query, quantum, query.told.setting(query.past))
+        return _in_steps(self.cuts(query), query, quantum, query.told.behind(query.past))
 
 
 @dataclass(frozen=True)
 class _Learnt:
-    """What measurements of a machine said: its setting, and by how much that differs from what was told.
+    """What measurements of a machine said: its machine, and by how much that differs from what was told.
 
     Attributes:
-        setting: without steps, which boundaries are not solved with: other contexts have other sizes.
+        machine: without steps, which boundaries are not solved with: other contexts have other sizes.
         steps: of chunk sizes, as told or as measured.
         met, step_spread: the sizes that were measured, and how far others may be off.
     """
 
+    key: MachineKey
     machine: Machine
-    setting: Setting
     terms: tuple[float, ...]
     """Logarithms, of the four cost terms and of ``kv_share``."""
     link: float
@@ -134,12 +136,12 @@ class _Learnt:
     step_spread: float
 
     @classmethod
-    def of(cls, machine: Machine, rows: Sequence[Row]) -> _Learnt:
-        told = rows[0].told.setting()
+    def of(cls, key: MachineKey, rows: Sequence[Row]) -> _Learnt:
+        told = rows[0].told
         learnt = corrected(told, [trial for row in rows for trial in row.trials if trial.ok])
-        steps = learnt.setting.cost.steps
-        found = replace(learnt.setting, cost=replace(learnt.setting.cost, steps=()))
-        ranks = machine[4]
+        steps = learnt.machine.cost.steps
+        found = replace(learnt.machine, cost=learnt.machine.cost.smooth)
+        ranks = key[4]
         links = [
             _log_ratio(
                 found.link_between(at, at + 1).seconds_per_byte, told.link_between(at, at + 1).seconds_per_byte
@@ -148,7 +150,7 @@ class _Learnt:
         ]
         pairs = zip(found.cost.terms, told.cost.terms, strict=True)
         terms = tuple(_log_ratio(*pair) for pair in pairs)
-        return cls(machine, found, terms, sum(links) / len(links), steps, learnt.met, learnt.step_spread)
+        return cls(key, found, terms, sum(links) / len(links), steps, learnt.met, learnt.step_spread)
 
 
 def _log_ratio(value: float, base: float) -> float:
@@ -163,39 +165,39 @@ class Corrected:
     """
 
     def fit(self, rows: Sequence[Row]) -> Corrected:
-        by_machine: dict[Machine, list[Row]] = {}
+        by_machine: dict[MachineKey, list[Row]] = {}
         for row in rows:
             by_machine.setdefault(row.machine, []).append(row)
-        self._learnt = {machine: _Learnt.of(machine, of_it) for machine, of_it in by_machine.items()}
-        self._transferred: dict[Machine, Setting] = {}
+        self._learnt = {key: _Learnt.of(key, of_it) for key, of_it in by_machine.items()}
+        self._transferred: dict[MachineKey, Machine] = {}
         return self
 
-    def setting(self, query: Query) -> Setting:
+    def machine(self, query: Query) -> Machine:
         """As measured; as others suggest where nothing was."""
         known = self._learnt.get(query.machine)
         if known is not None:
-            return replace(known.setting, past=query.past)
+            return replace(known.machine, past=query.past)
         if query.machine not in self._transferred:
             self._transferred[query.machine] = self._suggested(query)
         return replace(self._transferred[query.machine], past=query.past)
 
     def cuts(self, query: Query) -> Sequence[float]:
-        return solved(self.setting(query), query.context, query.ranks)
+        return solved(self.machine(query), query.context, query.ranks)
 
     def sizes(self, query: Query, quantum: int) -> tuple[int, ...] | None:
         learnt = self._learnt.get(query.machine)
         if learnt is None:
             return None
-        setting = self.setting(query)
-        stepped = replace(setting, cost=replace(setting.cost, steps=learnt.steps))
+        machine = self.machine(query)
+        stepped = replace(machine, cost=replace(machine.cost, steps=learnt.steps))
         return _in_steps(self.cuts(query), query, quantum, stepped, learnt.met, learnt.step_spread)
 
-    def _suggested(self, query: Query) -> Setting:
+    def _suggested(self, query: Query) -> Machine:
         hardware, model, bandwidth, _, _ = query.machine
-        there = [one for one in self._learnt.values() if one.machine[0] == hardware]
-        same = [one for one in there if one.machine[1] == model] or there
-        links = [one.link for one in there if one.machine[2] == bandwidth]
-        told = query.told.setting()
+        there = [one for one in self._learnt.values() if one.key[0] == hardware]
+        same = [one for one in there if one.key[1] == model] or there
+        links = [one.link for one in there if one.key[2] == bandwidth]
+        told = query.told
         cost, link = told.cost, told.link
         if same:
             factors = [math.exp(sum(logs) / len(same)) for logs in zip(*(one.terms for one in same), strict=True)]
@@ -225,16 +227,16 @@ class Residual(_Smooth):
         from sklearn.gaussian_process.kernels import RBF
 
         self._base = Corrected().fit(rows)
-        self._processes: dict[Machine, Any] = {}
-        for machine in dict.fromkeys(row.machine for row in rows):
-            of_it = [row for row in rows if row.machine == machine]
+        self._processes: dict[MachineKey, Any] = {}
+        for key in dict.fromkeys(row.machine for row in rows):
+            of_it = [row for row in rows if row.machine == key]
             if len(of_it) < 2:
                 continue
             left = np.array([np.subtract(row.cuts, self._base.cuts(Query.of(row))) for row in of_it])
             scale = float(np.sqrt((left**2).mean())) or 1.0
             process = GaussianProcessRegressor(RBF(self._length, "fixed"), alpha=self._noise, optimizer=None)
             process.fit([_place_of(Query.of(row)) for row in of_it], left / scale)
-            self._processes[machine] = process, scale
+            self._processes[key] = process, scale
         return self
 
     def cuts(self, query: Query) -> Sequence[float]:
@@ -278,7 +280,7 @@ class Regression(_Smooth):
 
     def _base(self, query: Query) -> Sequence[float]:
         if self._on_cost_model:
-            return solved(query.told.setting(query.past), query.context, query.ranks)
+            return solved(query.told.behind(query.past), query.context, query.ranks)
         return places(query.ranks)
 
 

@@ -6,17 +6,20 @@ import itertools
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from kvr_partition.cost import ChunkCost, LinkCost
+from msgspec.structs import replace
+
+from kvr_partition.machine.cost import ChunkCost, LinkCost
+from kvr_partition.machine.machine import Machine
+from kvr_partition.machine.schedule import simulate
+from kvr_partition.machine.solve import best_split
 from kvr_partition.measurement import Measurement, RankTimes, Sample
 from kvr_partition.partition import Partition
-from kvr_partition.schedule import Setting, best_split, simulate
 from kvr_partition.search.beliefs import Beliefs
 from kvr_partition.search.informed import InformedSampler
 from kvr_partition.search.space import Seed, Space, default_quantum
 from kvr_partition.search.study import WIDE
-from kvr_partition.terms import SettingTerms
 from kvr_partition.training.dataset import Row
 
 NOISE = 0.02
@@ -68,8 +71,8 @@ class Landscape:
     model: str
     bandwidth: float
     ranks: int
-    told: Setting
-    truth: Setting
+    told: Machine
+    truth: Machine
 
 
 def landscapes(ranks: Sequence[int] = (2, 3, 4, 6, 8), each: int = 1, seed: int = 0) -> list[Landscape]:
@@ -101,7 +104,7 @@ def _landscape(shape: Shape, hardware: str, bandwidth: float, ranks: int, seed: 
     rates = [bandwidth * off(0.05) for _ in range(ranks - 1)]
     rates[draw.randrange(ranks - 1)] *= 0.7
     link_off = off(LINK_OFF, by_link)
-    truth = Setting(
+    truth = Machine(
         ChunkCost.of_terms(
             term * off(HARDWARE_OFF, by_hardware) * off(MODEL_OFF, by_model) for term in cost.terms
         ),
@@ -143,15 +146,15 @@ def searched_row(land: Landscape, context: int, past: int = 0, budget: int = 8, 
         ranks=land.ranks,
         context=context,
         past=past,
-        told=SettingTerms.of(told, land.ranks),
+        told=told.filed(land.ranks),
         sizes=best.sizes,
         trials=tuple(trials),
-        truth=SettingTerms.of(truth, land.ranks),
+        truth=truth.filed(land.ranks),
         best_s=min(simulate(one, truth).ttft_s for one in (best, solved)),
     )
 
 
-def _measured(partition: Partition, truth: Setting, draw: random.Random) -> Measurement:
+def _measured(partition: Partition, truth: Machine, draw: random.Random) -> Measurement:
     timeline = simulate(partition, truth)
 
     def noisy(seconds: float) -> float:

@@ -6,15 +6,17 @@ import json
 import math
 import random
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from kvr_partition import PartitionPredictor, PartitionTable, load
-from kvr_partition.cost import ChunkCost, LinkCost
-from kvr_partition.profile import Profile, load_profile
-from kvr_partition.schedule import Setting, best_split, simulate
+from kvr_partition.machine.cost import ChunkCost, LinkCost
+from kvr_partition.machine.machine import Machine
+from kvr_partition.machine.profile import Profile, load_profile
+from kvr_partition.machine.schedule import simulate
+from kvr_partition.machine.solve import best_split
 from kvr_partition.training import load_dataset
 from profiler.models import open_model
 from profiler.store import MeasurementLog
@@ -75,16 +77,16 @@ def test_a_search_on_the_simulator_says_so_everywhere(simulated: Path) -> None:
     assert sizes[0] > sizes[2]
 
 
-def rugged(folder: Path, spread: float) -> Setting:
+def rugged(folder: Path, spread: float) -> Machine:
     """A folder with a model and a profile of three ranks on a GPU whose kernels like some sizes better."""
     model = write_folder(folder / "llama", "llama-gqa", num_hidden_layers=6, max_position_embeddings=32768)
     draw = random.Random(2)
     steps = tuple((size, math.exp(draw.gauss(0.0, spread))) for size in range(128, 8192, 128))
     links = (LinkCost.of(2e11, 1e-5),) * 2
-    setting = Setting(ChunkCost(1e-3, 2e-5, 2e-9, 1.5e-9, 0.25, steps), 6, 512, link=links)
+    machine = Machine(ChunkCost(1e-3, 2e-5, 2e-9, 1.5e-9, 0.25, steps), 6, 512, link=links)
     origin = provenance(ranks=3, model=open_model(model).geometry, backend="sm")
-    Profile.of(setting, 16384, origin).save(folder / "profile.json")
-    return setting
+    Profile.of(machine, 16384, origin).save(folder / "profile.json")
+    return machine
 
 
 def test_a_profile_says_which_sizes_kernels_like(tmp_path: Path) -> None:
@@ -104,7 +106,7 @@ def test_a_profile_says_which_sizes_kernels_like(tmp_path: Path) -> None:
 
 
 def test_a_search_where_kernels_like_some_sizes_tells_a_predictor_of_all(tmp_path: Path) -> None:
-    setting = rugged(tmp_path, 0.05)
+    machine = rugged(tmp_path, 0.05)
     done = run(f"search {ON} --contexts 6144,12288 --budget 4 --samples 1 --out out --quiet", tmp_path)
     assert done.returncode == 0, done.stderr
     with MeasurementLog(tmp_path / "out" / "measurements.jsonl") as log:
@@ -121,9 +123,9 @@ def test_a_search_where_kernels_like_some_sizes_tells_a_predictor_of_all(tmp_pat
     assert isinstance(predictor, PartitionPredictor)
     for context in (7680, 9216, 10752):
         predicted = predictor.predict(context).partition
-        smooth = replace(setting, cost=replace(setting.cost, steps=()))
+        smooth = replace(machine, cost=replace(machine.cost, steps=()))
         balanced = best_split(context, 3, smooth, quantum=128)
-        assert simulate(predicted, setting).ttft_s < simulate(balanced, setting).ttft_s
+        assert simulate(predicted, machine).ttft_s < simulate(balanced, machine).ttft_s
 
 
 def test_compare_on_the_simulator(simulated: Path) -> None:

@@ -19,12 +19,12 @@ import torch
 import torch.distributed as dist
 
 from kvr_partition import Partition
-from kvr_partition.cost import ChunkCost, LinkCost
+from kvr_partition.machine.cost import ChunkCost, LinkCost
+from kvr_partition.machine.machine import Machine
 from kvr_partition.runtime.agreement import agreement_of
 from kvr_partition.runtime.links.group import link_setup
 from kvr_partition.runtime.links.messages import Messages
 from kvr_partition.runtime.links.plan import Hop, LinkLimits, Slot, Topology
-from kvr_partition.schedule import Setting
 
 
 class Case(msgspec.Struct, frozen=True):
@@ -33,7 +33,7 @@ class Case(msgspec.Struct, frozen=True):
     Attributes:
         sizes: of the chunks.
         cost: of a chunk, all layers together.
-        layers, entry_bytes, speeds, topology: as in `kvr_partition.schedule.Setting`.
+        layers, entry_bytes, speeds, topology: as in `kvr_partition.machine.machine.Machine`.
         bandwidth: bytes per second each link is held to.
         noise: bytes of foreign traffic in each layer.
     """
@@ -47,9 +47,9 @@ class Case(msgspec.Struct, frozen=True):
     topology: Topology = "chain"
     noise: int = 0
 
-    def setting(self, latency_s: float = 0.0) -> Setting:
+    def machine(self, latency_s: float = 0.0) -> Machine:
         """The same for the schedule."""
-        return Setting(
+        return Machine(
             self.cost,
             self.layers,
             self.entry_bytes,
@@ -135,9 +135,9 @@ def carried_out(case: Case) -> Seen:
 
 def shares(case: Case, rank: int) -> tuple[float, float, float]:
     """Seconds a layer takes a rank until its KV is ready, for its own block, and for the rest."""
-    cost, setting = case.cost, case.setting()
+    cost, machine = case.cost, case.machine()
     size, start = case.sizes[rank], sum(case.sizes[:rank])
-    slow = setting.slowness(rank) / case.layers
+    slow = machine.slowness(rank) / case.layers
     linear = (cost.fixed_s + cost.per_token_s * size) * slow
     return (
         linear * cost.kv_share,

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kvr_partition.cost import ChunkCost
+from kvr_partition.machine.cost import ChunkCost
 from tests.ranks.asleep import Case, Seen
 from tests.ranks.launch import launch
 

@@ -5,39 +5,39 @@ from __future__ import annotations
 from functools import cache
 
 from kvr_partition import Partition
+from kvr_partition.machine.machine import Machine
 from kvr_partition.noise import noisy_link
-from kvr_partition.schedule import Setting
 
 
-def finished(partition: Partition, setting: Setting) -> list[float]:
+def finished(partition: Partition, machine: Machine) -> list[float]:
     """When each rank is done, in seconds."""
-    cost, layers, ranks = setting.cost, setting.layers, partition.ranks
+    cost, layers, ranks = machine.cost, machine.layers, partition.ranks
     sizes = partition.sizes
-    starts = [setting.past + sum(sizes[:rank]) for rank in range(ranks)]
+    starts = [machine.past + sum(sizes[:rank]) for rank in range(ranks)]
 
     def per_layer(rank: int, seconds: float) -> float:
-        return seconds * setting.slowness(rank) / layers
+        return seconds * machine.slowness(rank) / layers
 
     def before_kv(rank: int) -> float:
         return per_layer(rank, cost.kv_share * (cost.fixed_s + cost.per_token_s * sizes[rank]))
 
     def own_block(rank: int) -> float:
-        pairs = sizes[rank] ** 2 if setting.dense else sizes[rank] ** 2 / 2
+        pairs = sizes[rank] ** 2 if machine.dense else sizes[rank] ** 2 / 2
         return per_layer(rank, cost.per_own_pair_s * pairs)
 
     def the_rest(rank: int) -> float:
         linear = (1 - cost.kv_share) * (cost.fixed_s + cost.per_token_s * sizes[rank])
         rest = per_layer(rank, linear + cost.per_prefix_pair_s * sizes[rank] * starts[rank])
-        return rest if setting.overlap else rest + own_block(rank)
+        return rest if machine.overlap else rest + own_block(rank)
 
     def queue(source: int, target: int) -> list[tuple[int, int | None]]:
         """Messages of a link in their order: (layer, chunk), or None for foreign traffic."""
         messages: list[tuple[int, int | None]] = []
         for layer in range(layers):
-            if target == source + 1 and noisy_link(layer, ranks, setting.noise, setting.noise_seed) == source:
+            if target == source + 1 and noisy_link(layer, ranks, machine.noise, machine.noise_seed) == source:
                 messages.append((layer, None))
             messages.append((layer, source))
-            if setting.topology == "chain":
+            if machine.topology == "chain":
                 messages += [(layer, chunk) for chunk in range(source - 1, -1, -1)]
         return messages
 
@@ -57,18 +57,18 @@ def finished(partition: Partition, setting: Setting) -> list[float]:
         if chunk is not None and chunk != source:
             available = max(available, arrived(source, layer, chunk))
         free = left(source, target, position - 1) if position else 0.0
-        nbytes = setting.noise if chunk is None else sizes[chunk] * setting.entry_bytes
-        return max(available, free) + nbytes * setting.link_between(source, target).seconds_per_byte
+        nbytes = machine.noise if chunk is None else sizes[chunk] * machine.entry_bytes
+        return max(available, free) + nbytes * machine.link_between(source, target).seconds_per_byte
 
     @cache
     def arrived(rank: int, layer: int, chunk: int) -> float:
-        source = rank - 1 if setting.topology == "chain" else chunk
+        source = rank - 1 if machine.topology == "chain" else chunk
         position = queue(source, rank).index((layer, chunk))
-        return left(source, rank, position) + setting.link_between(source, rank).latency_s
+        return left(source, rank, position) + machine.link_between(source, rank).latency_s
 
     @cache
     def ended(rank: int, layer: int) -> float:
-        resumed = ready(rank, layer) + (own_block(rank) if setting.overlap else 0.0)
+        resumed = ready(rank, layer) + (own_block(rank) if machine.overlap else 0.0)
         for chunk in range(rank):
             resumed = max(resumed, arrived(rank, layer, chunk))
         return resumed + the_rest(rank)

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvr_partition import Partition
-from kvr_partition.cost import ChunkCost, FitError, TimedChunk
-from kvr_partition.schedule import balanced
+from kvr_partition.machine.cost import ChunkCost, FitError, TimedChunk
+from kvr_partition.machine.solve import balanced
 from profiler.calibrate import chunk_design
 
 TRUTH = ChunkCost(2e-3, 4e-5, 3e-9, 5e-9)

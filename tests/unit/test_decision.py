@@ -6,9 +6,11 @@ import random
 from collections.abc import Sequence
 
 from kvr_partition import Partition
-from kvr_partition.cost import ChunkCost, LinkCost
+from kvr_partition.machine.cost import ChunkCost, LinkCost
+from kvr_partition.machine.machine import Machine
+from kvr_partition.machine.schedule import simulate
+from kvr_partition.machine.solve import best_split
 from kvr_partition.measurement import Measurement, RankTimes, Sample
-from kvr_partition.schedule import Setting, best_split, simulate
 from kvr_partition.search import search
 from kvr_partition.search.beliefs import Beliefs
 from kvr_partition.search.decision import decided
@@ -16,13 +18,13 @@ from kvr_partition.search.space import coarseness
 
 EVEN, UNEVEN = Partition((512, 512)), Partition((592, 432))
 
-SETTING = Setting(ChunkCost(1e-3, 1e-5, 4e-8, 4e-8, 0.2), 32, 4096, link=LinkCost.of(10e9))
+MACHINE = Machine(ChunkCost(1e-3, 1e-5, 4e-8, 4e-8, 0.2), 32, 4096, link=LinkCost.of(10e9))
 """Whose best split of 1024 tokens is some percent faster than the even one."""
 
 
 def timed(partition: Partition, seconds: Sequence[float]) -> Measurement:
     """Samples of these TTFTs, with each rank's share of them as simulated."""
-    simulated = simulate(partition, SETTING)
+    simulated = simulate(partition, MACHINE)
 
     def sample(ttft_s: float) -> Sample:
         slower = ttft_s / simulated.ttft_s
@@ -64,11 +66,11 @@ def test_a_single_turn_tells_only_what_is_far_apart() -> None:
 
 
 def test_what_a_search_has_learnt_decides_where_turns_are_noise_and_nowhere_else() -> None:
-    best = best_split(1024, 2, SETTING, quantum=16)
-    gain = simulate(EVEN, SETTING).ttft_s / simulate(best, SETTING).ttft_s - 1
+    best = best_split(1024, 2, MACHINE, quantum=16)
+    gain = simulate(EVEN, MACHINE).ttft_s / simulate(best, MACHINE).ttft_s - 1
     assert gain > 0.05
-    trials = [timed(one, [simulate(one, SETTING).ttft_s] * 3) for one in (EVEN, best, UNEVEN)]
-    beliefs = Beliefs.after(SETTING, 1024, trials)
+    trials = [timed(one, [simulate(one, MACHINE).ttft_s] * 3) for one in (EVEN, best, UNEVEN)]
+    beliefs = Beliefs.after(MACHINE, 1024, trials)
     draw = random.Random(1)
 
     def after(noise: float) -> Partition:
@@ -87,8 +89,8 @@ def test_a_search_ends_with_what_was_decided() -> None:
         return [timed(one, [1.0, 1.0, 1.0] if one == EVEN else [1.2, 1.2, 1.2]) for one in partitions]
 
     found = search(
-        lambda one: timed(one, [simulate(one, SETTING).ttft_s] * 3),
-        1024, 2, 4, setting=SETTING, quantum=16, confirm=confirm,
+        lambda one: timed(one, [simulate(one, MACHINE).ttft_s] * 3),
+        1024, 2, 4, machine=MACHINE, quantum=16, confirm=confirm,
     )  # fmt: skip
     assert found.best == EVEN
     assert found.measurement in found.confirmed

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from kvr_partition import Partition
-from kvr_partition.cost import ChunkCost, LinkCost
 from kvr_partition.findings import Finding, contradict, findings, worst
+from kvr_partition.machine.cost import ChunkCost, LinkCost
+from kvr_partition.machine.machine import Machine
+from kvr_partition.machine.schedule import simulate
 from kvr_partition.measurement import Measurement, RankTimes, Sample
-from kvr_partition.schedule import Setting, simulate
 
-SETTING = Setting(
+MACHINE = Machine(
     ChunkCost(1e-3, 2e-5, 2e-9, 2e-9, kv_share=0.2),
     layers=8,
     entry_bytes=8192,
@@ -24,7 +24,7 @@ SETTING = Setting(
 SPLIT = Partition((6000, 4000, 3300, 3084))
 
 
-def sample(partition: Partition, truth: Setting, noise: float = 0.0, seed: int = 0) -> Sample:
+def sample(partition: Partition, truth: Machine, noise: float = 0.0, seed: int = 0) -> Sample:
     draw = np.random.default_rng(seed)
     slower = 1 + noise * draw.standard_normal(partition.ranks)
     told = replace(
@@ -61,17 +61,17 @@ def delayed(one: Sample, rank: int, seconds: float, first: bool) -> Sample:
     st.floats(0.8, 1.2),
 )
 def test_what_is_as_it_should_be_is_not_told(sizes: tuple[int, ...], seed: int, topology: str, off: float) -> None:
-    setting = replace(SETTING, link=LinkCost.of(20e9, 2e-5), topology=topology)  # type: ignore[arg-type]
+    machine = replace(MACHINE, link=LinkCost.of(20e9, 2e-5), topology=topology)  # type: ignore[arg-type]
     # Costs are off by a fifth, ranks run 3% of noise: that is what a search corrects.
-    truth = replace(setting, cost=replace(setting.cost, per_token_s=setting.cost.per_token_s * off))
+    truth = replace(machine, cost=replace(machine.cost, per_token_s=machine.cost.per_token_s * off))
     split = Partition(sizes)
     samples = [sample(split, truth, 0.03, seed + at) for at in range(3)]
-    assert findings(measured(*samples, partition=split), setting) == []
+    assert findings(measured(*samples, partition=split), machine) == []
 
 
 def test_a_rank_that_begins_late_is_told_with_what_it_cost() -> None:
-    late = [delayed(sample(SPLIT, SETTING, 0.01, at), 2, 0.77, first=True) for at in range(3)]
-    (found,) = findings(measured(*late), SETTING)
+    late = [delayed(sample(SPLIT, MACHINE, 0.01, at), 2, 0.77, first=True) for at in range(3)]
+    (found,) = findings(measured(*late), MACHINE)
     assert (found.kind, found.rank) == ("late", 2)
     assert found.text == (
         "rank 2 began 0.77 s after its KV could have been there: links carry one message at a time?"
@@ -79,43 +79,43 @@ def test_a_rank_that_begins_late_is_told_with_what_it_cost() -> None:
 
 
 def test_one_sample_in_which_a_rank_was_late_is_noise() -> None:
-    good = [sample(SPLIT, SETTING, 0.01, at) for at in range(3)]
-    assert findings(measured(delayed(good[0], 2, 0.5, first=True), *good[1:]), SETTING) == []
+    good = [sample(SPLIT, MACHINE, 0.01, at) for at in range(3)]
+    assert findings(measured(delayed(good[0], 2, 0.5, first=True), *good[1:]), MACHINE) == []
 
 
 def test_a_link_that_delivers_less_than_it_was_timed_at_is_told() -> None:
-    slow = list(SETTING.link)  # type: ignore[arg-type]
+    slow = list(MACHINE.link)  # type: ignore[arg-type]
     slow[1] = LinkCost.of(0.5e9, 2e-5)
-    truth = replace(SETTING, link=tuple(slow))
-    (found,) = findings(measured(*(sample(SPLIT, truth, 0.01, at) for at in range(3))), SETTING)
+    truth = replace(MACHINE, link=tuple(slow))
+    (found,) = findings(measured(*(sample(SPLIT, truth, 0.01, at) for at in range(3))), MACHINE)
     assert (found.kind, found.source, found.rank) == ("link", 1, 2)
     assert found.text.startswith("link 1→2 delivers 0.5 GB/s, was timed at 20 GB/s")
 
 
 def test_waits_that_neither_links_nor_a_late_beginning_explain_are_told() -> None:
-    odd = [delayed(sample(SPLIT, SETTING, 0.01, at), 1, 0.4, first=False) for at in range(3)]
-    (found,) = findings(measured(*odd), SETTING)
+    odd = [delayed(sample(SPLIT, MACHINE, 0.01, at), 1, 0.4, first=False) for at in range(3)]
+    (found,) = findings(measured(*odd), MACHINE)
     assert (found.kind, found.rank) == ("wait", 1)
 
 
 def test_ranks_that_compute_longer_than_their_chunks_alone_are_told() -> None:
-    hot = replace(SETTING, speeds=(1 / 1.4,) * 4)
-    (found,) = findings(measured(*(sample(SPLIT, hot, 0.01, at) for at in range(3))), SETTING)
+    hot = replace(MACHINE, speeds=(1 / 1.4,) * 4)
+    (found,) = findings(measured(*(sample(SPLIT, hot, 0.01, at) for at in range(3))), MACHINE)
     assert found.kind == "compute"
     assert found.text.startswith("ranks computed 39% longer than their chunks were timed at")
-    one = replace(SETTING, speeds=(1, 1, 1 / 1.6, 1))
-    (found,) = findings(measured(*(sample(SPLIT, one, 0.01, at) for at in range(3))), SETTING)
+    one = replace(MACHINE, speeds=(1, 1, 1 / 1.6, 1))
+    (found,) = findings(measured(*(sample(SPLIT, one, 0.01, at) for at in range(3))), MACHINE)
     assert found.text.startswith("rank 2 computed 59% longer than its chunk was timed at")
     # A guess of costs says nothing about that, and no search stops for it.
     assert (
-        findings(measured(*(sample(SPLIT, one, 0.01, at) for at in range(3))), SETTING, chunks_timed=False) == []
+        findings(measured(*(sample(SPLIT, one, 0.01, at) for at in range(3))), MACHINE, chunks_timed=False) == []
     )
     assert contradict([[found], [found], [found]]) is None
 
 
 def test_time_that_no_rank_spent_is_told() -> None:
-    slow = [replace_ttft(sample(SPLIT, SETTING, 0.01, at), 0.5) for at in range(3)]
-    (found,) = findings(measured(*slow), SETTING)
+    slow = [replace_ttft(sample(SPLIT, MACHINE, 0.01, at), 0.5) for at in range(3)]
+    (found,) = findings(measured(*slow), MACHINE)
     assert found.kind == "unexplained"
 
 
@@ -125,8 +125,8 @@ def replace_ttft(one: Sample, more: float) -> Sample:
 
 @pytest.mark.parametrize("method", ["tsp", "single", "bound"])
 def test_only_kv_runahead_has_a_schedule(method: str) -> None:
-    late = delayed(sample(SPLIT, SETTING), 2, 0.77, first=True)
-    assert findings(measured(late, method=method), SETTING) == []
+    late = delayed(sample(SPLIT, MACHINE), 2, 0.77, first=True)
+    assert findings(measured(late, method=method), MACHINE) == []
 
 
 def test_findings_about_the_same_are_one_and_stop_a_search_once_they_repeat() -> None:

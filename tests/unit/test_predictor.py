@@ -23,12 +23,12 @@ from kvr_partition import (
     load,
 )
 from kvr_partition.errors import FileFormatError
+from kvr_partition.machine.cost import ChunkCost
 from kvr_partition.predictor import Grid, Regret, Score, Training
-from kvr_partition.terms import ChunkTerms
 from tests.models import provenance
 from tests.unit.test_imports import HEAVY, loaded_after
 
-COST = ChunkTerms(1e-3, 2e-5, 2e-9, 2e-9, 0.2)
+COST = ChunkCost(1e-3, 2e-5, 2e-9, 2e-9, 0.2)
 CONTEXTS = (1000, 2000, 5000, 40_000)
 SHARES = (0.0, 0.3, 0.8)
 
@@ -242,7 +242,7 @@ def test_grids_that_make_no_sense_are_refused() -> None:
     with pytest.raises(PartitionError, match="one rank count at least"):
         PartitionPredictor([], predictor().training, COST)
     with pytest.raises(PartitionError, match="must not be negative"):
-        PartitionPredictor([good], predictor().training, ChunkTerms(-1.0, 1.0, 0.0, 0.0, 0.0))
+        PartitionPredictor([good], predictor().training, ChunkCost(-1.0, 1.0, 0.0, 0.0, 0.0))
 
 
 def test_files_of_others_are_refused_in_one_line(tmp_path: Path) -> None:

@@ -12,24 +12,27 @@ import msgspec
 import pytest
 
 from kvr_partition import Partition
-from kvr_partition.cost import ChunkCost, FitError, LinkCost, TimedChunk
 from kvr_partition.errors import FileFormatError, RankError, UnsupportedError
+from kvr_partition.machine.bounds import bounds, gathering_ttft
+from kvr_partition.machine.cost import ChunkCost, FitError, LinkCost, TimedChunk
+from kvr_partition.machine.machine import Machine
+from kvr_partition.machine.profile import Profile, load_profile
+from kvr_partition.machine.schedule import simulate
+from kvr_partition.machine.solve import best_split
 from kvr_partition.measurement import Failure, Measurement
-from kvr_partition.profile import Profile, load_profile
-from kvr_partition.schedule import Setting, best_split, bounds, gathering_ttft, simulate
 from profiler import Candidate, MeasurementLog, RankGroup
-from profiler.calibrate import guessed_setting, guessed_setting_of_log, measured_setting, setting_of_log
+from profiler.calibrate import guessed_machine, guessed_machine_of_log, machine_of_log, measured_machine
 from profiler.models import open_model
 from tests.models import provenance, write_folder
 
 COST = ChunkCost(1e-3, 2e-5, 2e-9, 1.5e-9, 0.25)
 LINKS = (LinkCost.of(2e9, 1e-4), LinkCost.of(1e9, 2e-4))
-SETTING = Setting(COST, 3, 512, link=LINKS, speeds=(1.0, 1.25, 1.0), alone_speed=1.25)
+MACHINE = Machine(COST, 3, 512, link=LINKS, speeds=(1.0, 1.25, 1.0), alone_speed=1.25)
 
 
 def profile_of(folder: Path, **changes: Any) -> Profile:
     origin = provenance(ranks=3, model=open_model(folder).geometry)
-    return msgspec.structs.replace(Profile.of(SETTING, 4096, origin), **changes)
+    return msgspec.structs.replace(Profile.of(MACHINE, 4096, origin), **changes)
 
 
 @pytest.fixture
@@ -46,8 +49,8 @@ def test_a_profile_comes_back_as_it_was_written(folder: Path, tmp_path: Path) ->
     profile = profile_of(folder)
     profile.save(tmp_path / "profile.json")
     assert load_profile(tmp_path / "profile.json") == profile
-    assert profile.setting() == SETTING
-    held = profile.setting("fanout", bandwidth=1.5e9)
+    assert profile.machine() == MACHINE
+    held = profile.machine("fanout", bandwidth=1.5e9)
     assert held.topology == "fanout"
     assert [held.link_between(at, at + 1).seconds_per_byte for at in (0, 1)] == [1 / 1.5e9, 1e-9]
 
@@ -76,22 +79,22 @@ def test_a_bad_profile_is_refused(folder: Path, tmp_path: Path, change: dict[str
 def test_simulated_ranks_answer_what_the_schedule_says(group: RankGroup) -> None:
     split = Partition((250, 150, 104))
     with group:
-        for method, setting in (("kvr", SETTING), ("kvr-fanout", profile_of(Path(group.model)).setting("fanout"))):
+        for method, machine in (("kvr", MACHINE), ("kvr-fanout", profile_of(Path(group.model)).machine("fanout"))):
             sample = group.sample(Candidate(method, split))
-            timeline = simulate(split, setting)
+            timeline = simulate(split, machine)
             assert sample.ttft_s == pytest.approx(timeline.ttft_s)
             assert [one.wait_s for one in sample.ranks] == pytest.approx([one.wait_s for one in timeline.ranks])
         even = Partition.even(504, 3)
         for method in ("tsp", "tsp-causal", "zigzag"):
             found = group.sample(Candidate(method, even)).ttft_s
-            assert found == pytest.approx(gathering_ttft(method, 504, 3, SETTING))  # type: ignore[arg-type]
-        limits = bounds(504, 3, SETTING, split)
+            assert found == pytest.approx(gathering_ttft(method, 504, 3, MACHINE))  # type: ignore[arg-type]
+        limits = bounds(504, 3, MACHINE, split)
         assert group.sample(Candidate.single(504)).ttft_s == pytest.approx(limits.single_s)
         assert group.sample(Candidate("bound", split)).ttft_s == pytest.approx(limits.practical_s)
         assert group.provenance.backend == "simulate"
         assert group.provenance.link.startswith("simulated")
         group.hold_links(1e7)
-        assert group.sample(Candidate("kvr", split)).ttft_s > simulate(split, SETTING).ttft_s
+        assert group.sample(Candidate("kvr", split)).ttft_s > simulate(split, MACHINE).ttft_s
         with pytest.raises(UnsupportedError, match="no schedule of tensor parallelism"):
             group.check(Candidate.even("tp", 504, 3))
         with pytest.raises(UnsupportedError, match="hold no model"):
@@ -101,30 +104,30 @@ def test_simulated_ranks_answer_what_the_schedule_says(group: RankGroup) -> None
 def test_profiling_a_simulated_machine_finds_its_costs_again(group: RankGroup, tmp_path: Path) -> None:
     with MeasurementLog(tmp_path / "log.jsonl") as log, group:
         group.log = log
-        found = measured_setting(group, 4096, log)
+        found = measured_machine(group, 4096, log)
         lines = len(log.chunks), len(log.links)
-        assert measured_setting(group, 4096, log) == found
+        assert measured_machine(group, 4096, log) == found
         assert (len(log.chunks), len(log.links)) == lines
-        assert setting_of_log(log, group.provenance) == found
+        assert machine_of_log(log, group.provenance) == found
         # What a log tells later hangs on every sample in it, so no point may be given more than was fitted to.
         samples = Counter((line.chunk, line.prefix) for line in log.chunks if not (line.warmup or line.alone))
         assert len(set(samples.values())) == 1
     # Costs are fitted to the mean of all ranks: only cost and speed together can be told.
-    for rank, speed in enumerate(SETTING.speeds):
+    for rank, speed in enumerate(MACHINE.speeds):
         for name in ("fixed_s", "per_token_s", "per_own_pair_s", "per_prefix_pair_s"):
             told = getattr(found.cost, name) / found.speeds[rank]
             assert told == pytest.approx(getattr(COST, name) / speed, rel=0.01), name
     assert math.prod(found.speeds) == pytest.approx(1)
-    assert found.alone_speed == pytest.approx(SETTING.alone_speed)
+    assert found.alone_speed == pytest.approx(MACHINE.alone_speed)
     assert found.cost.kv_share == pytest.approx(COST.kv_share, rel=0.01)
     assert isinstance(found.link, tuple)
     for link, right in zip(found.link, LINKS, strict=True):
         assert link.latency_s == pytest.approx(right.latency_s, rel=0.01)
         assert link.seconds_per_byte == pytest.approx(right.seconds_per_byte, rel=0.01)
     assert (found.layers, found.overlap) == (3, True)
-    assert best_split(2048, 3, found).sizes == pytest.approx(best_split(2048, 3, SETTING).sizes, abs=8) or (
-        simulate(best_split(2048, 3, found), SETTING).ttft_s
-        <= simulate(best_split(2048, 3, SETTING), SETTING).ttft_s * 1.001
+    assert best_split(2048, 3, found).sizes == pytest.approx(best_split(2048, 3, MACHINE).sizes, abs=8) or (
+        simulate(best_split(2048, 3, found), MACHINE).ttft_s
+        <= simulate(best_split(2048, 3, MACHINE), MACHINE).ttft_s * 1.001
     )
 
 
@@ -136,10 +139,10 @@ def test_costs_are_guessed_even_where_one_rank_cannot_read_the_prompt(group: Ran
         return Measurement(candidate.method, candidate.partition.sizes, (), "failed", failure=failure)
 
     with group:
-        alone = guessed_setting(group, 504, lambda one: measure(one, frozenset({"single", "kvr"})))
-        together = guessed_setting(group, 504, lambda one: measure(one, frozenset({"kvr"})))
+        alone = guessed_machine(group, 504, lambda one: measure(one, frozenset({"single", "kvr"})))
+        together = guessed_machine(group, 504, lambda one: measure(one, frozenset({"kvr"})))
         with pytest.raises(RankError, match=r"no room for single.*no room for kvr"):
-            guessed_setting(group, 504, lambda one: measure(one, frozenset()))
+            guessed_machine(group, 504, lambda one: measure(one, frozenset()))
     # Each of three ranks pays what does not depend on its chunk.
     assert together.cost.per_token_s == pytest.approx(alone.cost.per_token_s, rel=0.4)
     assert together.cost.kv_share == alone.cost.kv_share
@@ -156,12 +159,12 @@ def test_a_log_tells_the_guess_that_was_made_from_it(group: RankGroup, tmp_path:
     with MeasurementLog(tmp_path / "log.jsonl") as log, group:
         group.log = log
         with pytest.raises(FitError, match="to guess costs from"):
-            guessed_setting_of_log(log, group.provenance, group.operations)
-        guess = guessed_setting(group, 504, measure)
+            guessed_machine_of_log(log, group.provenance, group.operations)
+        guess = guessed_machine(group, 504, measure)
         origin = group.provenance
-        assert guessed_setting_of_log(log, origin, group.operations) == guess
+        assert guessed_machine_of_log(log, origin, group.operations) == guess
     with MeasurementLog(tmp_path / "log.jsonl") as again:
-        assert setting_of_log(again, origin) == guess
+        assert machine_of_log(again, origin) == guess
 
 
 def test_a_profile_answers_only_for_what_it_measured(folder: Path, tmp_path: Path) -> None:

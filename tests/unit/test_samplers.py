@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -14,13 +13,16 @@ import optuna
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from optuna.testing.pytest_samplers import BasicSamplerTestCase, RelativeSamplerTestCase, SingleOnlySamplerTestCase
 
 from kvr_partition import Partition
-from kvr_partition.cost import ChunkCost, LinkCost
 from kvr_partition.errors import UnsupportedError
+from kvr_partition.machine.cost import ChunkCost, LinkCost
+from kvr_partition.machine.machine import Machine
+from kvr_partition.machine.schedule import simulate, ttft
+from kvr_partition.machine.solve import best_split
 from kvr_partition.measurement import Failure, Measurement, RankTimes, Sample
-from kvr_partition.schedule import Setting, best_split, simulate, ttft
 from kvr_partition.search import HierarchicalGridSampler, InformedSampler, Replay, Seed, correction, search
 from kvr_partition.search.beliefs import Beliefs
 from kvr_partition.search.correction import corrected, noise_of
@@ -28,7 +30,7 @@ from kvr_partition.search.informed import PartitionSampler
 from kvr_partition.search.space import Space
 
 CONTEXT, RANKS, QUANTUM = 8192, 4, 16
-FITTED = Setting(ChunkCost(1e-3, 2e-5, 2e-9, 2e-9, 0.25), 16, 16384, link=LinkCost.of(10e9, 2e-5))
+FITTED = Machine(ChunkCost(1e-3, 2e-5, 2e-9, 2e-9, 0.25), 16, 16384, link=LinkCost.of(10e9, 2e-5))
 TRUTH = replace(
     FITTED,
     cost=ChunkCost(1.1e-3, 2.3e-5, 1.8e-9, 2.2e-9, 0.28),
@@ -41,7 +43,7 @@ def space(ranks: int = RANKS, context: int = CONTEXT) -> Space:
     return Space.around([Seed("even", Partition.even(context, ranks))], QUANTUM, math.log(10))
 
 
-def measured(partition: Partition, truth: Setting = TRUTH, samples: int = 3) -> Measurement:
+def measured(partition: Partition, truth: Machine = TRUTH, samples: int = 3) -> Measurement:
     timeline = simulate(partition, truth)
     ranks = tuple(RankTimes(one.compute_s, one.wait_s, one.transfer_s) for one in timeline.ranks)
     return Measurement("kvr", partition.sizes, (Sample(timeline.ttft_s, ranks, 0),) * samples, "precise")
@@ -50,7 +52,7 @@ def measured(partition: Partition, truth: Setting = TRUTH, samples: int = 3) -> 
 FAST = replace(FITTED, link=LinkCost.of(2e12, 1e-5))
 
 
-def rugged(seed: int, spread: float) -> tuple[Setting, Setting]:
+def rugged(seed: int, spread: float) -> tuple[Machine, Machine]:
     """The truth without and with steps: every multiple of the quantum has its own."""
     draw = np.random.default_rng(seed)
     cost = ChunkCost.of_terms(term * draw.uniform(0.85, 1.15) for term in FITTED.cost.terms)
@@ -63,7 +65,7 @@ def rugged(seed: int, spread: float) -> tuple[Setting, Setting]:
 STEP_QUANTUM = 64
 
 
-def scattering(truth: Setting, draw: np.random.Generator, within: float, between: float) -> Any:
+def scattering(truth: Machine, draw: np.random.Generator, within: float, between: float) -> Any:
     """Measures with noise within a measurement, and every rank scattering from one measurement to the next."""
 
     def measure(partition: Partition) -> Measurement:
@@ -90,7 +92,7 @@ def test_a_search_finds_chunk_sizes_that_kernels_like(monkeypatch: pytest.Monkey
             CONTEXT,
             RANKS,
             12,
-            setting=FAST,
+            machine=FAST,
             quantum=STEP_QUANTUM,
             confirm=lambda splits: [measure(one) for one in splits],
         )
@@ -113,10 +115,10 @@ def test_what_scatters_from_one_measurement_to_the_next_is_no_step() -> None:
         (2304, 2112, 1920, 1856),
         (2176, 2112, 1984, 1920),
     ]
-    for scatter, setting, largest in ((0.03, smooth, (0.0, 0.012)), (0.0, truth, (0.03, 0.2))):
-        measure = scattering(setting, draw, 0.003, scatter)
+    for scatter, machine, largest in ((0.03, smooth, (0.0, 0.012)), (0.0, truth, (0.03, 0.2))):
+        measure = scattering(machine, draw, 0.003, scatter)
         measurements = [measure(Partition(one)) for one in sizes * 2]
-        steps = corrected(FAST, measurements).setting.cost.steps
+        steps = corrected(FAST, measurements).machine.cost.steps
         found = max((abs(factor - 1) for _, factor in steps), default=0.0)
         assert largest[0] <= found <= largest[1]
 
@@ -126,7 +128,7 @@ def test_where_the_space_holds_no_partition_there_is_nothing_more_to_propose() -
     measure = scattering(truth, np.random.default_rng(0), 0.003, 0.0)
     sizes = [(2240, 2112, 1984, 1856), (2240, 2048, 2048, 1856), (2304, 2112, 1920, 1856)]
     measurements = [measure(Partition(one)) for one in sizes * 2]
-    assert corrected(FAST, measurements).setting.cost.steps
+    assert corrected(FAST, measurements).machine.cost.steps
     narrow = Space(CONTEXT, STEP_QUANTUM, ((3.0, 3.0),) * 3)
     assert InformedSampler(narrow, FAST, seed=0).next(measurements) is None
 
@@ -162,14 +164,14 @@ def test_a_search_runs_again_from_its_log_alone() -> None:
         asked.append(measured(partition))
         return asked[-1]
 
-    first = search(measure, CONTEXT, RANKS, 6, setting=FITTED, quantum=QUANTUM, seed=5)
+    first = search(measure, CONTEXT, RANKS, 6, machine=FITTED, quantum=QUANTUM, seed=5)
     replay = Replay(asked)
-    again = search(replay, CONTEXT, RANKS, 6, setting=FITTED, quantum=QUANTUM, seed=5)
+    again = search(replay, CONTEXT, RANKS, 6, machine=FITTED, quantum=QUANTUM, seed=5)
     assert again == first
     assert not replay.missing
     assert len(replay) == len(first.trials)
     # Another search may ask for what nobody measured: that candidate fails, the others do not.
-    other = search(replay, CONTEXT, RANKS, 6, setting=FITTED, quantum=QUANTUM, sampler="hierarchical")
+    other = search(replay, CONTEXT, RANKS, 6, machine=FITTED, quantum=QUANTUM, sampler="hierarchical")
     assert replay.missing
     assert other.best in {one.partition for one in asked}
 
@@ -195,7 +197,7 @@ def test_a_machine_that_drifts_teaches_no_wrong_costs() -> None:
     )
     still = corrected(FITTED, [measured(Partition(sizes)) for sizes in splits])
     assert still.drift == (0.0,) * 4
-    speeds = [ours / theirs for ours, theirs in zip(found.setting.speeds, still.setting.speeds, strict=True)]
+    speeds = [ours / theirs for ours, theirs in zip(found.machine.speeds, still.machine.speeds, strict=True)]
     assert max(speeds) / min(speeds) < 1.03
     # The fastest split is told apart from the one that was measured at a good moment.
     ranked = Beliefs.after(FITTED, CONTEXT, drifting).ranked()
@@ -250,7 +252,7 @@ def test_the_informed_search_finds_a_truth_it_was_not_told_in_a_few_measurements
         asked.append(measured(partition))
         return asked[-1]
 
-    found = search(measure, CONTEXT, RANKS, 12, setting=FITTED, quantum=QUANTUM)
+    found = search(measure, CONTEXT, RANKS, 12, machine=FITTED, quantum=QUANTUM)
     best = simulate(best_split(CONTEXT, RANKS, TRUTH, quantum=QUANTUM), TRUTH).ttft_s
     assert found.measurement.ttft_s <= best * 1.003
     assert found.stopped == "converged"
@@ -258,7 +260,7 @@ def test_the_informed_search_finds_a_truth_it_was_not_told_in_a_few_measurements
     assert [one.source for one in found.trials] == ["even", *["informed"] * (len(asked) - 1)]
     # What it started from was clearly worse.
     assert (
-        asked[1].sizes == best_split(CONTEXT, RANKS, corrected(FITTED, asked[:1]).setting, quantum=QUANTUM).sizes
+        asked[1].sizes == best_split(CONTEXT, RANKS, corrected(FITTED, asked[:1]).machine, quantum=QUANTUM).sizes
     )
 
 
@@ -268,15 +270,15 @@ def test_measurements_correct_costs_speeds_and_links() -> None:
         Partition((3200, 1600, 1792, 1600)),
         Partition((1600, 2400, 2192, 2000)),
     ]
-    setting = corrected(FITTED, [measured(one) for one in splits]).setting
-    assert isinstance(setting.link, tuple)
+    machine = corrected(FITTED, [measured(one) for one in splits]).machine
+    assert isinstance(machine.link, tuple)
     assert isinstance(TRUTH.link, tuple)
-    for found, right in zip(setting.link, TRUTH.link, strict=True):
+    for found, right in zip(machine.link, TRUTH.link, strict=True):
         assert found.seconds_per_byte == pytest.approx(right.seconds_per_byte, rel=0.02)
-    assert setting.speeds[1] / setting.speeds[0] == pytest.approx(0.8, rel=0.02)
+    assert machine.speeds[1] / machine.speeds[0] == pytest.approx(0.8, rel=0.02)
     unseen = Partition((2800, 1500, 2000, 1892))
     before = abs(ttft([unseen.sizes], FITTED)[0] / simulate(unseen, TRUTH).ttft_s - 1)
-    after = abs(ttft([unseen.sizes], setting)[0] / simulate(unseen, TRUTH).ttft_s - 1)
+    after = abs(ttft([unseen.sizes], machine)[0] / simulate(unseen, TRUTH).ttft_s - 1)
     assert after < 0.01 < before
 
 
@@ -284,13 +286,13 @@ def test_links_that_nothing_was_known_of_are_learnt_in_both_topologies() -> None
     for topology in ("chain", "fanout"):
         told = replace(FITTED, link=LinkCost(), topology=topology)
         true = replace(FITTED, link=LinkCost.of(5e9), topology=topology)
-        setting = corrected(told, [measured(Partition.even(CONTEXT, RANKS), true)]).setting
-        assert setting.link_between(0, 1).seconds_per_byte == pytest.approx(2e-10, rel=0.01)
+        machine = corrected(told, [measured(Partition.even(CONTEXT, RANKS), true)]).machine
+        assert machine.link_between(0, 1).seconds_per_byte == pytest.approx(2e-10, rel=0.01)
 
 
 def test_nothing_measured_corrects_nothing_and_failures_say_nothing() -> None:
     failed = Measurement("kvr", (4096, 4096), (), "failed", failure=Failure("lost", "gone"))
-    assert corrected(FITTED, [failed]).setting == FITTED
+    assert corrected(FITTED, [failed]).machine == FITTED
     beliefs = Beliefs.after(FITTED, CONTEXT, [failed])
     assert beliefs.ranked() == []
     sampler = InformedSampler(space(2), FITTED, seed=0)
@@ -322,8 +324,8 @@ def test_noise_is_that_of_the_samples() -> None:
     assert of(0.9, 1.0, 1.1, 1.0) > of(0.99, 1.0, 1.01, 1.0) > 1e-3
 
 
-def test_the_informed_sampler_needs_a_setting() -> None:
-    with pytest.raises(UnsupportedError, match="needs a setting"):
+def test_the_informed_sampler_needs_a_machine() -> None:
+    with pytest.raises(UnsupportedError, match="needs a machine"):
         search(measured, CONTEXT, RANKS, 5, sampler="informed")
 
 

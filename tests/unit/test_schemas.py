@@ -16,7 +16,7 @@ from kvr_partition.certificate import SCHEMA as CERTIFICATE
 from kvr_partition.certificate import Certificate
 from kvr_partition.errors import FileFormatError
 from kvr_partition.jsonfile import decode, read_bytes
-from kvr_partition.profile import load_profile
+from kvr_partition.machine.profile import load_profile
 from kvr_partition.provenance import Provenance
 from kvr_partition.training.dataset import load_dataset
 from profiler.store import MeasurementLog

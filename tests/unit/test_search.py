@@ -69,7 +69,7 @@ def test_every_partition_of_a_search_stands_behind_its_past(sampler: str) -> Non
         pasts.add(partition.past)
         return measurement(partition, landscape(partition))
 
-    found = search(measure, CONTEXT, RANKS, 5, sampler=sampler, setting=FITTED, past=1000)
+    found = search(measure, CONTEXT, RANKS, 5, sampler=sampler, machine=FITTED, past=1000)
     assert pasts == {1000}
     assert found.best.past == 1000
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import random
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -14,24 +14,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from kvr_partition import Partition
-from kvr_partition.cost import ChunkCost, LinkCost, steps_of
 from kvr_partition.errors import FileFormatError, UnsupportedError
-from kvr_partition.profile import Profile, load_profile
+from kvr_partition.machine.cost import ChunkCost, LinkCost, steps_of
+from kvr_partition.machine.machine import Machine
+from kvr_partition.machine.profile import Profile, load_profile
+from kvr_partition.machine.schedule import simulate
+from kvr_partition.machine.solve import best_split
 from kvr_partition.runtime import probe
 from kvr_partition.runtime.links.plan import NoLinks
 from kvr_partition.runtime.prefill import chunk_cache, run_chunk
-from kvr_partition.schedule import Setting, best_split, simulate
 from kvr_partition.search.beliefs import surprise
 from kvr_partition.search.correction import corrected
-from kvr_partition.terms import SteppedTerms
 from kvr_partition.training.dataset import Row
 from kvr_partition.training.evaluation import decoded
 from kvr_partition.training.features import Query
 from kvr_partition.training.regressors import Corrected, CostModel
 from profiler import MeasurementLog, RankGroup
-from profiler.calibrate import guessed_setting, measured_setting, setting_of_log
+from profiler.calibrate import guessed_machine, machine_of_log, measured_machine
 from profiler.layers import run_layers
 from profiler.models import open_model
 from profiler.sizes import FINEST, LAYERS, ROUNDS, likely_sizes, tell_sizes, time_sizes, with_steps
@@ -52,9 +54,9 @@ def stepped(spread: float = 0.04, quantum: int = 128) -> ChunkCost:
 def gpu_like(tmp_path: Path) -> RankGroup:
     """Simulated ranks, of a machine whose kernels take 128 rows at once and like some sizes better."""
     folder = write_folder(tmp_path / "llama", "llama-gqa", num_hidden_layers=6, max_position_embeddings=32768)
-    setting = Setting(stepped(), 6, 512, link=(LinkCost.of(2e11, 1e-5),) * 2, speeds=(1.0,) * 3)
+    machine = Machine(stepped(), 6, 512, link=(LinkCost.of(2e11, 1e-5),) * 2, speeds=(1.0,) * 3)
     origin = provenance(ranks=3, model=open_model(folder).geometry, backend="sm", dtype="float16")
-    profile = Profile.of(setting, 16384, origin)
+    profile = Profile.of(machine, 16384, origin)
     return RankGroup(folder, 3, backend="simulate", dtype="float16", profile=profile)
 
 
@@ -105,8 +107,8 @@ def test_steps_are_what_a_smooth_cost_does_not_explain() -> None:
 )
 @settings(max_examples=40, deadline=None)
 def test_the_sizes_of_good_splits_are_among_the_likely_ones(contexts: list[int], ranks: int, quantum: int) -> None:
-    setting = Setting(SMOOTH, 4, 512, link=LinkCost.of(1e11, 1e-5))
-    sizes = likely_sizes(setting, contexts, ranks, quantum)
+    machine = Machine(SMOOTH, 4, 512, link=LinkCost.of(1e11, 1e-5))
+    sizes = likely_sizes(machine, contexts, ranks, quantum)
     assert all(size % quantum == 0 and 0 < size <= max(contexts) for size in sizes)
     # Every quantum, or what is little of a chunk.
     steps = [(low, high - low) for low, high in itertools.pairwise(sizes)]
@@ -114,7 +116,7 @@ def test_the_sizes_of_good_splits_are_among_the_likely_ones(contexts: list[int],
     assert len(sizes) <= FINEST + FINEST // 2 * 10
     between = (min(contexts) + max(contexts)) // 2
     for context in {*contexts, between}:
-        chunks = best_split(context, ranks, setting, quantum).sizes[:-1]
+        chunks = best_split(context, ranks, machine, quantum).sizes[:-1]
         assert sizes[0] <= min(chunks)
         assert max(chunks) <= sizes[-1] * (1 + 2 / FINEST) + quantum
 
@@ -149,14 +151,14 @@ def test_what_is_told_of_sizes_stands_in_the_log(gpu_like: RankGroup, tmp_path: 
     with MeasurementLog(tmp_path / "log.jsonl") as log, gpu_like as group:
         group.log = log
         assert group.tile_rows == 128
-        plain = measured_setting(group, 4096, log)
+        plain = measured_machine(group, 4096, log)
         assert not plain.cost.steps
-        setting = tell_sizes(group, plain, {2048: 128, 4096: 128, 64: 1}, log)
-        assert setting.cost.terms == plain.cost.terms
-        assert len(setting.cost.steps) > 5
-        assert setting_of_log(log, group.provenance) == setting
+        machine = tell_sizes(group, plain, {2048: 128, 4096: 128, 64: 1}, log)
+        assert machine.cost.terms == plain.cost.terms
+        assert len(machine.cost.steps) > 5
+        assert machine_of_log(log, group.provenance) == machine
         # Timing whole chunks again does not take parts of them for whole.
-        assert measured_setting(group, 4096, log) == plain
+        assert measured_machine(group, 4096, log) == plain
         # Steps finer than any kernel's tiles say nothing of kernels.
         assert tell_sizes(group, plain, {2048: 16, 4096: 16}, log) == plain
 
@@ -164,7 +166,7 @@ def test_what_is_told_of_sizes_stands_in_the_log(gpu_like: RankGroup, tmp_path: 
 def test_cpus_take_single_rows(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "llama", "llama-gqa")
     with MeasurementLog(tmp_path / "log.jsonl") as log, RankGroup(folder, 2, log=log) as group:
-        guess = guessed_setting(group, 64, lambda one: group.measure_many([one], purpose="guess")[0])
+        guess = guessed_machine(group, 64, lambda one: group.measure_many([one], purpose="guess")[0])
         assert tell_sizes(group, guess, {64: 32}, log) == guess
         assert not log.chunks
         (first, _), (second, _) = group.time_chunk(32, 16, layers=2)
@@ -180,12 +182,12 @@ def test_a_profile_keeps_steps(gpu_like: RankGroup, tmp_path: Path) -> None:
     profile.save(tmp_path / "profile.json")
     again = load_profile(tmp_path / "profile.json")
     assert again == profile
-    assert again.setting().cost == stepped()
-    plain = msgspec.structs.replace(profile, cost=SteppedTerms.of(SMOOTH))
+    assert again.machine().cost == stepped()
+    plain = replace(profile, cost=SMOOTH)
     assert b"steps" not in msgspec.json.encode(plain)
     for steps in (((256, 1.0), (128, 1.0)), ((128, 1.0), (128, 1.1)), ((128, 0.0),), ((0, 1.0),)):
-        cost = msgspec.structs.replace(profile.cost, steps=steps)
-        msgspec.structs.replace(profile, cost=cost).save(tmp_path / "wrong.json")
+        cost = replace(profile.cost, steps=steps)
+        replace(profile, cost=cost).save(tmp_path / "wrong.json")
         with pytest.raises(FileFormatError, match="steps need sizes that grow, and factors above 0"):
             load_profile(tmp_path / "wrong.json")
 
@@ -208,17 +210,17 @@ def test_predictors_go_by_what_was_told_of_sizes_that_no_search_met() -> None:
     smooth = LANDS[4].truth
     truth = replace(smooth, cost=replace(smooth.cost, steps=stepped().steps))
     rows = [rugged_row(context, truth) for context in (3072, 6144)]
-    searched = [msgspec.structs.replace(row, trials=row.trials[:1]) for row in rows]
+    searched = [replace(row, trials=row.trials[:1]) for row in rows]
 
     def told(row: Row) -> Row:
-        cost = msgspec.structs.replace(row.told.cost, steps=stepped().steps)
-        return msgspec.structs.replace(row, told=msgspec.structs.replace(row.told, cost=cost))
+        cost = replace(row.told.cost, steps=stepped().steps)
+        return replace(row, told=replace(row.told, cost=cost))
 
     def lost(rows: list[Row], method: type[Corrected | CostModel]) -> float:
         regressor = method().fit(rows)
         times = 0.0
         for context in range(3200, 6144, 256):
-            query = replace(Query.of(rows[0]), context=context)
+            query = dataclasses.replace(Query.of(rows[0]), context=context)
             times += simulate(decoded(regressor, query, 128), truth).ttft_s
         return times
 
@@ -234,7 +236,7 @@ def test_predictors_go_by_what_was_told_of_sizes_that_no_search_met() -> None:
 @pytest.mark.parametrize("shows", [0.0, 0.5, 1.0])
 def test_measurements_say_how_much_of_what_was_told_shows(shows: float) -> None:
     told_steps = stepped(0.06).steps
-    smooth = Setting(SMOOTH, 16, 16384, link=LinkCost.of(2e12, 1e-5))
+    smooth = Machine(SMOOTH, 16, 16384, link=LinkCost.of(2e12, 1e-5))
     truth = replace(
         smooth, cost=replace(SMOOTH, steps=tuple((size, factor**shows) for size, factor in told_steps))
     )
@@ -247,10 +249,10 @@ def test_measurements_say_how_much_of_what_was_told_shows(shows: float) -> None:
     found = corrected(told, [measured(one, truth) for one in splits])
     met = {size for one in splits for size in one.sizes}
     unmet = [(size, factor) for size, factor in told_steps if size not in met and 1024 <= size <= 3072]
-    steps = dict(found.setting.cost.steps)
+    steps = dict(found.machine.cost.steps)
     off = [math.log(steps[size]) - shows * math.log(factor) for size, factor in unmet]
     assert max(map(abs, off)) <= 0.26 * max(abs(math.log(factor)) for _, factor in unmet)
     assert set(found.met) == met
     # Nothing is measured yet: half of it.
-    before = dict(corrected(told, []).setting.cost.steps)
+    before = dict(corrected(told, []).machine.cost.steps)
     assert before[2048] == pytest.approx(dict(told_steps)[2048] ** 0.5)

@@ -42,7 +42,7 @@ def measure(partition):
     print(partition, flush=True)
     time.sleep(float(sys.argv[2]))
     return recorder(partition)
-found = search(measure, CONTEXT, RANKS, int(sys.argv[3]), sampler=sys.argv[5], setting=FITTED,
+found = search(measure, CONTEXT, RANKS, int(sys.argv[3]), sampler=sys.argv[5], machine=FITTED,
                storage=sys.argv[1], shared=sys.argv[5] == "tpe", seed=int(sys.argv[4]))
 print("found", len(found.trials), found.best, flush=True)
 """
@@ -135,7 +135,7 @@ def test_what_an_earlier_trial_has_not_yet_said_is_waited_for() -> None:
     with ThreadPoolExecutor(2) as pool:
         both = [
             pool.submit(
-                search, measure, CONTEXT, RANKS, 3, sampler="tpe", setting=FITTED, storage=storage, shared=True,
+                search, measure, CONTEXT, RANKS, 3, sampler="tpe", machine=FITTED, storage=storage, shared=True,
                 study_name="s", seed=seed,
             )
             for seed in (1, 2)
@@ -222,7 +222,7 @@ def test_what_somebody_queued_is_measured() -> None:
     wanted = Partition([2048, 1024, 1024])
 
     def go_on(budget: int) -> list[Partition]:
-        found = search(Recorder(), CONTEXT, RANKS, budget, setting=FITTED, storage=storage, study_name="s")
+        found = search(Recorder(), CONTEXT, RANKS, budget, machine=FITTED, storage=storage, study_name="s")
         return [one.partition for one in found.trials]
 
     go_on(1)
@@ -322,7 +322,7 @@ def test_an_unwritable_journal_is_told(tmp_path: Path) -> None:
 
 
 def test_killed_at_random_moments_nothing_is_lost_and_the_end_is_the_same(tmp_path: Path) -> None:
-    undisturbed = search(Recorder(), CONTEXT, RANKS, 8, setting=FITTED, seed=3)
+    undisturbed = search(Recorder(), CONTEXT, RANKS, 8, machine=FITTED, seed=3)
     url = f"sqlite:///{tmp_path / 'study.db'}"
     finished: set[str] = set()
     for kill in range(10):

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
 import random
-from dataclasses import replace
 from pathlib import Path
 
-import msgspec
 import pytest
+from msgspec.structs import replace
 
 from kvr_partition import Partition, PartitionError, PartitionTable
 from kvr_partition.errors import FileFormatError, OutOfRangeError
+from kvr_partition.machine.machine import Machine
+from kvr_partition.machine.schedule import simulate
+from kvr_partition.machine.solve import best_split
 from kvr_partition.predictor import PartitionPredictor
-from kvr_partition.schedule import Setting, best_split, simulate
 from kvr_partition.table import Entry
-from kvr_partition.terms import SettingTerms
 from kvr_partition.training import (
     REGRESSORS,
     Dataset,
@@ -63,7 +64,7 @@ def test_a_row_knows_how_good_any_partition_is() -> None:
     )
     assert row.regret(row.partition) < 0.03
     # Without the truth, as of hardware, its own measurements must do.
-    measured = msgspec.structs.replace(row, truth=None, best_s=None, origin="measured")
+    measured = replace(row, truth=None, best_s=None, origin="measured")
     assert measured.regret(even) == pytest.approx(row.regret(even), abs=0.03)
     assert measured.regret(row.partition) < 0.02
 
@@ -82,10 +83,10 @@ def test_linear_interpolation_is_the_tables() -> None:
     table = PartitionTable(Entry(row.context, row.sizes) for row in rows())
     fitted = Interpolation().fit(rows())
     for context in (2048, 3000, 8191, 16384):
-        query = replace(Query.of(rows()[0]), context=context)
+        query = dataclasses.replace(Query.of(rows()[0]), context=context)
         assert Partition.from_cuts(fitted.cuts(query), context) == table.lookup(context).partition
     with pytest.raises(OutOfRangeError, match="no searched contexts on both sides"):
-        fitted.cuts(replace(Query.of(rows()[0]), context=20_000))
+        fitted.cuts(dataclasses.replace(Query.of(rows()[0]), context=20_000))
 
 
 def test_measurements_correct_the_cost_model_for_contexts_they_are_not_of() -> None:
@@ -109,19 +110,19 @@ def test_an_unknown_machine_is_taken_to_be_off_as_others_are() -> None:
     query = Query.of(rows()[2])
     fitted = Corrected().fit(others)
     truth, told = LANDS[4].truth.cost, LANDS[4].told.cost
-    found = fitted.setting(query).cost
+    found = fitted.machine(query).cost
     assert abs(found.per_token_s / truth.per_token_s - 1) < max(
         0.05, abs(told.per_token_s / truth.per_token_s - 1)
     )
-    nowhere = replace(query, machine=("elsewhere", *query.machine[1:]))
-    assert fitted.setting(nowhere).cost == told
+    nowhere = dataclasses.replace(query, machine=("elsewhere", *query.machine[1:]))
+    assert fitted.machine(nowhere).cost == told
 
 
 @pytest.mark.parametrize("name", REGRESSORS)
 def test_every_way_to_predict_gives_growing_boundaries(name: str) -> None:
     fitted = REGRESSORS[name]().fit([row for at in (4, 5, 6) for row in rows(at)])
     for context in (2048, 5000, 16384):
-        cuts = fitted.cuts(replace(Query.of(rows()[0]), context=context))
+        cuts = fitted.cuts(dataclasses.replace(Query.of(rows()[0]), context=context))
         assert len(cuts) == 2
         assert 0 < cuts[0] < cuts[1] < 1
 
@@ -137,21 +138,20 @@ def test_features_have_no_units() -> None:
     assert known.shape == (2, len(NAMES))
     # The same machine a thousand times as slow, with all costs in proportion, is the same question.
     cost = query.told.cost
-    slower = msgspec.structs.replace(
+    slower = replace(
         query.told,
-        cost=msgspec.structs.replace(
+        cost=replace(
             cost,
             fixed_s=cost.fixed_s * 1e3,
             per_token_s=cost.per_token_s * 1e3,
             per_own_pair_s=cost.per_own_pair_s * 1e3,
             per_prefix_pair_s=cost.per_prefix_pair_s * 1e3,
         ),
-        links=tuple(
-            msgspec.structs.replace(link, seconds_per_byte=link.seconds_per_byte * 1e3)
-            for link in query.told.links
+        link=tuple(
+            replace(link, seconds_per_byte=link.seconds_per_byte * 1e3) for link in query.told.links(query.ranks)
         ),
     )
-    assert features(replace(query, told=slower)) == pytest.approx(known)
+    assert features(dataclasses.replace(query, told=slower)) == pytest.approx(known)
 
 
 def test_what_is_left_out_has_not_been_seen() -> None:
@@ -215,7 +215,7 @@ def test_a_trained_predictor_is_the_regressor_it_was_made_from() -> None:
     assert grid.past_shares[-1] == 0.5
     regressor = REGRESSORS[training.method]().fit(searched)
     for context, past in ((2048, 0), (3333, 0), (9000, 4500), (16384, 16384), (12_345, 777)):
-        query = replace(Query.of(searched[0]), context=context, past=past)
+        query = dataclasses.replace(Query.of(searched[0]), context=context, past=past)
         right = Partition.from_cuts(regressor.cuts(query), context, past=past)
         found = predictor.predict(context, past=past).partition
         assert found.past == past
@@ -227,7 +227,7 @@ def test_a_trained_predictor_is_the_regressor_it_was_made_from() -> None:
 
 def test_predictions_keep_to_the_steps_of_the_searches() -> None:
     def of(context: int, *sizes: int) -> Row:
-        return msgspec.structs.replace(rows()[0], context=context, sizes=sizes)
+        return replace(rows()[0], context=context, sizes=sizes)
 
     uneven = of(2048, 768, 640, 640)
     assert common_quantum([uneven, of(4096, 1536, 1280, 1280)]) == 128
@@ -245,7 +245,7 @@ def test_predictions_keep_to_the_steps_of_the_searches() -> None:
         train(rows(), provenance(ranks=3), quantum=1000)
 
 
-def rugged_row(context: int, truth: Setting) -> Row:
+def rugged_row(context: int, truth: Machine) -> Row:
     """Some splits in steps of 128 tokens, measured without noise on a machine whose chunk sizes have steps."""
     even = context // 3 // 128 * 128
     moves = [(more, less) for more in range(0, 5) for less in range(0, 5 - more)]
@@ -257,13 +257,13 @@ def rugged_row(context: int, truth: Setting) -> Row:
     trials = [measured(one, truth) for one in dict.fromkeys(splits)]
     best = min(trials, key=lambda one: one.ttft_s)
     row = rows()[0]
-    return msgspec.structs.replace(
+    return replace(
         row,
         context=context,
         sizes=best.sizes,
         trials=tuple(trials),
-        told=SettingTerms.of(LANDS[4].told, 3),
-        truth=SettingTerms.of(LANDS[4].truth, 3),
+        told=LANDS[4].told.filed(3),
+        truth=LANDS[4].truth.filed(3),
     )
 
 
@@ -297,10 +297,8 @@ def test_one_machine_at_a_time() -> None:
     with pytest.raises(PartitionError, match="for one model on one machine; these rows are of"):
         train([*rows(4), *rows(10)])
     here = provenance(ranks=3)
-    half = msgspec.structs.replace(here, dtype="float16")
-    of_both = [
-        msgspec.structs.replace(row, provenance=one) for row, one in zip(rows(), (here, half), strict=False)
-    ]
+    half = replace(here, dtype="float16")
+    of_both = [replace(row, provenance=one) for row, one in zip(rows(), (here, half), strict=False)]
     with pytest.raises(PartitionError, match=r"these rows are of .*float16.*; .*float32"):
         train(of_both)
     with pytest.raises(PartitionError, match="nothing to train on"):

@@ -21,7 +21,7 @@ class HostLinks(PlannedLinks):
 
     One thread for each rank that sends here waits for arrivals in order, and one for each rank that is
     sent to writes, so the compute thread does neither. A link carries its messages in the order of the plan,
-    as links between GPUs do and as `kvr_partition.schedule` has it: in each layer this rank's own chunk, then
+    as links between GPUs do and as `machine.schedule` has it: in each layer this rank's own chunk, then
     what it forwards, nearest chunk first. Each leaves as soon as it is here and those before it have left.
     """
 

@@ -8,11 +8,10 @@ from typing import Literal
 import msgspec
 
 from kvr_partition import jsonfile
-from kvr_partition.cost import LinkCost
 from kvr_partition.errors import FileFormatError
+from kvr_partition.machine.cost import ChunkCost, LinkCost
+from kvr_partition.machine.machine import Machine
 from kvr_partition.provenance import Provenance
-from kvr_partition.schedule import Setting
-from kvr_partition.terms import LinkTerms, SteppedTerms
 
 SCHEMA = "kvr-partition/profile/2"
 
@@ -48,7 +47,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         cost: of a chunk on a rank of speed 1.
         speeds: of each rank.
         links: from each rank to the next.
-        alone_speed: as in `schedule.Setting`.
+        alone_speed: as in `Machine`.
     """
 
     schema: str
@@ -56,9 +55,9 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     context: int
     layers: int
     entry_bytes: int
-    cost: SteppedTerms
+    cost: ChunkCost
     speeds: tuple[float, ...]
-    links: tuple[LinkTerms, ...]
+    links: tuple[LinkCost, ...]
     chunk_samples: tuple[ChunkSample, ...]
     link_samples: tuple[LinkSample, ...]
     alone_speed: float = 1.0
@@ -66,33 +65,33 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @classmethod
     def of(
         cls,
-        setting: Setting,
+        machine: Machine,
         context: int,
         provenance: Provenance,
         chunks: tuple[ChunkSample, ...] = (),
         links: tuple[LinkSample, ...] = (),
     ) -> Profile:
-        """A measured setting with the samples behind it."""
-        ranks = provenance.ranks
+        """A measured machine with the samples behind it."""
+        kept = machine.filed(provenance.ranks)
         return cls(
             SCHEMA,
             provenance,
             context,
-            setting.layers,
-            setting.entry_bytes,
-            SteppedTerms.of(setting.cost),
-            setting.speeds or (1.0,) * ranks,
-            tuple(LinkTerms.of(setting.link_between(rank, rank + 1)) for rank in range(ranks - 1)),
+            kept.layers,
+            kept.entry_bytes,
+            kept.cost,
+            kept.speeds,
+            kept.links(provenance.ranks),
             chunks,
             links,
-            setting.alone_speed,
+            kept.alone_speed,
         )
 
-    def setting(self, topology: Literal["chain", "fanout"] = "chain", bandwidth: float | None = None) -> Setting:
+    def machine(self, topology: Literal["chain", "fanout"] = "chain", bandwidth: float | None = None) -> Machine:
         """For `schedule`; links held to ``bandwidth`` bytes a second as well, if it is given."""
         least = 0.0 if bandwidth is None else 1.0 / bandwidth
-        return Setting(
-            self.cost.cost,
+        return Machine(
+            self.cost,
             self.layers,
             self.entry_bytes,
             tuple(LinkCost(link.latency_s, max(link.seconds_per_byte, least)) for link in self.links),

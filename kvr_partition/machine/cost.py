@@ -1,11 +1,13 @@
-"""ChunkCost: seconds a rank takes for a chunk behind a prefix, fitted to a few timed chunks."""
+"""What a chunk and a message take: one formula, its fit to timed chunks, and its form in files."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
 
 from kvr_partition.errors import KVRError
 
@@ -41,8 +43,7 @@ class TimedChunk:
     layers: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class LinkCost:
+class LinkCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Time of a message on one directed link: ``latency_s + bytes · seconds_per_byte``."""
 
     latency_s: float = 0.0
@@ -76,19 +77,27 @@ class LinkCost:
         return self.latency_s + nbytes * self.seconds_per_byte
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkCost:
+class Parts(NamedTuple):
+    """Seconds of a chunk: what its tokens take, attention to itself, and attention to the prefix."""
+
+    tokens: Any
+    own: Any
+    prefix: Any
+
+
+class ChunkCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Time of a chunk with causal attention: own block half a square, prefix a rectangle.
 
     ``seconds(c, s) = fixed + per_token·c + per_own_pair·c²/2 + per_prefix_pair·c·s``, every term ≥ 0, times the
-    step of ``c``, if it has one.
+    step of ``c``, if it has one. Files keep it as it is.
     """
 
     fixed_s: float
     per_token_s: float
     per_own_pair_s: float
     per_prefix_pair_s: float
-    kv_share: float = 0.0
+    # A default that files show all the same.
+    kv_share: float = msgspec.field(default_factory=float)
     """Share of the fixed and per-token time that a layer spends before its KV is ready to be sent."""
     steps: tuple[tuple[int, float], ...] = ()
     """Chunks of exactly so many tokens, in order, and how many times as long as the terms say they take.
@@ -104,21 +113,54 @@ class ChunkCost:
     @classmethod
     def of_terms(cls, terms: Iterable[float]) -> ChunkCost:
         """A cost of such `terms`, without steps."""
-        fixed, token, own_pair, prefix_pair, kv_share = terms
+        fixed, token, own_pair, prefix_pair, kv_share = map(float, terms)
         return cls(fixed, token, own_pair, prefix_pair, kv_share)
 
-    def seconds(self, chunk: float, prefix: float) -> float:
-        """Time in seconds of ``chunk`` tokens behind ``prefix`` tokens."""
-        return self.step(chunk) * (
-            self.fixed_s
-            + self.per_token_s * chunk
-            + self.per_own_pair_s * chunk * chunk / 2
-            + self.per_prefix_pair_s * chunk * prefix
+    @property
+    def smooth(self) -> ChunkCost:
+        """The same without steps."""
+        return self.of_terms(self.terms)
+
+    @property
+    def wrong(self) -> str | None:
+        """Why no chunk can cost that, or None."""
+        terms = (self.fixed_s, self.per_token_s, self.per_own_pair_s, self.per_prefix_pair_s)
+        sizes = [size for size, _ in self.steps]
+        if sizes != sorted(set(sizes)) or any(size < 1 or factor <= 0 for size, factor in self.steps):
+            return "steps need sizes that grow, and factors above 0"
+        if min(terms) < 0 or max(terms[1:]) == 0 or not 0 <= self.kv_share < 1:
+            return "its cost must not be negative, must grow with the chunk, and kv_share lies in [0, 1)"
+        return None
+
+    def parts(self, chunk: Any, prefix: Any, dense: bool = False) -> Parts:
+        """Seconds of the three parts of a chunk; of many at once where these are arrays.
+
+        Args:
+            chunk, prefix: tokens of the chunk and before it.
+            dense: whether every pair of the own block is computed and masked, rather than the causal ones.
+        """
+        step = self.step(chunk)
+        return Parts(
+            (self.fixed_s + self.per_token_s * chunk) * step,
+            self.per_own_pair_s * chunk * chunk * (1.0 if dense else 0.5) * step,
+            self.per_prefix_pair_s * chunk * prefix * step,
         )
 
-    def step(self, chunk: float) -> float:
-        """What the terms are multiplied by for a chunk of so many tokens."""
-        return next((factor for size, factor in self.steps if size == chunk), 1.0)
+    def seconds(self, chunk: float, prefix: float, dense: bool = False) -> float:
+        """Time in seconds of ``chunk`` tokens behind ``prefix`` tokens; see `parts`."""
+        return float(sum(self.parts(chunk, prefix, dense)))
+
+    def step(self, chunk: Any) -> Any:
+        """What the terms are multiplied by for a chunk of so many tokens, or for each of an array."""
+        if not hasattr(chunk, "shape"):
+            return next((factor for size, factor in self.steps if size == chunk), 1.0)
+        import numpy as np
+
+        if not self.steps:
+            return np.ones_like(chunk)
+        sizes, factors = (np.array(column) for column in zip(*self.steps, strict=True))
+        at = np.searchsorted(sizes, chunk).clip(max=len(sizes) - 1)
+        return np.where(sizes[at] == chunk, factors[at], 1.0)
 
     def chunk_for(self, seconds: float, prefix: float) -> float:
         """The largest chunk, in tokens and not rounded, that takes no longer than ``seconds``, steps left out."""
@@ -154,7 +196,7 @@ class ChunkCost:
         if len({one.prefix for one in timed}) < 2:
             raise FitError("every chunk was timed behind the same prefix; add one behind another prefix")
         seconds = np.array([one.seconds for one in timed])
-        terms = np.array([[1.0, c, c * c / 2, c * s] for c, s in ((one.chunk, one.prefix) for one in timed)])
+        terms = multiples(np.array(chunks, dtype=float), np.array([one.prefix for one in timed], dtype=float))
         weighted = terms / seconds[:, None]
         scale = np.linalg.norm(weighted, axis=0)
         scaled = weighted / scale
@@ -189,6 +231,14 @@ class ChunkCost:
                 "these chunks take equally long whatever their size; add longer ones, or a longer context"
             )
         return cls(fixed, token, own, prefix, _kv_share(timed, fixed, token))
+
+
+def multiples(chunk: Array, prefix: Array, dense: bool = False) -> Array:
+    """What the four terms count of chunks behind prefixes, ``[..., 4]``: once, tokens, own and prefix pairs."""
+    import numpy as np
+
+    own = chunk * chunk * (1.0 if dense else 0.5)
+    return np.stack([np.ones_like(chunk), chunk, own, chunk * prefix], axis=-1)
 
 
 def steps_of(timed: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from msgspec.structs import replace
 
 from kvr_partition.errors import PartitionError
+from kvr_partition.machine.bounds import bounds, gathering_ttft
+from kvr_partition.machine.machine import Machine
+from kvr_partition.machine.schedule import simulate
+from kvr_partition.machine.solve import best_split
 from kvr_partition.methods import GATHERING
 from kvr_partition.partition import Partition
-from kvr_partition.schedule import Setting, best_split, bounds, gathering_ttft, simulate
 
 WORTH_A_RANK = 0.03
 """Share of TTFT that a larger number of ranks has to save to be worth them."""
@@ -41,19 +46,19 @@ class Advice:
     reason: str
 
 
-def first_ranks(setting: Setting, ranks: int) -> Setting:
+def first_ranks(machine: Machine, ranks: int) -> Machine:
     """The same machine with only its first ranks."""
-    link = setting.link
+    link = machine.link
     return replace(
-        setting,
-        speeds=setting.speeds[:ranks],
+        machine,
+        speeds=machine.speeds[:ranks],
         link=link[: ranks - 1] if isinstance(link, tuple) else link,
         # What sharing costs was timed with all of them at work.
-        alone_speed=setting.alone_speed if ranks == len(setting.speeds) else 1.0,
+        alone_speed=machine.alone_speed if ranks == len(machine.speeds) else 1.0,
     )
 
 
-def advise(setting: Setting, context: int, ranks: int, quantum: int = 1) -> Advice:
+def advise(machine: Machine, context: int, ranks: int, quantum: int = 1) -> Advice:
     """Compare every method on 1 to ``ranks`` ranks.
 
     Raises:
@@ -61,12 +66,12 @@ def advise(setting: Setting, context: int, ranks: int, quantum: int = 1) -> Advi
     """
     if context < 1:
         raise PartitionError(f"a context has at least 1 token; got {context}")
-    fastest = min(setting.slowness(rank) for rank in range(ranks))
-    options = [Option("single", 1, bounds(context, 1, setting).single_s * fastest)]
+    fastest = min(machine.slowness(rank) for rank in range(ranks))
+    options = [Option("single", 1, bounds(context, 1, machine).single_s * fastest)]
     for count in range(2, ranks + 1):
         if context < count * quantum:
             break
-        few = first_ranks(setting, count)
+        few = first_ranks(machine, count)
         options += [Option(method, count, gathering_ttft(method, context, count, few)) for method in GATHERING]
         for topology in ("chain", "fanout"):
             told = replace(few, topology=topology)

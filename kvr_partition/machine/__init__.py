@@ -1,0 +1,1 @@
+"""What a prefill costs on a machine: chunks, messages, who waits for whom, and the best split."""
