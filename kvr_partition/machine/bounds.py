@@ -35,11 +35,14 @@ def gathering_ttft(method: GatheringMethod, context: int, ranks: int, machine: M
             part = cost.parts(chunk, machine.past + context)
             work, attention = part.tokens, part.prefix
         elif method == "tsp-causal":
-            work, *own_and_prefix = cost.parts(chunk, machine.past + rank * chunk)
+            work, *own_and_prefix = cost.parts(chunk, machine.past + rank * chunk, machine.dense)
             attention = sum(own_and_prefix)
         else:
             half = chunk / 2
-            pieces = [cost.smooth.parts(half, machine.past + at * half) for at in (rank, 2 * ranks - 1 - rank)]
+            pieces = [
+                cost.smooth.parts(half, machine.past + at * half, machine.dense)
+                for at in (rank, 2 * ranks - 1 - rank)
+            ]
             work = cost.parts(chunk, 0).tokens
             attention = sum(piece.own + piece.prefix for piece in pieces) * cost.step(chunk)
         before.append(work * cost.kv_share * slow)
@@ -81,8 +84,7 @@ def bounds(context: int, ranks: int, machine: Machine, partition: Partition | No
     if partition is not None and partition.past != machine.past:
         raise PartitionError(f"the partition has past {partition.past}, the machine past {machine.past}")
     cost = machine.cost
-    # Steps were measured on chunks; how a whole prompt's compares is not known.
-    single = cost.smooth.seconds(context, machine.past, machine.dense)
+    single = cost.seconds(context, machine.past, machine.dense)
     practical = None
     if partition is not None:
         practical = max(

@@ -164,6 +164,20 @@ def test_gathering_methods_meet_in_every_layer(ranks: int, bandwidth: float) -> 
         gathering_ttft("kvr", context, ranks, machine)
 
 
+def test_bounds_and_gathering_count_size_effects_and_dense_attention_as_a_schedule_does() -> None:
+    stepped = replace(MACHINE, cost=replace(COST, steps=((2048, 0.9), (4096, 1.2))), past=512)
+    for machine in (stepped, replace(stepped, dense=True)):
+        alone = simulate(Partition((4096,), past=512), machine).ttft_s
+        assert bounds(4096, 1, machine).single_s == pytest.approx(alone)
+        assert gathering_ttft("tsp-causal", 4096, 1, machine) == pytest.approx(alone)
+        # Without waits the last rank of an even split is the slowest one.
+        last = bounds(4096, 2, machine, Partition((2048, 2048), past=512)).practical_s
+        assert gathering_ttft("tsp-causal", 4096, 2, machine) == pytest.approx(last)
+    assert gathering_ttft("zigzag", 4096, 2, replace(stepped, dense=True)) > gathering_ttft(
+        "zigzag", 4096, 2, stepped
+    )
+
+
 @pytest.mark.parametrize("bandwidth", [1e9, 1e10, 3e11])
 @pytest.mark.parametrize("topology", ["chain", "fanout"])
 @pytest.mark.parametrize("speeds", [(), (1.0, 0.6)])
