@@ -56,12 +56,14 @@ def test_it_measures_every_method_and_writes_the_best(home: Path) -> None:
     for context in (96, 128, 160):
         assert set(methods[context]) == {"single", "TSP", "KVR-E", "KVR-S"}
     assert set(methods[144]) == {"single", "TSP", "KVR-E", "KVR-P"}
+    # A search ends short of its budget where it says why: on a busy machine noise hides what could be won.
+    stopped = {one["context"]: one["stopped"] for one in document["contexts"]}
     table = load(home / "out" / "table.json")
     assert table.contexts(2) == (96, 128, 160)
     for entry in table.entries:
         searched = methods[entry.context]["KVR-S"]
         assert (list(entry.sizes), entry.ttft_s) == (searched["sizes"], searched["ttft_s"])
-        assert entry.measured == 4
+        assert (entry.measured == 4) == (stopped[entry.context] == "budget")
         # It was timed side by side with the even split; how that decides, test_decision.py tells.
         with MeasurementLog(home / "out" / "measurements.jsonl") as log:
             timed = log.measurements(f"compare/{entry.context}")
@@ -79,8 +81,9 @@ def test_it_measures_every_method_and_writes_the_best(home: Path) -> None:
 def test_every_sample_is_in_the_log(home: Path) -> None:
     document = json.loads((home / "first.json").read_text())
     with MeasurementLog(home / "out" / "measurements.jsonl") as log:
-        for context in (96, 128, 160):
-            assert len(log.measurements(f"search/{context}")) == 4
+        for entry in load(home / "out" / "table.json").entries:
+            context = entry.context
+            assert len(log.measurements(f"search/{context}")) == entry.measured
             compared = {(one.method, one.sizes): one for one in log.measurements(f"compare/{context}")}
             shown = next(one for one in document["contexts"] if one["context"] == context)
             for method in shown["methods"]:
