@@ -281,17 +281,46 @@ def test_another_model_of_the_class_keeps_its_layers() -> None:
 
 def test_it_is_undone_after_an_error_too() -> None:
     model = trained("llama-gqa")
-    read(model, layers="fused")
-    assert forwards(model) == []
+    fails: list[bool] = []
 
     def fail(*_: Any) -> None:
-        raise RuntimeError("in the middle")
+        if fails:
+            raise RuntimeError("in the middle")
 
-    hook = model.model.layers[1].register_forward_pre_hook(fail)
+    hook = model.model.layers[1].mlp.register_forward_pre_hook(fail)
+    read(model, layers="fused")
+    assert forwards(model) == []
+    fails.append(True)
     with pytest.raises(RuntimeError, match="in the middle"):
         read(model, layers="fused")
     hook.remove()
     assert forwards(model) == []
+
+
+def test_what_comes_later_to_a_layer_or_the_last_norm_is_not_passed_over() -> None:
+    for change in ("layer", "norm", "hook"):
+        model = trained("llama-gqa")
+        read(model, layers="fused")
+        part = model.model.norm if change == "norm" else model.model.layers[0]
+        if change == "hook":
+            part.register_forward_hook(lambda module, args, output: args[0])
+        else:
+            before = part.forward
+            part.forward = lambda *args, before=before, **given: before(*args, **given) * 0.5
+        torch.testing.assert_close(read(model, layers="fused"), read(model, layers="stock"), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("depth", ["auto", "cache"])
+def test_eager_attention_runs_behind_fused_layers(depth: Any) -> None:
+    from kvr_partition.runtime import prefill
+
+    model = trained("llama-gqa")
+    model.set_attn_implementation("eager")
+    ids = torch.randint(0, model.config.vocab_size, (1, 24))
+    fused, stock = (
+        prefill(model, ids, Partition((24,)), depth=depth, layers=layers).logits for layers in ("fused", "stock")
+    )
+    torch.testing.assert_close(fused, stock, rtol=0, atol=2e-5)
 
 
 def test_hooks_of_a_users_own_go_on_working() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -207,7 +208,10 @@ class FusedAttention:
                 query, key, value, attn_mask=mask, is_causal=mask is None and query.shape[2] > 1
             ).transpose(1, 2)
         else:
-            attention = ALL_ATTENTION_FUNCTIONS[self.module.config._attn_implementation]
+            name = self.module.config._attn_implementation
+            # Eager attention is each family's own, and stands beside its modules.
+            beside = sys.modules[type(self.module).__module__]
+            attention = ALL_ATTENTION_FUNCTIONS.get(name) or beside.eager_attention_forward
             passed = {name: given[name] for name in self.passed_on if name in given}
             output = attention(self.module, query, key, value, mask, **self.constants, **passed)[0]
         rows: torch.Tensor = output.reshape(-1, query.shape[1] * value.shape[3])

@@ -56,7 +56,7 @@ class _UnknownError(Exception):
 
 @dataclass
 class _Watched:
-    """Modules inside decoder layers, and whether they are as they were when they were tried.
+    """Modules of a model that matter, and whether they are as they were when its parts were tried.
 
     Hundreds of modules are looked at before every prompt, while the device waits: they are kept by columns, which
     take no loop of ours.
@@ -68,15 +68,17 @@ class _Watched:
     then: tuple[list[Any], ...] = ()
 
     @classmethod
-    def of(cls, layers: list[Any]) -> _Watched:
-        """All modules inside some layers, as they are."""
+    def of(cls, model: Any, layers: list[Any]) -> _Watched:
+        """Layers of a model, all that is in them, and norms elsewhere, as they are."""
         found = cls()
-        for layer in layers:
-            for parent in layer.modules():
-                for name, module in parent.named_children():
-                    found.siblings.append(parent._modules)
-                    found.names.append(name)
-                    found.attributes.append(module.__dict__)
+        inside = {id(module) for layer in layers for module in layer.modules()}
+        for parent in model.modules():
+            for name, module in parent.named_children():
+                if id(module) not in inside and _rms_epsilon(module) is None:
+                    continue
+                found.siblings.append(parent._modules)
+                found.names.append(name)
+                found.attributes.append(module.__dict__)
         found.then = found.now()
         return found
 
@@ -231,6 +233,8 @@ _probed: weakref.WeakKeyDictionary[Any, FusedModel] = weakref.WeakKeyDictionary(
 @torch.no_grad()
 def fused_model(model: Any) -> FusedModel:
     """What of a model can be replaced; remembered for as long as nobody changes the model's modules."""
+    if nn.modules.module._has_any_global_hook():
+        return FusedModel(left=["everything: there are hooks on all modules"])
     known = _probed.get(model)
     if known is None or not known.unchanged():
         try:
@@ -262,7 +266,7 @@ def _probe(model: Any) -> FusedModel:
     if not layers:
         found.left.append(f"everything: {type(model).__name__} has no decoder layers of a kind known here")
         return found
-    found.watched = _Watched.of(layers)
+    found.watched = _Watched.of(model, layers)
     try:
         calls = _calls(model, layers)
     except torch.OutOfMemoryError:
@@ -372,6 +376,10 @@ class _NotingCache(DynamicCache):
 
 def _probe_layer(model: Any, layer: Any, index: int, calls: dict[Any, _Call], found: FusedModel) -> None:
     where = f"layer {index}"
+    if layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__:
+        # They may keep what they are given, which fused layers write to, or give back something else.
+        found.left.append(f"everything of {where}: somebody's hooks are on it")
+        return
     attention_name, mlp_name = _child(layer, _ATTENTIONS) or "", _child(layer, _MLPS) or ""
     own_attention, own_mlp = getattr(layer, attention_name), getattr(layer, mlp_name)
 
