@@ -363,29 +363,45 @@ def _why_no_attention_depth(
     return ""
 
 
-_running: weakref.WeakKeyDictionary[Any, threading.Lock] = weakref.WeakKeyDictionary()
+_running: set[int] = set()
+"""Ids of modules that a prefill runs with; they live as long as it does."""
+
 _running_known = threading.Lock()
 
 
 @contextmanager
 def exclusively(model: Any) -> Iterator[None]:
-    """A model whose attention nobody else replaces meanwhile: that is a setting of the model, not of a thread.
+    """A model whose attention and layers nobody else replaces meanwhile: they are a model's, not a thread's.
 
     Raises:
-        RankError: another thread prefills with the same model.
+        RankError: another thread prefills with the same model, or with one that has layers of it.
     """
+    ids = _with_children(model)
     with _running_known:
-        lock = _running.setdefault(model, threading.Lock())
-    if not lock.acquire(blocking=False):
+        free = _running.isdisjoint(ids)
+        if free:
+            _running.update(ids)
+    if not free:
         raise RankError(
-            "another thread prefills with the same model; one prefill at a time, or a model for each thread",
+            "another thread prefills with the same model, or one that shares its layers; one prefill at a time, "
+            "or a model for each thread",
             kind="busy",
             phase="agreement",
         )
     try:
         yield
     finally:
-        lock.release()
+        with _running_known:
+            _running.difference_update(ids)
+
+
+def _with_children(model: Any) -> set[int]:
+    """Ids of a model, its body, its list of layers and the layers: of what has children, down to there."""
+    found, level = {id(model)}, [model]
+    for _ in range(3):
+        level = [child for module in level for child in module._modules.values() if child and child._modules]
+        found.update(map(id, level))
+    return found
 
 
 class runahead_attention:  # noqa: N801 - reads as a statement: with runahead_attention(model): ...

@@ -6,7 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 from kvr_partition.errors import UnsupportedError
-from kvr_partition.runtime.fused.probing import PARTS, FusedModel, fused_model
+from kvr_partition.runtime.fused.model import PARTS, FusedModel
+from kvr_partition.runtime.fused.probing import fused_model
 from kvr_partition.runtime.fused.recorded import AddPrefix
 
 __all__ = ["PARTS", "FusedModel", "Layers", "chosen_layers", "fused_model", "running"]

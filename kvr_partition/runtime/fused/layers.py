@@ -79,11 +79,14 @@ class Norm:
     module: Any
     epsilon: float | None
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+    def __call__(self, rows: torch.Tensor, shape: torch.Size | None = None) -> torch.Tensor:
+        """Normed rows; the model's own is given them as ``[batch, tokens, width]``, of this shape."""
         if self.epsilon is not None:
             return ops.rms_norm(rows, self.module.weight, self.epsilon)
-        found: torch.Tensor = self.module(rows[None])[0]
-        return found
+        found: torch.Tensor = self.module(rows[None] if shape is None else rows.view(shape))
+        # A norm that does nothing gives back the residual itself, which is written to.
+        same = found.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr()
+        return (found.clone() if same else found).view(rows.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +124,9 @@ class OwnMLP:
 
     module: Any
 
-    def add_to_(self, residual: torch.Tensor, rows: torch.Tensor) -> None:
-        """Add what it makes of rows to a residual."""
-        residual.add_(self.module(rows[None])[0])
+    def add_to_(self, residual: torch.Tensor, rows: torch.Tensor, shape: torch.Size) -> None:
+        """Add what it makes of rows, as ``[batch, tokens, width]`` of this shape, to a residual."""
+        residual.add_(self.module(rows.view(shape)).view(residual.shape))
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,6 +236,7 @@ class OwnAttention:
     names: tuple[str, ...]
 
     def __call__(self, hidden: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
+        """Attention of hidden states ``[batch, tokens, width]``, behind its output projection."""
         passed = {name: given[name] for name in self.names if name in given}
         named = {} if self.hidden is None else {self.hidden: hidden}
         found = self.module(*([] if named else [hidden]), **named, **passed)
@@ -252,7 +256,8 @@ class FusedLayer:
         parallel: whether the MLP reads what attention reads, and not what attention made.
         cache: name under which the layer is given the cache.
         returns_tuple: whether the layer returns its hidden states in a tuple.
-        first: whether it is the first one, whose input is not written to: others may keep it.
+        copies: whether its input is not written to, because others may keep it: the first layer's, which it has
+            from the model itself, and those of layers whose outputs somebody keeps.
     """
 
     module: Any
@@ -263,7 +268,7 @@ class FusedLayer:
     parallel: bool
     cache: str
     returns_tuple: bool
-    first: bool
+    copies: bool
     _names: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -274,10 +279,10 @@ class FusedLayer:
         given = self.named(args, given)
         shape = hidden_states.shape
         rows = hidden_states.reshape(-1, shape[-1])
-        if self.first:
+        if self.copies:
             rows = rows.clone()
-        normed, for_mlp = self.before(rows)
-        self.behind(rows, for_mlp, *self._attended(normed, shape, given))
+        normed, for_mlp = self.before(rows, shape)
+        self.behind(rows, shape, for_mlp, *self._attended(normed, shape, given))
         hidden = rows.view(shape)
         return (hidden, None) if self.returns_tuple else hidden
 
@@ -285,12 +290,12 @@ class FusedLayer:
         """What the layer was given besides hidden states, by name."""
         return {**dict(zip(self._names, args, strict=False)), **given} if args else given
 
-    def before(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def before(self, rows: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What attention reads; and what the MLP reads, where that is known before attention."""
-        normed = self.norms[0](rows)
+        normed = self.norms[0](rows, shape)
         if not self.parallel:
             return normed, None
-        return normed, normed if self.norms[1] is self.norms[0] else self.norms[1](rows)
+        return normed, normed if self.norms[1] is self.norms[0] else self.norms[1](rows, shape)
 
     def _attended(
         self, normed: torch.Tensor, shape: torch.Size, given: dict[str, Any]
@@ -320,6 +325,7 @@ class FusedLayer:
     def behind(
         self,
         rows: torch.Tensor,
+        shape: torch.Size,
         for_mlp: torch.Tensor | None,
         attended: torch.Tensor | None,
         output: torch.Tensor | None = None,
@@ -327,6 +333,7 @@ class FusedLayer:
         """Everything behind attention, in place in the residual ``rows``.
 
         Args:
+            shape: of the hidden states that the rows are of.
             for_mlp: what the MLP reads; None where it reads the norm of what attention made.
             attended: what attention's output projection is to read; or None.
             output: what came out of that.
@@ -337,11 +344,10 @@ class FusedLayer:
             assert isinstance(self.attention, FusedAttention)
             assert attended is not None
             self.attention.output.add_to_(rows, attended)
-        self.mlp_of(rows, for_mlp)
-
-    def mlp_of(self, rows: torch.Tensor, for_mlp: torch.Tensor | None) -> None:
-        """Add what the MLP makes to the residual ``rows``; some rows at a time, so that long chunks fit."""
-        whole = isinstance(self.mlp, OwnMLP)
-        for low, high in [(0, rows.shape[0])] if whole else slices(rows.shape[0]):
+        if isinstance(self.mlp, OwnMLP):
+            self.mlp.add_to_(rows, self.norms[1](rows, shape) if for_mlp is None else for_mlp, shape)
+            return
+        # Some rows at a time, so that long chunks fit.
+        for low, high in slices(rows.shape[0]):
             some = rows[low:high]
             self.mlp.add_to_(some, self.norms[1](some) if for_mlp is None else for_mlp[low:high])

@@ -214,11 +214,11 @@ class RecordedLayers:
         assert static is not None
         hidden = static.hidden[:size]
         if index:
-            self.layers[index - 1].behind(hidden, self._for_mlp, attended)
+            self.layers[index - 1].behind(hidden, hidden[None].shape, self._for_mlp, attended)
         if index == len(self.layers):
             return
         layer = self.layers[index]
-        normed, self._for_mlp = layer.before(hidden)
+        normed, self._for_mlp = layer.before(hidden, hidden[None].shape)
         attention = _attention(layer)
         place = Place.of(0, static.kv[:size], attention.kv_heads * attention.dim)
         query = attention.project(normed, static.cos[:size], static.sin[:size], [place], static.query[:size])
