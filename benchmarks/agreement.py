@@ -62,7 +62,7 @@ def conditions(command: str, device: str) -> dict[str, Any]:
     import torch
 
     from kvr_partition import __version__
-    from profiler.worker import cpu_name
+    from profiler.rank import cpu_name
 
     return {
         "command": command,

@@ -76,7 +76,7 @@ def timed(rank: int, spec: dict[str, Any]) -> None:
     from kvr_partition.runtime.prefill import chunk_cache, run_chunk
     from kvr_partition.runtime.support import runahead_attention
     from profiler.models import build_model, open_model
-    from profiler.worker import random_prefix
+    from profiler.rank import random_prefix
 
     ranks = spec["ranks"]
     device = torch.device("cuda", rank)

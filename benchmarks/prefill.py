@@ -28,7 +28,7 @@ from kvr_partition.machine.cost import LinkCost
 from kvr_partition.machine.machine import Machine
 from kvr_partition.machine.solve import best_split
 from kvr_partition.measurement import Measurement, median
-from kvr_partition.methods import BASELINES, ONE_RANK
+from kvr_partition.methods import BASELINES, method_of
 from kvr_partition.partition import Partition
 from kvr_partition.runtime.kernels.plans import SHORTEST_PIECE
 from kvr_partition.search import SearchResult, search
@@ -65,9 +65,8 @@ def certified(group: RankGroup, context: int, skipped: set[str]) -> dict[str, An
     for method in (*BASELINES, "kvr-chain", "kvr-fanout"):
         if method in skipped:
             continue
-        candidate = Candidate(method, uneven) if method.startswith("kvr") else Candidate.even(
-            method, context, group.ranks
-        )  # fmt: skip
+        split = uneven if method_of(method).splits else Partition.even(context, group.ranks)
+        candidate = Candidate(method, split)
         try:
             group.check(candidate)
             certificate = group.verify(candidate)
@@ -93,7 +92,7 @@ def compare(
     disturbed = [
         (name, dataclasses.replace(candidate, noise=noise))
         for name, candidate in named
-        if noise and candidate.method not in (*ONE_RANK, "tp", "bound")
+        if noise and method_of(candidate.method).limited
     ]
     candidates = [candidate for _, candidate in named + disturbed]
     measured = dict(zip(candidates, group.measure_many(candidates, plan=plan, purpose=part), strict=True))

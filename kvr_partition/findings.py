@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from kvr_partition.machine.machine import FREE_LINK, Machine
 from kvr_partition.machine.schedule import Timeline, simulate
 from kvr_partition.measurement import Measurement, RankTimes, Sample, median
+from kvr_partition.methods import method_of
 
 Kind = Literal["late", "link", "wait", "compute", "unexplained"]
 
@@ -80,11 +81,10 @@ def findings(
     """
     partition = measurement.partition
     known = machine.link != FREE_LINK
-    if not known or not measurement.ok or not measurement.method.startswith("kvr") or partition.ranks < 2:
+    if not known or not measurement.ok or not method_of(measurement.method).splits or partition.ranks < 2:
         return []
     told = replace(machine, past=partition.past, noise=measurement.noise, noise_seed=noise_seed)
-    if measurement.method in ("kvr-chain", "kvr-fanout"):
-        told = replace(told, topology="fanout" if measurement.method == "kvr-fanout" else "chain")
+    told = replace(told, topology=method_of(measurement.method).topology or told.topology)
     alone = simulate(partition, told)
     samples = measurement.samples[:_MOST_SAMPLES]
     expected = [_as_computed(sample, told, alone, measurement) for sample in samples]

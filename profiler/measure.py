@@ -10,20 +10,6 @@ from kvr_partition.measurement import Failure, Measurement, Sample, interval_is_
 from kvr_partition.partition import Partition
 from profiler.store import MeasurementLine, MeasurementLog, SampleLine
 
-METHODS = {
-    "stock": "the whole prompt on one rank, as transformers reads it",
-    "single": "the whole prompt on one rank, with the layers and attention that KV-Runahead runs",
-    "tsp": "even chunks, all-gather of KV in every layer, dense masked attention",
-    "tsp-causal": "the same with causal kernels",
-    "zigzag": "even chunks dealt from both ends, all-gather of KV, causal kernels",
-    "tp": "tensor parallelism as transformers ships it",
-    "kvr": "KV-Runahead over the group's topology",
-    "kvr-chain": "KV-Runahead, each rank handing everything on to the next",
-    "kvr-fanout": "KV-Runahead, each rank sending its own chunk to all later ones",
-    "bound": "TTFT(p): KV-Runahead with every wait and transfer removed",
-}
-"""What can be timed."""
-
 
 @dataclass(frozen=True, slots=True)
 class Candidate:

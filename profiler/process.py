@@ -14,7 +14,7 @@ import threading
 from kvr_partition.frames import Frames, framed
 from kvr_partition.runtime.channel import Doing
 from profiler import messages
-from profiler.worker import Worker, failed
+from profiler.serving import Serving, failed
 
 
 class _Process:
@@ -22,7 +22,7 @@ class _Process:
 
     def __init__(self, control: socket.socket) -> None:
         self.requests: queue.SimpleQueue[messages.Request] = queue.SimpleQueue()
-        self.worker: Worker | None = None
+        self.worker: Serving | None = None
         self._control = control
         self._sending = threading.Lock()
 
@@ -73,11 +73,13 @@ def main() -> None:
     os._exit(0)
 
 
-def _worker_for(setup: messages.Setup) -> Worker:
+def _worker_for(setup: messages.Setup) -> Serving:
     if setup.backend == "sm":
-        from profiler.sm import SMWorker
+        from profiler.sm.worker import SMWorker
 
         return SMWorker(setup)
+    from profiler.worker import Worker
+
     return Worker(setup)
 
 

@@ -18,11 +18,11 @@ from kvr_partition.errors import PartitionError, UnsupportedError
 from kvr_partition.link_kinds import COPIES, GLOO
 from kvr_partition.machine.profile import Profile
 from kvr_partition.measurement import Measurement, Sample
-from kvr_partition.methods import BASELINES, ONE_RANK
+from kvr_partition.methods import method_of
 from kvr_partition.partition import Partition
 from kvr_partition.provenance import ROUTED, ModelGeometry, Provenance
 from profiler import messages
-from profiler.measure import METHODS, Candidate, SamplingPlan, measure_interleaved
+from profiler.measure import Candidate, SamplingPlan, measure_interleaved
 from profiler.models import DTYPES, ModelFolder, Operations, open_model, operations, probe_shapes
 from profiler.simulate import Simulated
 from profiler.store import SCHEMA, MeasurementLog, RunLine
@@ -571,28 +571,30 @@ class RankGroup:
         """
         from kvr_partition.runtime.support import check_context
 
-        if candidate.method not in METHODS:
-            raise UnsupportedError(f"unknown method {candidate.method!r}; there are {', '.join(METHODS)}")
-        expected = 1 if candidate.method in ONE_RANK else self.ranks
+        method = method_of(candidate.method)
+        expected = 1 if method.alone else self.ranks
         if candidate.partition.ranks != expected:
             raise PartitionError(
                 f"partition {candidate.partition} has {candidate.partition.ranks} chunks; "
-                f"{candidate.method} on this group needs {expected}"
+                f"{method.name} on this group needs {expected}"
+            )
+        even = Partition.even(candidate.partition.context, expected, past=candidate.partition.past)
+        if method.chunks == "even" and candidate.partition != even:
+            raise PartitionError(
+                f"{method.name} runs even chunks only, which are {even}; got {candidate.partition}"
             )
         past = candidate.partition.past
-        if past and candidate.method in BASELINES:
-            raise UnsupportedError(f"{candidate.method} is there for prompts without past tokens only")
+        if past and not method.takes_past:
+            raise UnsupportedError(f"{method.name} is there for prompts without past tokens only")
         check_context(self._folder.config, past + candidate.partition.context)
-        if candidate.method == "stock" and self.backend == "simulate":
-            raise UnsupportedError("a profile does not say what transformers takes without this runtime")
-        if candidate.method in ("tsp-causal", "zigzag"):
+        if method.unscheduled and self.backend == "simulate":
+            raise UnsupportedError(method.unscheduled)
+        if method.gathers and method.our_attention:
             from kvr_partition.runtime.baselines import check_gathering, parts_of
 
-            check_gathering(self._shapes(), candidate.method)  # type: ignore[arg-type]
-            parts_of(candidate.method, candidate.partition.context, self.ranks)  # type: ignore[arg-type]
-        if candidate.method == "tp":
-            if self.backend == "simulate":
-                raise UnsupportedError("there is no schedule of tensor parallelism to simulate")
+            check_gathering(self._shapes(), method.name)  # type: ignore[arg-type]
+            parts_of(method.name, candidate.partition.context, self.ranks)  # type: ignore[arg-type]
+        if method.name == "tp":
             if self.bandwidth is not None or candidate.noise:
                 raise UnsupportedError(
                     "the collectives of tensor parallelism cannot be held to a bandwidth or disturbed"

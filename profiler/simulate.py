@@ -9,11 +9,8 @@ from typing import Literal
 from msgspec.structs import replace
 
 from kvr_partition.errors import UnsupportedError
-from kvr_partition.machine.bounds import bounds, gathering_ttft
-from kvr_partition.machine.machine import Machine
+from kvr_partition.machine.methods import scheduled
 from kvr_partition.machine.profile import Profile
-from kvr_partition.machine.schedule import simulate
-from kvr_partition.measurement import RankTimes
 from profiler import messages
 
 
@@ -28,7 +25,7 @@ class Simulated:
 
     def __init__(self, profile: Profile, topology: str, noise_seed: int) -> None:
         self._profile = profile
-        self._topology = topology
+        self._topology: Literal["chain", "fanout"] = topology  # type: ignore[assignment]
         self._noise_seed = noise_seed
 
     def exchange(
@@ -83,41 +80,12 @@ class Simulated:
 
     def _prefill(self, request: messages.Prefill) -> list[messages.Reply]:
         ranks = self._profile.provenance.ranks
-        partition = request.partition
-        machine = self._machine(request)
-        idle = RankTimes(0.0, 0.0, 0.0)
-        times, sent, finishing = [idle] * ranks, [0] * ranks, ranks - 1
-        match request.method:
-            case "single":
-                ttft = bounds(partition.context, 1, machine).single_s
-                times[-1] = RankTimes(ttft, 0.0, 0.0)
-            case "bound":
-                found = bounds(partition.context, ranks, machine, partition).practical_s
-                assert found is not None
-                ttft = found
-            case "tsp" | "tsp-causal" | "zigzag" as method:
-                ttft = gathering_ttft(method, partition.context, ranks, machine)
-                row = machine.entry_bytes * machine.layers * (ranks - 1)
-                sent = [size * row for size in partition.sizes]
-            case _:
-                timeline = simulate(partition, machine)
-                ttft = timeline.ttft_s
-                times = [RankTimes.of(one) for one in timeline.ranks]
-                row = machine.entry_bytes * machine.layers
-                sent = [
-                    sum(partition.sizes[: rank + 1]) * row
-                    if machine.topology == "chain"
-                    else partition.sizes[rank] * row * (ranks - 1 - rank)
-                    for rank in range(ranks - 1)
-                ] + [0]
+        machine = self._profile.machine(self._topology, request.bandwidth)
+        machine = replace(machine, past=request.past, noise=request.noise, noise_seed=self._noise_seed)
+        found = scheduled(request.method, request.partition, ranks, machine)
         return [
-            messages.PrefillDone(0.0, ttft, times[rank], sent[rank], 0 if rank == finishing else None)
+            messages.PrefillDone(
+                0.0, found.ttft_s, found.times[rank], found.sent_bytes[rank], 0 if rank == ranks - 1 else None
+            )
             for rank in range(ranks)
         ]
-
-    def _machine(self, request: messages.Prefill) -> Machine:
-        topology: Literal["chain", "fanout"] = "chain"
-        if request.method == "kvr-fanout" or (request.method == "kvr" and self._topology == "fanout"):
-            topology = "fanout"
-        machine = self._profile.machine(topology, request.bandwidth)
-        return replace(machine, past=request.past, noise=request.noise, noise_seed=self._noise_seed)

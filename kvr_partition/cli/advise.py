@@ -30,6 +30,7 @@ def run(options: argparse.Namespace) -> None:
     from kvr_partition.loading import load_table
     from kvr_partition.machine.advice import Advice, Option, advise
     from kvr_partition.machine.profile import load_profile
+    from kvr_partition.methods import method_of
     from kvr_partition.table import PartitionTable
 
     contexts = parse_contexts(options.contexts)
@@ -40,9 +41,8 @@ def run(options: argparse.Namespace) -> None:
     ranks = profile.provenance.ranks
 
     def measured(advice: Advice, option: Option) -> float | None:
-        if not option.method.startswith("kvr") or table.provenance is None:
-            return None
-        if table.provenance.topology != option.method.removeprefix("kvr-"):
+        topology = method_of(option.method).topology
+        if topology is None or table.provenance is None or table.provenance.topology != topology:
             return None
         return next(
             (one.ttft_s for one in table.entries if (one.context, one.ranks) == (advice.context, option.ranks)),

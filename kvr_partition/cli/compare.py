@@ -32,7 +32,7 @@ from kvr_partition.errors import KVRError, OutOfRangeError, PartitionError, Rank
 from kvr_partition.findings import Finding, findings, worst
 from kvr_partition.loading import load_predictor, load_table
 from kvr_partition.machine.cost import FitError
-from kvr_partition.methods import BASELINES, ONE_RANK
+from kvr_partition.methods import BASELINES, METHODS, method_of
 from kvr_partition.partition import Partition
 from kvr_partition.predictor import PartitionPredictor
 from kvr_partition.provenance import weights_line
@@ -45,19 +45,15 @@ if TYPE_CHECKING:
     from profiler.ranks import RankGroup
 
 NAMES = {
-    "stock": "stock",
-    "single": "single",
-    "tsp": "TSP",
-    "tsp-causal": "TSP causal",
-    "zigzag": "zigzag",
-    "tp": "tensor parallel",
+    **{name: METHODS[name].title for name in ("stock", "single", *BASELINES)},
     "kvr-e": "KVR-E",
     "kvr-s": "KVR-S",
     "kvr-p": "KVR-P",
     "given": "given",
     "other": "the other topology",
-    "bound": "TTFT(p)",
+    "bound": METHODS["bound"].title,
 }
+"""Rows of the table. What runs a split is KV-Runahead; the row says whose split."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -130,8 +126,7 @@ def run(options: argparse.Namespace) -> None:
             progress.doing(f"context {context}: {', '.join(name for name, _ in named)}")
             timed = [candidate for _, candidate in named]
             if noise:
-                # Those without links, or with links of their own, cannot be disturbed.
-                disturbed = [one for _, one in named if one.method not in (*ONE_RANK, "tp", "bound")]
+                disturbed = [one for _, one in named if method_of(one.method).limited]
                 timed += [_noisy(one, noise) for one in disturbed]
             measurements = group.measure_many(
                 timed,
@@ -180,8 +175,8 @@ def _noticed(group: RankGroup, measurements: Sequence[Measurement], progress: Pr
     """What measurements show that their schedules do not; nothing where there is nothing to hold them against."""
     from profiler.calibrate import rough_machine
 
-    timed = [one for one in measurements if one.ok and (one.method == "single" or one.method.startswith("kvr"))]
-    if not any(one.method.startswith("kvr") for one in timed):
+    timed = [one for one in measurements if one.ok and (one.method == "single" or method_of(one.method).splits)]
+    if not any(method_of(one.method).splits for one in timed):
         return []
     base = next((one for one in timed if one.method == "single"), timed[0])
     try:
@@ -260,7 +255,7 @@ def _verified(
     """Those that equal one rank; the others are named."""
     kept = []
     for name, candidate in named:
-        if candidate.method in ("stock", "bound"):
+        if not method_of(candidate.method).verifiable:
             kept.append((name, candidate))
             continue
         progress.doing(f"context {candidate.partition.context}: verifying {name}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from kvr_partition.cli.show import seconds
 from kvr_partition.measurement import Measurement
-from kvr_partition.methods import BASELINES, ONE_RANK
+from kvr_partition.methods import BASELINES, method_of
 from kvr_partition.work import attention_dot_products
 
 
@@ -45,9 +45,8 @@ class Comparison:
         records = []
         for name, found in self.named:
             ttft = found.ttft_s if found.ok else None
-            split = found.method not in ONE_RANK
+            method = method_of(found.method)
             disturbed = noisy.get(name)
-            ours = found.method.startswith("kvr")
             records.append(
                 {
                     "method": name,
@@ -57,9 +56,9 @@ class Comparison:
                     "speedup_over_tsp": _ratio(tsp, ttft),
                     "speedup_over_best_baseline": _ratio(best, ttft) if several else None,
                     "efficiency": _ratio(single, ttft, 1.0 if self.shared else 1.0 / self.ranks)
-                    if split
+                    if not method.alone
                     else None,
-                    "over_bound": _excess(ttft, bound) if ours else None,
+                    "over_bound": _excess(ttft, bound) if method.splits else None,
                     "kv_bytes": found.samples[-1].kv_bytes if found.ok else None,
                     "attention_dot_products": attention_dot_products(
                         found.method, found.partition, self.windows, self.depth

@@ -87,7 +87,7 @@ def examine(links: bool | None = None) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from profiler.worker import cpu_name
+    from profiler.rank import cpu_name
 
     report["cpu"] = cpu_name()
     gpus = range(torch.cuda.device_count())

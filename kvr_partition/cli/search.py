@@ -30,6 +30,7 @@ from kvr_partition.cli.options import (
 )
 from kvr_partition.errors import OutOfRangeError, RankError
 from kvr_partition.findings import Finding, contradict, findings, worst
+from kvr_partition.methods import METHODS
 from kvr_partition.partition import Partition
 from kvr_partition.provenance import weights_line
 
@@ -242,8 +243,7 @@ class _Session:
         self._out.table.save(self._out.table_path)
         self._finish_phase(context, searched=True)
         even = self._even(context)
-        names = {"single": "single", "tsp": "TSP"}
-        named = [(names[one.method], result) for one, result in finals if one.method in names]
+        named = [(METHODS[one.method].title, result) for one, result in finals if one.method != "kvr"]
         named += [("KVR-E", result) for one, result in finals if one == Candidate("kvr", even)]
         named.append(("KVR-S", found.measurement))
         every = [*(trial.measurement for trial in found.trials), *(result for _, result in finals)]
@@ -264,7 +264,7 @@ class _Session:
             self._progress.say(f"  no KVR-P for {context}: {error}")
             predicted = None
         candidates = [*self._baselines(context), Candidate("kvr", self._even(context))]
-        names = [*(["single"] if self._past else ["single", "TSP"]), "KVR-E"]
+        names = [*(METHODS[one.method].title for one in self._baselines(context)), "KVR-E"]
         if predicted is not None:
             candidates.append(Candidate("kvr", predicted))
             names.append("KVR-P")

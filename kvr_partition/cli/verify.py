@@ -15,6 +15,7 @@ from pathlib import Path
 
 from kvr_partition.cli.options import add_output, add_past, add_ranks, make_group, need_at_least, parse_bytes
 from kvr_partition.errors import KVRError, PartitionError, StorageError, UnsupportedError
+from kvr_partition.methods import method_of
 from kvr_partition.partition import Partition
 from kvr_partition.provenance import weights_line
 
@@ -45,8 +46,9 @@ def run(options: argparse.Namespace) -> None:
     noise = int(parse_bytes(options.noise, "--noise"))
     group = make_group(options)
     methods = [method.strip() for method in options.methods.split(",")]
-    if "stock" in methods:
-        raise UnsupportedError("stock is what the others are compared with; leave it out of --methods")
+    for name in methods:
+        if not method_of(name).verifiable:
+            raise UnsupportedError(f"{name} cannot be compared with one rank; leave it out of --methods")
 
     from kvr_partition.cli.show import Progress, print_json, print_table
     from profiler.measure import Candidate
@@ -61,8 +63,10 @@ def run(options: argparse.Namespace) -> None:
         Candidate(
             method,
             partition
-            if method.startswith("kvr")
-            else Partition.even(options.context, 1 if method == "single" else options.ranks, past=options.past),
+            if method_of(method).splits
+            else Partition.even(
+                options.context, 1 if method_of(method).alone else options.ranks, past=options.past
+            ),
             noise,
         )
         for method in methods

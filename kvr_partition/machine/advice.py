@@ -12,7 +12,7 @@ from kvr_partition.machine.bounds import bounds, gathering_ttft
 from kvr_partition.machine.machine import Machine
 from kvr_partition.machine.schedule import simulate
 from kvr_partition.machine.solve import best_split
-from kvr_partition.methods import GATHERING
+from kvr_partition.methods import GATHERING, METHODS
 from kvr_partition.partition import Partition
 
 WORTH_A_RANK = 0.03
@@ -72,11 +72,12 @@ def advise(machine: Machine, context: int, ranks: int, quantum: int = 1) -> Advi
         if context < count * quantum:
             break
         few = first_ranks(machine, count)
-        options += [Option(method, count, gathering_ttft(method, context, count, few)) for method in GATHERING]
-        for topology in ("chain", "fanout"):
-            told = replace(few, topology=topology)
-            split = best_split(context, count, told, quantum=quantum)
-            options.append(Option(f"kvr-{topology}", count, simulate(split, told).ttft_s, split))
+        options += [Option(name, count, gathering_ttft(name, context, count, few)) for name in GATHERING]
+        for method in METHODS.values():
+            if method.topology is not None:
+                told = replace(few, topology=method.topology)
+                split = best_split(context, count, told, quantum=quantum)
+                options.append(Option(method.name, count, simulate(split, told).ttft_s, split))
     return Advice(context, tuple(options), *_choose(options))
 
 

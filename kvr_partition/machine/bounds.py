@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvr_partition.errors import PartitionError
@@ -30,21 +31,7 @@ def gathering_ttft(method: GatheringMethod, context: int, ranks: int, machine: M
     before, after = [], []
     for rank in range(ranks):
         slow = machine.slowness(rank) / machine.layers
-        if method == "tsp":
-            # Dense kernels compute every pair of the chunk with the whole context.
-            part = cost.parts(chunk, machine.past + context)
-            work, attention = part.tokens, part.prefix
-        elif method == "tsp-causal":
-            work, *own_and_prefix = cost.parts(chunk, machine.past + rank * chunk, machine.dense)
-            attention = sum(own_and_prefix)
-        else:
-            half = chunk / 2
-            pieces = [
-                cost.smooth.parts(half, machine.past + at * half, machine.dense)
-                for at in (rank, 2 * ranks - 1 - rank)
-            ]
-            work = cost.parts(chunk, 0).tokens
-            attention = sum(piece.own + piece.prefix for piece in pieces) * cost.step(chunk)
+        work, attention = _WORK[method](chunk, rank, ranks, machine)
         before.append(work * cost.kv_share * slow)
         after.append((work * (1 - cost.kv_share) + attention) * slow)
     total = 0.0
@@ -56,6 +43,36 @@ def gathering_ttft(method: GatheringMethod, context: int, ranks: int, machine: M
         now = [gathered + after[rank] for rank in range(ranks)]
         total = now[0] if method == "zigzag" else now[-1]
     return total
+
+
+def _dense(chunk: float, rank: int, ranks: int, machine: Machine) -> tuple[float, float]:
+    """Dense kernels compute every pair of the chunk with the whole context."""
+    del rank
+    part = machine.cost.parts(chunk, machine.past + chunk * ranks)
+    return part.tokens, part.prefix
+
+
+def _causal(chunk: float, rank: int, ranks: int, machine: Machine) -> tuple[float, float]:
+    del ranks
+    part = machine.cost.parts(chunk, machine.past + rank * chunk, machine.dense)
+    return part.tokens, part.own + part.prefix
+
+
+def _zigzag(chunk: float, rank: int, ranks: int, machine: Machine) -> tuple[float, float]:
+    """Half a chunk from the front and half a chunk from the back."""
+    cost, half = machine.cost, chunk / 2
+    pieces = [
+        cost.smooth.parts(half, machine.past + at * half, machine.dense) for at in (rank, 2 * ranks - 1 - rank)
+    ]
+    return cost.parts(chunk, 0).tokens, sum(piece.own + piece.prefix for piece in pieces) * cost.step(chunk)
+
+
+_WORK: dict[GatheringMethod, Callable[[float, int, int, Machine], tuple[float, float]]] = {
+    "tsp": _dense,
+    "tsp-causal": _causal,
+    "zigzag": _zigzag,
+}
+"""Seconds of all layers for what each token takes, and for attention: of a rank and its chunk."""
 
 
 @dataclass(frozen=True)

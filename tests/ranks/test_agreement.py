@@ -299,12 +299,12 @@ import json, os, signal, sys, time
 import torch
 from kvr_partition import Partition, RankError
 from profiler import Candidate, RankGroup
-import profiler.worker
+import profiler.runners
 
 what, rank = sys.argv[2], int(os.environ["RANK"])
 with open(f"{os.path.dirname(__file__)}/pid{rank}", "w") as file:
     file.write(str(os.getpid()))
-real = profiler.worker.prefill
+real = profiler.runners.prefill
 calls = [0]
 
 def prefill(*args, **options):
@@ -315,7 +315,7 @@ def prefill(*args, **options):
         os.kill(os.getpid(), signal.SIGKILL if what == "killed" else signal.SIGSTOP)
     return real(*args, **options)
 
-profiler.worker.prefill = prefill
+profiler.runners.prefill = prefill
 told = []
 with RankGroup(sys.argv[1], ranks=3, backend="cpu", timeout_s=6 if what == "stopped" else 60) as group:
     for _ in range(4):

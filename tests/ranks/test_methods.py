@@ -9,9 +9,8 @@ import pytest
 
 from kvr_partition import Partition
 from kvr_partition.errors import UnsupportedError
-from kvr_partition.methods import ONE_RANK
+from kvr_partition.methods import METHODS
 from profiler import Candidate, MeasurementLog, RankGroup, SamplingPlan
-from profiler.measure import METHODS
 from tests.models import write_folder
 
 ENTRY = 3 * 2 * 2 * 16 * 4  # bytes of KV a token keeps: layers × (keys, values) × heads × head size × float32
@@ -37,9 +36,9 @@ def group(folder: Path, log: MeasurementLog) -> Iterator[RankGroup]:
 
 
 def candidate(method: str, noise: int = 0) -> Candidate:
-    if method in ONE_RANK:
+    if METHODS[method].alone:
         return Candidate(method, Partition((48,)))
-    if method.startswith("kvr") or method == "bound":
+    if METHODS[method].chunks == "any":
         return Candidate(method, SPLIT, noise)
     return Candidate("tsp" if method == "tsp" else method, Partition.even(48, 2), noise)
 
@@ -66,7 +65,7 @@ def test_all_methods_are_timed_side_by_side_and_their_bytes_counted(group: RankG
     assert all(rank.wait_s < 0.01 for rank in measured["bound"].samples[0].ranks)
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if method not in ("stock", "bound")])
+@pytest.mark.parametrize("method", [method.name for method in METHODS.values() if method.verifiable])
 def test_every_method_equals_one_rank(group: RankGroup, method: str) -> None:
     certificate = group.verify(candidate(method))
     assert certificate.holds, certificate.divergence

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 
 from kvr_partition.runtime.links.plan import LinkLimits
-from profiler.green import SMGroup
-from profiler.recording import Recording
+from profiler.sm.groups import SMGroup
+from profiler.sm.recording import Recording
 
 
 @dataclass(frozen=True, slots=True)
