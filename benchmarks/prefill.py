@@ -14,7 +14,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,35 +27,36 @@ from kvr_partition.errors import KVRError
 from kvr_partition.machine.cost import LinkCost
 from kvr_partition.machine.machine import Machine
 from kvr_partition.machine.solve import best_split
-from kvr_partition.measurement import Measurement, median
+from kvr_partition.measurement import median
 from kvr_partition.methods import BASELINES, method_of
 from kvr_partition.partition import Partition
 from kvr_partition.runtime.kernels.plans import SHORTEST_PIECE
-from kvr_partition.search import SearchResult, search
+from kvr_partition.search import SearchResult
 from kvr_partition.search.beliefs import Beliefs
-from profiler import Candidate, MeasurementLog, RankGroup, SamplingPlan
-from profiler.calibrate import guessed_machine
+from profiler import Candidate, MeasurementLog, RankGroup, SamplingPlan, Session
+from profiler.session import Silent
 
 FEW = SamplingPlan(warmup=1, least=3, most=3)
 """For guesses and searches; what is compared is sampled again."""
 
 
-def searched(group: RankGroup, context: int, quantum: int, budget: int) -> tuple[SearchResult, Machine]:
-    """The split that the informed search finds from a guess, and the machine that its measurements led to."""
-    guess = guessed_machine(group, context, lambda one: group.measure_many([one], plan=FEW, purpose="guess")[0])
+class Printed(Silent):
+    """Partitions and what they took, on the terminal."""
 
-    def confirm(splits: Sequence[Partition]) -> list[Measurement]:
-        return group.measure_many([Candidate("kvr", one) for one in splits], plan=FEW, purpose="confirm")
+    def say(self, line: str) -> None:
+        """Print it."""
+        print(line, flush=True)
 
-    def measure(split: Partition) -> Measurement:
-        found = group.measure_many([Candidate("kvr", split)], plan=FEW, purpose="search")[0]
-        took = ", ".join(f"{median([one.ranks[at].compute_s for one in found.samples]) * 1e3:.0f}"
-                         for at in range(group.ranks)) if found.ok else found.failure  # fmt: skip
-        print(f"  {split}: {found.ttft_s * 1e3:.1f} ms, ranks compute {took} ms", flush=True)
-        return found
 
-    found = search(measure, context, group.ranks, budget, machine=guess, quantum=quantum, confirm=confirm)
-    return found, Beliefs.after(guess, context, [one.measurement for one in found.trials]).machine
+def searched(
+    group: RankGroup, log: MeasurementLog, context: int, quantum: int, budget: int
+) -> tuple[SearchResult, Machine]:
+    """The split that the informed search finds, and the machine that its measurements led to."""
+    session = Session(group, log, [context], budget=budget, quantum=quantum, plan=FEW, listener=Printed())
+    found, machine = session.search(context).found, session.machine()
+    assert found is not None
+    assert machine is not None
+    return found, Beliefs.after(machine, context, [one.measurement for one in found.trials]).machine
 
 
 def certified(group: RankGroup, context: int, skipped: set[str]) -> dict[str, Any]:
@@ -253,7 +254,8 @@ def main() -> None:
             skipped = set(options.skip.split(","))
             equal = certified(group, options.verify, skipped) if options.verify else {}
             left_out = skipped | {method for method, one in equal.items() if "left_out" in one}
-            found, machine = searched(group, context, quantum, options.budget)
+            assert group.log is not None
+            found, machine = searched(group, group.log, context, quantum, options.budget)
             even = Partition.even(context, group.ranks)
 
             def baselines(*methods: str) -> list[tuple[str, Candidate]]:

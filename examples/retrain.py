@@ -10,12 +10,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from kvr_partition.measurement import Measurement
-from kvr_partition.partition import Partition
-from kvr_partition.search import search
 from kvr_partition.training import measured_row, train
-from profiler import MeasurementLog, RankGroup, SamplingPlan
-from profiler.calibrate import guessed_machine
+from profiler import MeasurementLog, RankGroup, SamplingPlan, Session
 
 PLAN = SamplingPlan(warmup=1, least=2, most=4)
 
@@ -24,18 +20,17 @@ def main() -> None:
     """Measure, train, save."""
     model, out = sys.argv[1], Path(sys.argv[3])
     contexts = sorted(int(word) for word in sys.argv[2].split(","))
-    with MeasurementLog(out / "measurements.jsonl") as log, RankGroup(model, ranks=2, log=log) as group:
-        told = guessed_machine(group, contexts[-1], lambda one: group.measure_many([one], plan=PLAN)[0])
-
-        def measure(partition: Partition) -> Measurement:
-            return group.measure(partition, plan=PLAN)
-
+    with MeasurementLog(out / "measurements.jsonl") as log, RankGroup(model, ranks=2) as group:
+        session = Session(group, log, contexts, budget=4, plan=PLAN)
         rows = []
-        for context in contexts:
-            found = search(measure, context, group.ranks, budget=4, machine=told)
+        for result in session.run():
+            machine, found = session.machine(), result.found
+            assert machine is not None
+            assert found is not None
             trials = [one.measurement for one in found.trials if one.measurement.ok]
-            rows.append(measured_row(group.provenance, told, trials, found.best.sizes))
+            rows.append(measured_row(group.provenance, machine, trials, found.best.sizes))
         predictor = train(rows, group.provenance)
+    session.table.save(out / "table.json")
     predictor.save(out / "predictor.json")
     middle = (contexts[0] + contexts[-1]) // 2
     print(predictor.predict(middle).partition, predictor.training.method)

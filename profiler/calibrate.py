@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from kvr_partition.errors import RankError
 from kvr_partition.machine.cost import ChunkCost, FitError, LinkCost, TimedChunk
 from kvr_partition.machine.machine import FREE_LINK, Machine
+from kvr_partition.machine.profile import Profile
 from kvr_partition.measurement import Measurement, median
 from kvr_partition.partition import Partition
 from kvr_partition.provenance import Provenance
@@ -96,6 +97,33 @@ def calibrate(
             if wanted == MOST_SAMPLES:
                 raise
     raise AssertionError("the last round returns or raises")
+
+
+def keep_samples(profile: Profile, log: MeasurementLog, run: str) -> None:
+    """Put the samples of a profile into a log, once, so that whoever reads it knows what chunks and links cost.
+
+    Args:
+        run: of the log, under the same conditions.
+    """
+    known = {(line.chunk, line.prefix, line.seconds) for line in log.chunks}
+    for chunk in profile.chunk_samples:
+        if (chunk.chunk, chunk.prefix, chunk.seconds) not in known:
+            log.append(
+                ChunkLine(
+                    run,
+                    chunk.chunk,
+                    chunk.prefix,
+                    False,
+                    chunk.seconds,
+                    chunk.first_kv_s,
+                    chunk.alone,
+                    chunk.layers,
+                )
+            )
+    links = {line.nbytes for line in log.links if not line.warmup}
+    for link in profile.link_samples:
+        if link.nbytes not in links:
+            log.append(LinkLine(run, link.nbytes, False, link.seconds))
 
 
 def _together(log: MeasurementLog) -> list[ChunkLine]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvr_partition.errors import RankError
 from kvr_partition.measurement import Failure, Measurement, Sample, interval_is_sure, median, median_interval
@@ -59,6 +59,13 @@ class SamplingPlan:
     def for_backend(cls, backend: str) -> SamplingPlan:
         """1% on a GPU of one's own, 5% on a shared CPU."""
         return cls() if backend == "cpu" else cls(tolerance=0.01, most=40)
+
+    @classmethod
+    def at_most(cls, samples: int | None, backend: str) -> SamplingPlan:
+        """The same with no more than so many samples; where nobody says, with 8 on a CPU."""
+        plan = cls.for_backend(backend)
+        most = samples or (8 if backend == "cpu" else plan.most)
+        return replace(plan, most=most, least=min(plan.least, most))
 
     def precise(self, seconds: Sequence[float]) -> bool:
         """Whether these samples are enough."""

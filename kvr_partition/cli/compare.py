@@ -29,9 +29,9 @@ from kvr_partition.cli.options import (
     parse_contexts,
 )
 from kvr_partition.errors import KVRError, OutOfRangeError, PartitionError, RankError, UnsupportedError
-from kvr_partition.findings import Finding, findings, worst
 from kvr_partition.loading import load_predictor, load_table
 from kvr_partition.machine.cost import FitError
+from kvr_partition.machine.findings import Finding, findings, worst
 from kvr_partition.methods import BASELINES, METHODS, method_of
 from kvr_partition.partition import Partition
 from kvr_partition.predictor import PartitionPredictor
@@ -98,11 +98,11 @@ def run(options: argparse.Namespace) -> None:
         group.check_context(context, options.past)
 
     from kvr_partition.cli.comparison import Comparison, together
-    from kvr_partition.cli.search import sampling_plan
     from kvr_partition.cli.show import Progress, print_findings, print_json, print_table
+    from profiler.measure import SamplingPlan
     from profiler.store import MeasurementLog
 
-    plan = sampling_plan(options.samples, group.backend)
+    plan = SamplingPlan.at_most(options.samples, group.backend)
     results: list[tuple[int, Comparison]] = []
     noticed: list[tuple[int, Sequence[Finding]]] = []
     work = sum(contexts) * len(wanted) * (2.0 if noise else 1.0) * (plan.warmup + plan.most)

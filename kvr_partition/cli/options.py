@@ -45,7 +45,11 @@ def add_ranks(parser: argparse.ArgumentParser) -> None:
         help="auto, cpu (gloo), cuda (NCCL, a GPU a rank), sm (one GPU cut into ranks) or simulate "
         "(--profile answers); default auto",
     )
-    group.add_argument("--profile", metavar="FILE", help="a profile.json for --backend simulate")
+    group.add_argument(
+        "--profile",
+        metavar="FILE",
+        help="a profile.json for --backend simulate; search on other ranks takes their costs from it",
+    )
     group.add_argument("--dtype", default="float32", help="float32, float16 or bfloat16 (default float32)")
     group.add_argument("--depth", default="auto", help="auto, attention or cache (default auto)")
     group.add_argument(

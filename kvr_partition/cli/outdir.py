@@ -69,6 +69,11 @@ class OutDir:
         """The default storage of the study."""
         return f"sqlite:///{(self.path / 'study.db').resolve()}"
 
+    def save(self, table: PartitionTable) -> None:
+        """Write the table of what was found so far."""
+        self.table = table
+        table.save(self.table_path)
+
     def check_request(self, group: RankGroup) -> None:
         """Refuse, before any rank starts, to mix what cannot be compared.
 

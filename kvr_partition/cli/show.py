@@ -12,7 +12,7 @@ import msgspec
 from kvr_partition.cli.options import on_terminal
 
 if TYPE_CHECKING:
-    from kvr_partition.findings import Finding
+    from kvr_partition.machine.findings import Finding
 
 
 def print_json(document: Any) -> None:

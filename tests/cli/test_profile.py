@@ -8,16 +8,19 @@ import random
 import subprocess
 from pathlib import Path
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
 from kvr_partition import PartitionPredictor, PartitionTable, load
 from kvr_partition.machine.cost import ChunkCost, LinkCost
 from kvr_partition.machine.machine import Machine
-from kvr_partition.machine.profile import Profile, load_profile
+from kvr_partition.machine.profile import ChunkSample, LinkSample, Profile, load_profile
 from kvr_partition.machine.schedule import simulate
 from kvr_partition.machine.solve import best_split
 from kvr_partition.training import load_dataset
+from profiler import RankGroup
+from profiler.calibrate import LINK_BYTES, chunk_design, machine_of_log
 from profiler.models import open_model
 from profiler.store import MeasurementLog
 from tests.cli.program import one_error, patched, program
@@ -60,6 +63,55 @@ def test_profile_times_real_ranks_and_keeps_the_samples(tmp_path: Path) -> None:
     assert len(profile.link_samples) == len(links) == 4
     assert "--backend simulate" in done.stdout
     assert "weights: random(seed=0)\n" in done.stdout
+
+
+@pytest.fixture
+def profiled(tmp_path: Path) -> tuple[Path, Profile]:
+    """A folder with a model and a profile of two CPU ranks of it, as if they had been timed."""
+    folder = write_folder(tmp_path / "llama", "llama-gqa")
+    with RankGroup(folder, 2, backend="cpu") as group:
+        origin = group.provenance
+    cost = ChunkCost(1e-3, 2e-5, 2e-9, 1.5e-9, 0.25)
+    machine = Machine(cost, 3, group.entry_bytes, link=(LinkCost.of(2e9, 1e-4),), speeds=(1.0, 1.25))
+    samples = tuple(
+        ChunkSample(chunk, prefix, (taken := cost.seconds(chunk, prefix), taken / 1.25), (1e-3, 1e-3))
+        for chunk, prefix in chunk_design(256, 2)
+    )
+    links = tuple(LinkSample(nbytes, ((machine.links(2)[0].seconds(nbytes),) * 3,)) for nbytes in LINK_BYTES)
+    profile = Profile.of(machine, 256, origin, samples, links)
+    profile.save(tmp_path / "profile.json")
+    return tmp_path, profile
+
+
+def test_a_profile_seeds_a_search_on_the_ranks_that_it_is_of(profiled: tuple[Path, Profile]) -> None:
+    folder, profile = profiled
+    line = "search --model llama --contexts 128,256 --budget 2 --samples 2 --profile profile.json --out out"
+    done = run(line, folder)
+    assert done.returncode == 0, done.stderr
+    assert "timing a few chunks" not in done.stderr
+    with MeasurementLog(folder / "out" / "measurements.jsonl") as log:
+        assert [(one.chunk, one.prefix, one.seconds) for one in log.chunks] == [
+            (one.chunk, one.prefix, one.seconds) for one in profile.chunk_samples
+        ]
+        assert len(log.links) == len(profile.link_samples)
+        (origin,) = log.provenance.values()
+        assert machine_of_log(log, origin).speeds == pytest.approx(profile.machine().speeds, rel=0.2)
+    # The first partition is the one that the profile's costs solve to.
+    assert str(best_split(256, 2, profile.machine(), 1).sizes[0])[:2] in done.stderr
+    again = run(line, folder)
+    assert again.returncode == 0, again.stderr
+    with MeasurementLog(folder / "out" / "measurements.jsonl") as log:
+        assert len(log.chunks) == len(profile.chunk_samples)
+
+
+def test_a_profile_of_other_ranks_seeds_nothing(profiled: tuple[Path, Profile]) -> None:
+    folder, profile = profiled
+    longer = run("search --model llama --contexts 512 --profile profile.json", folder)
+    assert "the profile tells of contexts up to 256 tokens, not of 512" in one_error(longer, 1)
+    other = msgspec.structs.replace(profile.provenance, threads_per_rank=2)
+    msgspec.structs.replace(profile, provenance=other).save(folder / "profile.json")
+    unlike = run("search --model llama --contexts 256 --out other --profile profile.json", folder)
+    assert "the profile is of other ranks: threads_per_rank: 1, 2 (now, then)" in one_error(unlike, 1)
 
 
 def test_a_search_on_the_simulator_says_so_everywhere(simulated: Path) -> None:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from kvr_partition import Partition
-from kvr_partition.findings import Finding, contradict, findings, worst
 from kvr_partition.machine.cost import ChunkCost, LinkCost
+from kvr_partition.machine.findings import Finding, contradict, findings, worst
 from kvr_partition.machine.machine import Machine
 from kvr_partition.machine.schedule import simulate
 from kvr_partition.measurement import Measurement, RankTimes, Sample
