@@ -64,10 +64,10 @@ from kvr_partition.runtime import (
     zigzag,
 )
 from kvr_partition.runtime.agreement import agreement_of
-from kvr_partition.runtime.baselines import stock as stock_prefill
 from kvr_partition.runtime.kernels import planning
 from kvr_partition.runtime.loading import first_line
-from kvr_partition.runtime.support import runahead_attention
+from kvr_partition.runtime.one_rank import stock as stock_prefill
+from kvr_partition.runtime.replacing import runahead_attention
 from kvr_partition.runtime.verify import reference_dtype, run_reference, run_single
 from profiler.models import build_model, open_model
 

@@ -72,9 +72,9 @@ def timed(rank: int, spec: dict[str, Any]) -> None:
     """One rank of the timing."""
     from kvr_partition.runtime import link_group, prefill, probe, release_link_memory, zigzag
     from kvr_partition.runtime.agreement import agreement_of
+    from kvr_partition.runtime.chunk import chunk_cache, run_chunk
     from kvr_partition.runtime.kernels import planning
-    from kvr_partition.runtime.prefill import chunk_cache, run_chunk
-    from kvr_partition.runtime.support import runahead_attention
+    from kvr_partition.runtime.replacing import runahead_attention
     from profiler.models import build_model, open_model
     from profiler.rank import random_prefix
 

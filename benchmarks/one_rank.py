@@ -156,8 +156,8 @@ def floor(model: Any, tokens: int, samples: int) -> dict[str, float]:
 
 def cold(model: Any, tokens: int, count: int) -> dict[str, Any]:
     """Lengths never seen before, alone and behind a prefix, against the same again with plans of their own."""
+    from kvr_partition.runtime.chunk import chunk_cache, run_chunk
     from kvr_partition.runtime.links.plan import NoLinks
-    from kvr_partition.runtime.prefill import chunk_cache, run_chunk
 
     found: dict[str, Any] = {}
 

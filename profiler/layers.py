@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from kvr_partition.runtime.cache import RunaheadCache
+from kvr_partition.runtime.chunk import run_chunk
 from kvr_partition.runtime.execution import AT_ONCE, Execution
 from kvr_partition.runtime.fused import Layers
 from kvr_partition.runtime.links.plan import NoLinks
-from kvr_partition.runtime.prefill import PrefillResult, run_chunk
+from kvr_partition.runtime.result import PrefillResult
 from kvr_partition.runtime.support import Depth
 from kvr_partition.timeline import RankTimeline
 

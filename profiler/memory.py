@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from kvr_partition.errors import UnsupportedError
 from kvr_partition.partition import Partition
-from kvr_partition.runtime.cache import LayerKV
 from kvr_partition.runtime.fused.layers import MLP_ROWS
 from kvr_partition.runtime.links.plan import visible_prefix
+from kvr_partition.runtime.rows import LayerKV
 
 APART = 2 << 30
 """Bytes that everything else takes at most: the CUDA context, workspaces, plans, recorded launches."""

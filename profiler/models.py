@@ -55,7 +55,7 @@ def open_model(path: str | os.PathLike[str]) -> ModelFolder:
     checkpoint = read_checkpoint(path)
 
     from kvr_partition.runtime.loading import first_line, load_config
-    from kvr_partition.runtime.support import text_config
+    from kvr_partition.runtime.positions import text_config
 
     config = load_config(checkpoint)
     text = text_config(config)
@@ -110,7 +110,7 @@ class Operations:
 
 def operations(folder: ModelFolder) -> Operations:
     """Count a model's operations; an MLP whose width the configuration does not tell is four hidden sizes wide."""
-    from kvr_partition.runtime.support import text_config
+    from kvr_partition.runtime.positions import text_config
 
     shape, config = folder.geometry, text_config(folder.config)
     before = (shape.attention_heads + 2 * shape.kv_heads) * shape.head_dim

@@ -17,12 +17,14 @@ from transformers import GenerationConfig
 from kvr_partition.methods import Method
 from kvr_partition.runtime import probe, stock, warm_up
 from kvr_partition.runtime.cache import RunaheadCache
+from kvr_partition.runtime.chunk import chunk_cache, run_chunk
 from kvr_partition.runtime.execution import AT_ONCE, Execution
 from kvr_partition.runtime.fused import Layers, chosen_layers
 from kvr_partition.runtime.fused.recorded import LONGEST
 from kvr_partition.runtime.links.plan import LinkLimits, NoLinks
-from kvr_partition.runtime.prefill import PrefillResult, chunk_cache, run_chunk
-from kvr_partition.runtime.support import Depth, runahead_attention
+from kvr_partition.runtime.replacing import runahead_attention
+from kvr_partition.runtime.result import PrefillResult
+from kvr_partition.runtime.support import Depth
 from profiler import messages
 from profiler.layers import run_layers
 from profiler.models import build_model, build_tensor_parallel, open_model

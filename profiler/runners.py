@@ -9,9 +9,10 @@ import torch
 
 from kvr_partition.methods import check_complete, method_of
 from kvr_partition.runtime import prefill, single, stock, tsp, zigzag
+from kvr_partition.runtime.chunk import chunk_cache, run_chunk
 from kvr_partition.runtime.fused import chosen_layers
 from kvr_partition.runtime.links.plan import AnyTopology, NoLinks
-from kvr_partition.runtime.prefill import PrefillResult, chunk_cache, run_chunk
+from kvr_partition.runtime.result import PrefillResult
 from profiler import messages
 from profiler.rank import Rank, random_prefix
 

@@ -14,7 +14,7 @@ from kvr_partition.methods import method_of
 from kvr_partition.partition import Partition
 from kvr_partition.runtime.agreement import as_rank_error
 from kvr_partition.runtime.channel import Doing
-from kvr_partition.runtime.prefill import PrefillResult
+from kvr_partition.runtime.result import PrefillResult
 from kvr_partition.runtime.verify import SingleRun, compare
 from profiler import messages
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import platform
 import selectors
 import socket
 import threading
@@ -19,16 +18,14 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
-import torch.distributed as dist
 
 from kvr_partition.errors import RankError, named_ranks
 from kvr_partition.frames import Frames, framed
 from kvr_partition.runtime.board import LONGEST, Board
+from kvr_partition.runtime.channel_messages import Bye, Note, Ping, Pong, Wake, decode, encode
 
 LOOK_S = 0.0005
 """Seconds that a rank keeps looking at the board before it sleeps: others are seldom later than that."""
@@ -37,38 +34,6 @@ _MOMENT_S, _LONG_MOMENT_S = 0.002, 0.05
 
 ANSWER_S = 2.0
 """Seconds within which a rank that still runs answers; its thread needs no more than the interpreter's lock."""
-
-
-class _Hello(msgspec.Struct, frozen=True, tag="hello", array_like=True):
-    nonce: bytes
-    rank: int
-
-
-class _Note(msgspec.Struct, frozen=True, tag="note", array_like=True):
-    topic: str
-    body: bytes
-
-
-class _Ping(msgspec.Struct, frozen=True, tag="ping", array_like=True):
-    number: int
-
-
-class _Pong(msgspec.Struct, frozen=True, tag="pong", array_like=True):
-    number: int
-    doing: str
-    waits_for: int | None
-
-
-class _Wake(msgspec.Struct, frozen=True, tag="wake", array_like=True):
-    pass
-
-
-class _Bye(msgspec.Struct, frozen=True, tag="bye", array_like=True):
-    pass
-
-
-_encode = msgspec.msgpack.Encoder().encode
-_decode = msgspec.msgpack.Decoder(_Hello | _Note | _Ping | _Pong | _Wake | _Bye).decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +70,7 @@ class Channel:
         self._sending = {peer: threading.Lock() for peer in peers}
         self._change = threading.Condition()
         self._notes: dict[tuple[str, int], deque[bytes]] = {}
-        self._pongs: dict[int, _Pong] = {}
+        self._pongs: dict[int, Pong] = {}
         self._pings = 0
         self._left: set[int] = set()
         self._gone: set[int] = set()
@@ -120,7 +85,7 @@ class Channel:
 
     def tell(self, topic: str, body: bytes, to: int | None = None) -> None:
         """Send a note to one rank, or to all others. One that cannot be reached is found out when it is heard."""
-        message = framed(_encode(_Note(topic, body)))
+        message = framed(encode(Note(topic, body)))
         for peer in self._peers if to is None else (to,):
             self._send(peer, message)
 
@@ -269,7 +234,7 @@ class Channel:
         It names the rank that does not answer, or else the one that waits for nobody.
         """
         asked = set(ranks)
-        answers: dict[int, _Pong] = {}
+        answers: dict[int, Pong] = {}
         while True:
             answers |= self._ask(asked - answers.keys())
             silent = sorted(asked - answers.keys())
@@ -300,12 +265,12 @@ class Channel:
             phase=phase,
         )
 
-    def _ask(self, ranks: Iterable[int]) -> dict[int, _Pong]:
+    def _ask(self, ranks: Iterable[int]) -> dict[int, Pong]:
         wanted = set(ranks)
         with self._change:
             self._pings += 1
             number = self._pings
-        ping = framed(_encode(_Ping(number)))
+        ping = framed(encode(Ping(number)))
         for rank in wanted:
             self._send(rank, ping)
 
@@ -320,7 +285,7 @@ class Channel:
 
     def leave(self) -> None:
         """Say goodbye, so that the closing socket is not taken for a death. Safe to call more than once."""
-        goodbye = framed(_encode(_Bye()))
+        goodbye = framed(encode(Bye()))
         for peer in self._peers:
             self._send(peer, goodbye)
         with contextlib.suppress(OSError):
@@ -345,7 +310,7 @@ class Channel:
                     rank = key.data
                     try:
                         data = self._peers[rank].recv(1 << 16)
-                        messages = [_decode(body) for body in frames[rank].feed(data)]
+                        messages = [decode(body) for body in frames[rank].feed(data)]
                     except (OSError, ValueError, msgspec.MsgspecError):
                         data, messages = b"", []
                     for message in messages:
@@ -358,20 +323,20 @@ class Channel:
 
     def _take(self, rank: int, message: object) -> None:
         match message:
-            case _Note(topic, body):
+            case Note(topic, body):
                 with self._change:
                     self._notes.setdefault((topic, rank), deque()).append(body)
                     self._tell_watchers(rank, topic, body)
-            case _Ping(number):
-                self._send(rank, framed(_encode(_Pong(number, self.doing.what, self.doing.waits_for))))
-            case _Pong():
+            case Ping(number):
+                self._send(rank, framed(encode(Pong(number, self.doing.what, self.doing.waits_for))))
+            case Pong():
                 with self._change:
                     self._pongs[rank] = message
                     self._change.notify_all()
-            case _Wake():
+            case Wake():
                 with self._change:
                     self._change.notify_all()
-            case _Bye():
+            case Bye():
                 self._left.add(rank)
 
     def _tell_watchers(self, rank: int, topic: str, body: bytes) -> None:
@@ -385,7 +350,7 @@ class Channel:
 
 
 _STATED = "statement"
-_WAKE = framed(_encode(_Wake()))
+_WAKE = framed(encode(Wake()))
 
 _open: weakref.WeakSet[Channel] = weakref.WeakSet()
 
@@ -397,136 +362,3 @@ def _leave_all() -> None:
 
 
 # ------------------------------------------------------------------------ how ranks meet
-
-
-def meet(group: dist.ProcessGroup, timeout_s: float) -> Channel:
-    """Open a channel among all ranks of a process group. All of them call this.
-
-    Ranks of one host meet over loopback. Several hosts use the address from which each reaches ``MASTER_ADDR``,
-    or else the one its name stands for.
-
-    Raises:
-        RankError: a rank cannot be reached.
-    """
-    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    try:
-        hosts = _everyones(group, (host_name(), os.urandom(16)))
-        nonce = hosts[0][1]
-        one_host = len({host for host, _ in hosts}) == 1
-        server = socket.create_server(("127.0.0.1" if one_host else "", 0), backlog=ranks)
-        with server:
-            server.settimeout(timeout_s)
-            port = server.getsockname()[1]
-            mine = ["127.0.0.1"] if one_host else _addresses()
-            store = None
-            if rank == 0:
-                store = _store(mine[0], 0, timeout_s, leads=True)
-            path = _new_board(ranks) if rank == 0 and one_host else None
-            where = _everyones(group, (mine, port, 0 if store is None else store.port, path))
-            if store is None:
-                store = _store(where[0][0][0], where[0][2], timeout_s, leads=False)
-            board = _shared_board(group, where[0][3], rank, ranks)
-            peers = {}
-            for peer in range(rank):
-                peers[peer] = _connect(peer, where[peer][0], where[peer][1], timeout_s)
-                peers[peer].sendall(framed(_encode(_Hello(nonce, rank))))
-            while len(peers) < ranks - 1:
-                caller, _ = server.accept()
-                who = _caller(caller, nonce)
-                if who is None:
-                    caller.close()
-                else:
-                    peers[who] = caller
-    except Exception as error:
-        # What torch and the system say of this names no rank; all that is known is that not all came.
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RankError(
-            f"the {ranks} ranks of the group did not all meet: {first}", kind="start", phase="start"
-        ) from error
-    for connection in peers.values():
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return Channel(rank, peers, timeout_s, store, board)
-
-
-def _new_board(ranks: int) -> str | None:
-    with contextlib.suppress(OSError):
-        return Board.create(ranks)
-    return None
-
-
-def _shared_board(group: dist.ProcessGroup, path: str | None, rank: int, ranks: int) -> Board | None:
-    """The board of all ranks, if each of them can map it; otherwise sockets do."""
-    if path is None:
-        return None
-    board = None
-    with contextlib.suppress(OSError, ValueError):
-        board = Board(path, rank, ranks)
-    all_have = all(_everyones(group, board is not None))
-    if rank == 0:
-        Board.delete(path)
-    return board if all_have else None
-
-
-def _store(host: str, port: int, timeout_s: float, leads: bool) -> Any:
-    timeout = timedelta(seconds=timeout_s)
-    # It has a name in torch.distributed, but not one that it exports.
-    return dist.TCPStore(  # type: ignore[attr-defined]
-        host, port, is_master=leads, timeout=timeout, wait_for_workers=False
-    )
-
-
-_T = TypeVar("_T")
-
-
-def _everyones(group: dist.ProcessGroup, mine: _T) -> list[_T]:
-    found: list[_T] = [mine] * dist.get_world_size(group)
-    dist.all_gather_object(found, mine, group=group)
-    return found
-
-
-def host_name() -> str:
-    """What ranks have in common that reach each other over loopback: a running system and its network."""
-    parts = [platform.node()]
-    with contextlib.suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
-    with contextlib.suppress(OSError):
-        parts.append(str(Path("/proc/self/ns/net").stat().st_ino))
-    return "/".join(parts)
-
-
-def _addresses() -> list[str]:
-    found = []
-    master = os.environ.get("MASTER_ADDR")
-    if master:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            # Nothing is sent: connecting makes the system choose the address.
-            probe.connect((master, 9))
-            found.append(probe.getsockname()[0])
-    with contextlib.suppress(OSError):
-        found += socket.gethostbyname_ex(socket.gethostname())[2]
-    return [address for address in dict.fromkeys(found) if not address.startswith("127.")] or [
-        socket.gethostname()
-    ]
-
-
-def _connect(peer: int, addresses: Sequence[str], port: int, timeout_s: float) -> socket.socket:
-    for address in addresses:
-        with contextlib.suppress(OSError):
-            return socket.create_connection((address, port), timeout=min(timeout_s, 30.0))
-    raise OSError(f"rank {peer} cannot be reached at {', '.join(addresses) or 'any address'}, port {port}")
-
-
-def _caller(connection: socket.socket, nonce: bytes) -> int | None:
-    """The rank of whoever connected; None for a stranger."""
-    connection.settimeout(30.0)
-    frames = Frames()
-    try:
-        while True:
-            data = connection.recv(1)
-            if not data:
-                return None
-            for body in frames.feed(data):
-                hello = _decode(body)
-                return hello.rank if isinstance(hello, _Hello) and hello.nonce == nonce else None
-    except (OSError, ValueError, msgspec.MsgspecError):
-        return None

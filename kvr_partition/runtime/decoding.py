@@ -20,10 +20,10 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 
 from kvr_partition.errors import NotFiniteError, PartitionError, UnsupportedError
 from kvr_partition.runtime.kernels import kernels_without_plans
-from kvr_partition.runtime.support import check_context
+from kvr_partition.runtime.positions import check_context
 
 if TYPE_CHECKING:
-    from kvr_partition.runtime.prefill import PrefillResult
+    from kvr_partition.runtime.result import PrefillResult
 
 # Settings that make something else than greedy decoding of one sequence per prompt, and what leaves it greedy.
 _REFUSED: dict[str, tuple[Any, ...]] = {

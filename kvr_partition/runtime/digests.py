@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from kvr_partition.runtime.support import probe, text_config
+from kvr_partition.runtime.positions import text_config
+from kvr_partition.runtime.support import probe
 
 _CHUNK = 1 << 22
 """Words that are multiplied at once; the products take as much memory again."""

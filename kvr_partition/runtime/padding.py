@@ -11,7 +11,8 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from kvr_partition.errors import PartitionError, UnsupportedError
-from kvr_partition.runtime.support import Depth, forward, text_config
+from kvr_partition.runtime.positions import text_config
+from kvr_partition.runtime.support import Depth, forward
 
 
 @dataclass(frozen=True)

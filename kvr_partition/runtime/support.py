@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import GenerationMixin, PreTrainedConfig
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from kvr_partition.errors import PartitionError, RankError, UnsupportedError
+from kvr_partition.errors import PartitionError, UnsupportedError
 from kvr_partition.runtime import attention
-from kvr_partition.runtime.cache import DummyLayer, LayerKV
+from kvr_partition.runtime.cache import DummyLayer
+from kvr_partition.runtime.positions import text_config
+from kvr_partition.runtime.replacing import replaced_attention, uses_interface
+from kvr_partition.runtime.rows import LayerKV
 
 Depth = Literal["auto", "attention", "cache"]
 
@@ -108,61 +109,6 @@ class ModelSupport:
         if not self.attention_depth:
             raise UnsupportedError(f"attention depth is not possible: {self.reason}; use depth='cache'")
         return "attention"
-
-
-def text_config(model_or_config: Any) -> Any:
-    """The configuration of the language model proper."""
-    config = getattr(model_or_config, "config", model_or_config)
-    return config.get_text_config(decoder=True)
-
-
-def check_context(config: Any, tokens: int) -> None:
-    """Refuse prompts that this model cannot read, or not in pieces.
-
-    Args:
-        tokens: prompt and, where it matters, the tokens decoded after it.
-
-    Raises:
-        PartitionError: more tokens than the model has positions.
-        UnsupportedError: RoPE frequencies that depend on the length of what is read at once.
-    """
-    config = text_config(config)
-    kept = getattr(config, "keep_window_size", None)
-    if isinstance(kept, int) and tokens > kept:
-        # Of keys that score alike, which are kept depends on how many tokens are read at once.
-        raise UnsupportedError(
-            f"{config.model_type} attends to the {kept} best of all tokens (keep_window_size); in pieces it is "
-            f"exact only as long as these are all; {tokens} are more"
-        )
-    field, limit = _positions(config)
-    if limit is None:
-        return
-    ropes = _rope_parameters(config)
-    for rope in ropes:
-        kind = rope.get("rope_type", "default")
-        # What the dynamic kind starts from is the limit, whatever else a configuration says.
-        original = limit if kind == "dynamic" else rope.get("original_max_position_embeddings") or limit
-        if kind in ("dynamic", "longrope") and tokens > original:
-            raise UnsupportedError(
-                f"RoPE of type {kind!r} changes with the length read at once, so chunks beyond {original} tokens "
-                f"cannot be exact; use a context of at most {original}, or another RoPE type"
-            )
-    reach = farthest(config)
-    if reach is not None and tokens > reach:
-        scaled = "" if reach == limit else f" of {limit}, scaled by its RoPE"
-        raise PartitionError(
-            f"{tokens} tokens are beyond the {reach} positions of this {config.model_type} model "
-            f"({field}{scaled}); use a shorter context"
-        )
-
-
-def farthest(config: Any) -> int | None:
-    """How many positions a model has, as far as its RoPE stretches them; None where there is no end to them."""
-    config = text_config(config)
-    _, limit = _positions(config)
-    if limit is None:
-        return None
-    return max([limit, *(_scaled_positions(rope, limit) for rope in _rope_parameters(config))])
 
 
 def check_tokens(input_ids: Sequence[int], vocabulary: int) -> None:
@@ -275,7 +221,7 @@ def _probe(model: Any) -> ModelSupport:
     if missing:
         raise UnsupportedError(f"layer {missing[0]} of {type(model).__name__} has a cache but stores no KV in it")
     layers = tuple(cache.seen.get(index) for index in range(len(cache.layers)))
-    route: Literal["interface", "calls"] = "interface" if _uses_interface(model) else "calls"
+    route: Literal["interface", "calls"] = "interface" if uses_interface(model) else "calls"
     reason = _why_no_attention_depth(model, layers, route)
     unmasked = [layer.window for layer in layers if layer is not None and layer.window not in (None, *masked)]
     # A model that was never asked for a mask makes its own, and what those do cannot be seen.
@@ -298,10 +244,6 @@ def _check_continues(model: Any, cache: _ProbeCache) -> None:
         raise UnsupportedError(
             f"{type(model).__name__} cannot read several tokens behind cached ones ({type(error).__name__})"
         ) from error
-
-
-def _uses_interface(model: Any) -> bool:
-    return bool(getattr(model, "_can_set_attn_implementation", lambda: False)())
 
 
 def _why_no_attention_depth(
@@ -363,114 +305,6 @@ def _why_no_attention_depth(
     return ""
 
 
-_running: set[int] = set()
-"""Ids of modules that a prefill runs with; they live as long as it does."""
-
-_running_known = threading.Lock()
-
-
-@contextmanager
-def exclusively(model: Any) -> Iterator[None]:
-    """A model whose attention and layers nobody else replaces meanwhile: they are a model's, not a thread's.
-
-    Raises:
-        RankError: another thread prefills with the same model, or with one that has layers of it.
-    """
-    ids = _with_children(model)
-    with _running_known:
-        free = _running.isdisjoint(ids)
-        if free:
-            _running.update(ids)
-    if not free:
-        raise RankError(
-            "another thread prefills with the same model, or one that shares its layers; one prefill at a time, "
-            "or a model for each thread",
-            kind="busy",
-            phase="agreement",
-        )
-    try:
-        yield
-    finally:
-        with _running_known:
-            _running.difference_update(ids)
-
-
-def _with_children(model: Any) -> set[int]:
-    """Ids of a model, its body, its list of layers and the layers: of what has children, down to there."""
-    found, level = {id(model)}, [model]
-    for _ in range(3):
-        level = [child for module in level for child in module._modules.values() if child and child._modules]
-        found.update(map(id, level))
-    return found
-
-
-class runahead_attention:  # noqa: N801 - reads as a statement: with runahead_attention(model): ...
-    """Use our attention in a model; nested uses cost nothing, and the last one out puts the old one back.
-
-    Transformers looks at every module of a model for that, which takes milliseconds. What it changed the first
-    time is changed directly from then on.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-
-    def __enter__(self) -> None:
-        attention.register()
-        self._before = self._model.config._attn_implementation
-        if self._before == attention.IMPLEMENTATION:
-            return
-        known = _attention_changes.get(self._model)
-        if known is None or any(config._attn_implementation != before for config, before, _ in known):
-            configs = {id(one.config): one.config for one in self._model.modules() if _configured(one)}
-            were = {key: config._attn_implementation for key, config in configs.items()}
-            self._model.set_attn_implementation(attention.IMPLEMENTATION)
-            _attention_changes[self._model] = [
-                (config, were[key], config._attn_implementation) for key, config in configs.items()
-            ]
-            return
-        for config, _, ours in known:
-            config._attn_implementation_internal = ours
-
-    def __exit__(self, *_: object) -> None:
-        if self._before != attention.IMPLEMENTATION:
-            for config, stock, _ours in _attention_changes[self._model]:
-                config._attn_implementation_internal = stock
-
-
-_attention_changes: weakref.WeakKeyDictionary[Any, list[tuple[Any, str, str]]] = weakref.WeakKeyDictionary()
-"""Configurations inside a model, and how they attend without and with our attention."""
-
-
-def _configured(module: Any) -> bool:
-    return isinstance(getattr(module, "config", None), PreTrainedConfig)
-
-
-@contextmanager
-def own_attention(model: Any) -> Iterator[None]:
-    """A model with its own attention, without what would make the host wait inside its layers."""
-    with attention.sdpa_calls(None) if not _uses_interface(model) else nullcontext():
-        yield
-
-
-@contextmanager
-def replaced_attention(
-    model: Any, route: Literal["interface", "calls"] | None, hook: attention.Hook
-) -> Iterator[dict[str, Any]]:
-    """Send a model's attention to ``hook`` by a route of `ModelSupport`; by None it keeps its own.
-
-    Yields:
-        What `forward` must be given besides.
-    """
-    if route == "interface":
-        with runahead_attention(model), attention.active(hook):
-            yield {}
-    elif route == "calls":
-        with attention.sdpa_calls(hook):
-            yield {"attention_mask": attention.no_mask(model.device)}
-    else:
-        yield {}
-
-
 def forward(model: Any, input_ids: torch.Tensor, cache: Cache, **extra: Any) -> Any:
     """One pass of the model over ``input_ids`` into ``cache``, without logits that nobody asked for."""
     kind: Any = type(model)
@@ -523,45 +357,3 @@ def check_model(model: Any) -> None:
 def _forward_two_tokens(model: Any, cache: Cache, **extra: Any) -> None:
     device = next(model.parameters()).device
     forward(model, torch.zeros((1, _PROBED), dtype=torch.long, device=device), cache, **extra)
-
-
-_POSITIONS = (
-    *("max_position_embeddings", "max_seq_len", "max_sequence_length"),
-    *("n_positions", "n_ctx", "max_target_positions"),
-)
-"""What families call the number of their positions; the first one that a configuration has."""
-
-
-def _positions(config: Any) -> tuple[str, int | None]:
-    """The number of positions of a model and the field that tells it; None where there is no end to them.
-
-    ALiBi has none, as of BLOOM and Falcon. MPT's is added from a table of its size, and so has one.
-    """
-    if getattr(config, "alibi", False) or config.model_type == "bloom":
-        return "", None
-    for field in _POSITIONS:
-        limit = getattr(config, field, None)
-        if isinstance(limit, int):
-            return field, limit
-    return "", None
-
-
-def _scaled_positions(rope: dict[str, Any], limit: int) -> int:
-    """Positions that RoPE stretched by a factor reaches, which checkpoints do not always write into the limit.
-
-    These kinds fix their frequencies once, whatever is read: any chunk gets those of the whole prompt.
-    """
-    factor = rope.get("factor")
-    if rope.get("rope_type") not in ("linear", "llama3", "proportional", "yarn") or not isinstance(
-        factor, int | float
-    ):
-        return limit
-    return int((rope.get("original_max_position_embeddings") or limit) * factor)
-
-
-def _rope_parameters(config: Any) -> list[dict[str, Any]]:
-    rope = getattr(config, "rope_parameters", None) or {}
-    if not isinstance(rope, dict):
-        return []
-    nested = [value for value in rope.values() if isinstance(value, dict) and "rope_type" in value]
-    return nested or [rope]

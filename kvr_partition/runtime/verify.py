@@ -12,8 +12,9 @@ from transformers.cache_utils import DynamicCache
 from kvr_partition.certificate import Deviation
 from kvr_partition.partition import Partition
 from kvr_partition.runtime.cache import RunaheadCache
+from kvr_partition.runtime.chunk import not_finite
 from kvr_partition.runtime.decoding import top_is_finite
-from kvr_partition.runtime.prefill import PrefillResult, not_finite
+from kvr_partition.runtime.result import PrefillResult
 from kvr_partition.runtime.support import first_token, forward
 
 

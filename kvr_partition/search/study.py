@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 import math
-import os
-import platform
-import sqlite3
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence, Set
 
 import msgspec
 import optuna
-import sqlalchemy.exc
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from kvr_partition.errors import RankError, StorageError
 from kvr_partition.machine.machine import Machine
@@ -28,9 +20,12 @@ from kvr_partition.partition import Partition
 from kvr_partition.search.beliefs import Beliefs
 from kvr_partition.search.decision import decided
 from kvr_partition.search.informed import PartitionSampler
+from kvr_partition.search.leases import ASKING_S, age_s, is_alive, this_process
+from kvr_partition.search.result import SearchResult, Trial
 from kvr_partition.search.samplers import make_sampler
 from kvr_partition.search.space import Seed, Space, default_quantum
 from kvr_partition.search.storage import open_storage
+from kvr_partition.search.storage_errors import storage_errors
 
 Measure = Callable[[Partition], Measurement]
 
@@ -40,8 +35,6 @@ MAX_REPEATS = 25
 POLL_S = 0.2
 """Seconds between looks at what others are measuring."""
 
-ASKING_S, LEASE_S = 10.0, 3600.0
-"""Seconds for which a running trial without an owner, and one of another host, is taken to be alive."""
 
 EXPLORE_AFTER = 5
 """Such suggestions in a row before the next ones are drawn at random."""
@@ -51,46 +44,6 @@ WIDE = math.log(10)
 
 MAX_FAILURES_AT_FIRST, MAX_FAILURES = 3, 8
 """Failures in a row, before and after anything was timed, when more is wrong than the partition."""
-
-
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """One measured partition of a study; ``source`` is a seed's name or the sampler's."""
-
-    source: str
-    measurement: Measurement
-
-    @property
-    def partition(self) -> Partition:
-        """What was measured."""
-        return self.measurement.partition
-
-    @property
-    def ttft_s(self) -> float | None:
-        """Median time to first token in seconds, None if it failed."""
-        return self.measurement.ttft_s if self.measurement.ok else None
-
-
-@dataclass(frozen=True, slots=True)
-class SearchResult:
-    """What a search found.
-
-    Attributes:
-        best: the best partition.
-        measurement: its measurement; from the side-by-side run at the end where there was one.
-        trials: every partition measured, in order.
-        confirmed: all measurements of the side-by-side run at the end, if there was one.
-        stopped: ``"budget"``; ``"exhausted"`` when the sampler had nothing new to offer; ``"converged"`` when
-            nothing could be expected to win more than measuring can tell; ``"enough"`` when the caller said so.
-        quantum: what boundaries were multiples of, as the study's creator decided.
-    """
-
-    best: Partition
-    measurement: Measurement
-    trials: tuple[Trial, ...]
-    confirmed: tuple[Measurement, ...]
-    stopped: str
-    quantum: int
 
 
 def search(
@@ -149,11 +102,11 @@ def search(
     """
     sampler = sampler or ("gp" if machine is None else "informed")
     if isinstance(storage, str):
-        with _storage_errors():
+        with storage_errors():
             storage = open_storage(storage)
     name = study_name or f"{ranks}-ranks-{context}" + (f"-past-{past}" if past else "")
     machine = None if machine is None else machine.behind(past)
-    with _storage_errors():
+    with storage_errors():
         study = _Study(
             storage,
             name,
@@ -294,7 +247,7 @@ class _Study:
                 if repeats >= MAX_REPEATS:
                     return "exhausted"
                 continue
-            trial.set_user_attr("owner", _owner())
+            trial.set_user_attr("owner", this_process())
             trial.set_user_attr("sizes", partition.sizes)
             while self._undecided_before(trial.number):
                 time.sleep(POLL_S / 10)
@@ -341,7 +294,7 @@ class _Study:
     def _end_interrupted(self) -> None:
         """End trials that a kill left running; those of others that still run are theirs."""
         for left in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if self._shared and _is_alive(left):
+            if self._shared and is_alive(left):
                 continue
             kept = left.user_attrs.get("measurement")
             if kept is None:
@@ -435,7 +388,7 @@ class _Study:
     def _undecided_before(self, number: int) -> bool:
         """Whether an earlier trial is asked for that has not said yet what it measures: it may be the same."""
         return self._shared and any(
-            trial.number < number and "sizes" not in trial.user_attrs and _age_s(trial) < ASKING_S
+            trial.number < number and "sizes" not in trial.user_attrs and age_s(trial) < ASKING_S
             for trial in self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         )
 
@@ -493,69 +446,3 @@ def _conclude(
         raise RankError(f"none of the best partitions of context {context} could be measured again")
     best = decided(timed, beliefs)
     return SearchResult(best.partition, best, tuple(trials), confirmed, stopped, space.quantum)
-
-
-def _owner() -> str:
-    """This process, so that another can tell whether it still runs: host, process id, when it began, and now.
-
-    Now is in seconds since the epoch: hosts may be in different time zones, which the storage's times do not tell.
-    """
-    return f"{platform.node()}/{os.getpid()}/{_began(os.getpid())}/{time.time():.0f}"
-
-
-def _began(process: int) -> str:
-    """When a process began, as the system counts; empty if it does not run or nobody tells."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
-    with contextlib.suppress(OSError):
-        os.kill(process, 0)
-        return "running"
-    return ""
-
-
-def _is_alive(trial: FrozenTrial) -> bool:
-    """Whether somebody is measuring a running trial."""
-    owner = trial.user_attrs.get("owner")
-    if owner is None:
-        # Between being asked for and being owned a trial is young.
-        return _age_s(trial) < ASKING_S
-    host, process, since, claimed = owner.split("/")
-    if host == platform.node():
-        return bool(_began(int(process)) == since)
-    return time.time() - float(claimed) < LEASE_S
-
-
-def _age_s(trial: FrozenTrial) -> float:
-    began = trial.datetime_start
-    return 0.0 if began is None else (datetime.datetime.now() - began).total_seconds()
-
-
-@contextlib.contextmanager
-def _storage_errors() -> Iterator[None]:
-    """One line for what can go wrong with a database, whichever layer noticed it."""
-    try:
-        yield
-    except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError, sqlite3.Error) as error:
-        raise StorageError(f"the study cannot be used: {_root(error)}; {_advice(_root(error))}") from error
-    except RuntimeError as error:
-        if "storage" not in str(error).lower() and "schema" not in str(error).lower():
-            raise
-        raise StorageError(f"the study cannot be used: {' '.join(str(error).split())}") from error
-
-
-def _root(error: BaseException) -> str:
-    cause: BaseException = error
-    while True:
-        inner: Any = getattr(cause, "orig", None) or cause.__cause__ or cause.__context__
-        if inner is None:
-            return " ".join(str(cause).split())
-        cause = inner
-
-
-def _advice(reason: str) -> str:
-    if "full" in reason:
-        return "make room and run the same command again, everything finished so far is kept"
-    return (
-        "move the database away and run the same command again, "
-        "what the measurement log has finished is not measured again"
-    )

@@ -14,7 +14,7 @@ from kvr_partition.errors import KVRError
 from kvr_partition.partition import Partition
 from kvr_partition.runtime.gather import Runs
 from kvr_partition.runtime.links.plan import Hop, Slot, Topology, receives, sends
-from kvr_partition.runtime.prefill import PrefillResult
+from kvr_partition.runtime.result import PrefillResult
 
 
 @dataclass(frozen=True, slots=True)

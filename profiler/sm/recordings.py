@@ -14,11 +14,12 @@ import torch
 from kvr_partition.methods import METHODS, method_of
 from kvr_partition.partition import Partition
 from kvr_partition.runtime import probe
-from kvr_partition.runtime.baselines import gathered
+from kvr_partition.runtime.chunk import chunk_cache, run_chunk
 from kvr_partition.runtime.execution import Execution
+from kvr_partition.runtime.gathering import gathered
 from kvr_partition.runtime.kernels import planning
 from kvr_partition.runtime.links.plan import NoLinks, Topology
-from kvr_partition.runtime.prefill import PrefillResult, chunk_cache, run_chunk
+from kvr_partition.runtime.result import PrefillResult
 from profiler import messages
 from profiler.layers import run_layers
 from profiler.rank import Rank

@@ -11,10 +11,11 @@ from kvr_partition.errors import UnsupportedError
 from kvr_partition.measurement import RankTimes
 from kvr_partition.methods import METHODS, method_of
 from kvr_partition.runtime.channel import Doing
+from kvr_partition.runtime.chunk import not_finite
 from kvr_partition.runtime.decoding import top_is_finite
 from kvr_partition.runtime.kernels import planning
 from kvr_partition.runtime.links.plan import LinkLimits
-from kvr_partition.runtime.prefill import PrefillResult, not_finite
+from kvr_partition.runtime.result import PrefillResult
 from kvr_partition.runtime.verify import run_reference, run_single
 from profiler import messages
 from profiler.rank import Rank, no_garbage_collection

@@ -12,8 +12,9 @@ from kvr_partition import Partition
 from kvr_partition.errors import UnsupportedError
 from kvr_partition.runtime import decode, prefill, probe, stock
 from kvr_partition.runtime.cache import RunaheadCache
+from kvr_partition.runtime.chunk import chunk_cache, run_chunk
 from kvr_partition.runtime.links.plan import NoLinks
-from kvr_partition.runtime.prefill import PrefillResult, chunk_cache, run_chunk
+from kvr_partition.runtime.result import PrefillResult
 from profiler import Candidate, RankGroup, SamplingPlan
 from tests.models import CORE, build, write_folder
 

@@ -12,10 +12,11 @@ import torch
 from kvr_partition import Partition
 from kvr_partition.runtime import decode, prefill, stock, warm_up
 from kvr_partition.runtime.cache import RunaheadCache
+from kvr_partition.runtime.chunk import chunk_cache, run_chunk
 from kvr_partition.runtime.fused import FusedModel, fused_model, ops, recorded
 from kvr_partition.runtime.fused.recorded import RecordedLayers
 from kvr_partition.runtime.links.plan import NoLinks
-from kvr_partition.runtime.prefill import PrefillResult, chunk_cache, run_chunk
+from kvr_partition.runtime.result import PrefillResult
 from kvr_partition.runtime.verify import run_reference
 from tests.models import CORE, build
 

@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kvr_partition import Partition
 from kvr_partition.errors import UnsupportedError
 from kvr_partition.runtime import LinkLimits, PrefillResult, decode, prefill, probe, stock, tsp, zigzag
-from kvr_partition.runtime.baselines import check_gathering, parts_of
+from kvr_partition.runtime.chunk import chunk_cache
+from kvr_partition.runtime.gathering import check_gathering, parts_of
 from kvr_partition.runtime.links.group import links_of
-from kvr_partition.runtime.prefill import chunk_cache
 from tests.models import build
 from tests.ranks.launch import rank_device
 

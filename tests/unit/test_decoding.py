@@ -15,7 +15,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 from kvr_partition import Partition, PartitionError, PartitionTable, UnsupportedError
 from kvr_partition.errors import NotFiniteError
 from kvr_partition.runtime import check_generation, decode, prefill, probe, stock
-from kvr_partition.runtime.prefill import PrefillResult, chunk_cache
+from kvr_partition.runtime.chunk import chunk_cache
+from kvr_partition.runtime.result import PrefillResult
 from kvr_partition.table import Entry
 from tests.models import build
 

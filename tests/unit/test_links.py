@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kvr_partition import Partition
 from kvr_partition.errors import PartitionError, UnsupportedError
-from kvr_partition.runtime.baselines import parts_of
+from kvr_partition.runtime.gathering import parts_of
 from kvr_partition.runtime.links.plan import TOPOLOGIES, LinkLimits, Topology, needed, receives, sends
 
 partitions = st.lists(st.integers(1, 40), min_size=1, max_size=6).map(lambda sizes: Partition(sizes))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvr_partition import Partition, UnsupportedError
-from kvr_partition.runtime.cache import LayerKV
+from kvr_partition.runtime.rows import LayerKV
 from profiler.memory import APART, Shape, check_fits
 
 GIB = 1 << 30

@@ -24,8 +24,8 @@ from kvr_partition.machine.profile import Profile, load_profile
 from kvr_partition.machine.schedule import simulate
 from kvr_partition.machine.solve import best_split
 from kvr_partition.runtime import probe
+from kvr_partition.runtime.chunk import chunk_cache, run_chunk
 from kvr_partition.runtime.links.plan import NoLinks
-from kvr_partition.runtime.prefill import chunk_cache, run_chunk
 from kvr_partition.search.beliefs import surprise
 from kvr_partition.search.correction import corrected
 from kvr_partition.training.dataset import Row

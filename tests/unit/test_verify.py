@@ -10,8 +10,9 @@ import torch
 from kvr_partition.certificate import Certificate, Deviation
 from kvr_partition.errors import NotFiniteError
 from kvr_partition.runtime.cache import RunaheadCache
+from kvr_partition.runtime.chunk import chunk_cache, run_chunk
 from kvr_partition.runtime.links.plan import NoLinks
-from kvr_partition.runtime.prefill import PrefillResult, chunk_cache, run_chunk
+from kvr_partition.runtime.result import PrefillResult
 from kvr_partition.runtime.verify import SingleRun, compare, run_reference, run_single
 from tests.models import build, provenance
 

@@ -16,8 +16,9 @@ from kvr_partition.errors import NotFiniteError, PartitionError, RankError
 from kvr_partition.runtime.agreement.backends import Backends, timeout_s
 from kvr_partition.runtime.agreement.failures import as_rank_error, one_line
 from kvr_partition.runtime.agreement.turn import Turn
-from kvr_partition.runtime.channel import IDLE, Channel, Doing, meet
+from kvr_partition.runtime.channel import IDLE, Channel, Doing
 from kvr_partition.runtime.digests import weights_digest
+from kvr_partition.runtime.meeting import meet
 
 
 class _Note(msgspec.Struct, frozen=True, array_like=True):

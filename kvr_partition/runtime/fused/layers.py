@@ -17,9 +17,10 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvr_partition.runtime.cache import Place, RunaheadCache
+from kvr_partition.runtime.cache import RunaheadCache
 from kvr_partition.runtime.fused import ops
 from kvr_partition.runtime.kernels import query_rows
+from kvr_partition.runtime.rows import Place
 
 MLP_ROWS = 4096
 """Rows that go through an MLP together: its inner activations, several times as wide as a layer, never take more.

@@ -61,7 +61,8 @@ class NotingCache(DynamicCache):
 
 def run(model: Any) -> torch.Tensor:
     """The last logits of a few tokens, whose attention returns zeros."""
-    from kvr_partition.runtime.support import forward, probe, replaced_attention
+    from kvr_partition.runtime.replacing import replaced_attention
+    from kvr_partition.runtime.support import forward, probe
 
     noting = NotingCache(model.config)
     ids = torch.zeros((1, TOKENS), dtype=torch.long, device=next(model.parameters()).device)

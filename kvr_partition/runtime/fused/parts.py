@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvr_partition.runtime.cache import Place
 from kvr_partition.runtime.fused import ops
 from kvr_partition.runtime.fused.layers import FusedAttention, FusedMLP, Linear, OwnAttention
 from kvr_partition.runtime.fused.noting import TOKENS, Call, NotingCache
 from kvr_partition.runtime.fused.watched import holds_tensors, untouched
+from kvr_partition.runtime.rows import Place
 
 _FAR = 1 << 20
 """As far as tokens stand where a model does not say how many positions it has."""
@@ -226,7 +226,8 @@ def known_attention(model: Any, module: Any, calls: dict[Any, Call], stateful: C
     Raises:
         UnknownError: it is not known, or computes something else.
     """
-    from kvr_partition.runtime.support import farthest, probe
+    from kvr_partition.runtime.positions import farthest
+    from kvr_partition.runtime.support import probe
 
     support = probe(model)
     index: Any = getattr(module, "layer_idx", None)
@@ -290,7 +291,8 @@ class _Trial:
             What the model's own attention gave to others; and queries, keys, values and output, each by us, by the
             model, and in higher precision.
         """
-        from kvr_partition.runtime.support import probe, replaced_attention
+        from kvr_partition.runtime.replacing import replaced_attention
+        from kvr_partition.runtime.support import probe
 
         fused, dim = self.fused, self.fused.dim
         rows = scale * _rows(self.module, fused.projections[0].module.in_features)

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from kvr_partition.runtime.cache import Place, RunaheadCache
+from kvr_partition.runtime.cache import RunaheadCache
 from kvr_partition.runtime.fused import ops
 from kvr_partition.runtime.fused.layers import FusedAttention, FusedLayer, FusedMLP
 from kvr_partition.runtime.kernels import attend, planning
+from kvr_partition.runtime.rows import Place
 
 AddPrefix = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], None]
 """Folds a prefix into output and log-sum-exp of a chunk's attention to itself, given queries and scale."""

@@ -15,15 +15,16 @@ from kvr_partition.link_kinds import GLOO, KINDS, NCCL, PEER, LinkKind
 from kvr_partition.partition import Partition
 from kvr_partition.runtime.agreement import Agreement, Turn, agreement_of
 from kvr_partition.runtime.cache import RunaheadCache
-from kvr_partition.runtime.channel import host_name
 from kvr_partition.runtime.execution import AT_ONCE, Execution, on_device
 from kvr_partition.runtime.links.host import HostLinks
 from kvr_partition.runtime.links.memory import LinkMemory, LinkMemoryUse, link_memory
 from kvr_partition.runtime.links.messages import Messages
 from kvr_partition.runtime.links.nccl import NcclWire
-from kvr_partition.runtime.links.peer import Peers, PeerWatch, PeerWire, Rows
+from kvr_partition.runtime.links.peer import Peers, PeerWire, Rows
 from kvr_partition.runtime.links.plan import AnyTopology, LinkLimits, Links, NoLinks, Slot, Topology
 from kvr_partition.runtime.links.stream import StreamLinks, Streams, Wire
+from kvr_partition.runtime.links.watch import PeerWatch
+from kvr_partition.runtime.meeting import host_name
 from kvr_partition.runtime.support import probe
 
 WantedLinks = Literal["auto", "peer", "nccl"]
