@@ -96,8 +96,8 @@ def test_a_profile_seeds_a_search_on_the_ranks_that_it_is_of(profiled: tuple[Pat
         assert len(log.links) == len(profile.link_samples)
         (origin,) = log.provenance.values()
         assert machine_of_log(log, origin).speeds == pytest.approx(profile.machine().speeds, rel=0.2)
-    # The first partition is the one that the profile's costs solve to.
-    assert str(best_split(256, 2, profile.machine(), 1).sizes[0])[:2] in done.stderr
+    # Without a cost to correct, the sampler would be another one.
+    assert "informed" in done.stderr
     again = run(line, folder)
     assert again.returncode == 0, again.stderr
     with MeasurementLog(folder / "out" / "measurements.jsonl") as log:
@@ -225,7 +225,7 @@ def test_advice_shows_what_a_table_has_measured(simulated: Path) -> None:
 
 
 SERIALISED = """
-import profiler.ranks, profiler.simulate, msgspec
+import profiler.life, profiler.simulate, msgspec
 from kvr_partition.measurement import RankTimes
 
 class Serialised(profiler.simulate.Simulated):
@@ -248,7 +248,7 @@ class Serialised(profiler.simulate.Simulated):
             ))
         return [msgspec.structs.replace(one, ended=out[-1].ended) for one in out]
 
-profiler.ranks.Simulated = Serialised
+profiler.life.Simulated = Serialised
 """
 
 

@@ -110,7 +110,11 @@ class World:
     @contextmanager
     def broken(self, layer: int, how: Callable[[], None]) -> Iterator[None]:
         """A model in which something happens once a layer is reached."""
-        handle = self.model.model.layers[layer].register_forward_pre_hook(lambda *_: how())
+        armed: list[bool] = []
+        handle = self.model.model.layers[layer].register_forward_pre_hook(lambda *_: how() if armed else None)
+        # A model with another hook is tried anew, and that is not the prefill in which it is to happen.
+        chosen_layers(self.model)
+        armed.append(True)
         try:
             yield
         finally:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from kvr_partition.errors import RankError
 from kvr_partition.frames import Frames, framed
 from kvr_partition.runtime import channel as channels
+from kvr_partition.runtime import channel_messages
 from kvr_partition.runtime.board import LONGEST, Board
 from kvr_partition.runtime.channel import Channel, Doing
 
@@ -150,14 +151,18 @@ def test_the_rank_that_all_others_wait_for_is_found_by_asking(
 
 def test_strangers_are_not_taken_for_ranks() -> None:
     nonce = os.urandom(16)
-    for said in (b"GET / HTTP/1.1\r\n\r\n", framed(b"\x00"), framed(channels._encode(channels._Hello(b"x", 1)))):
+    for said in (
+        b"GET / HTTP/1.1\r\n\r\n",
+        framed(b"\x00"),
+        framed(channel_messages.encode(channel_messages.Hello(b"x", 1))),
+    ):
         ours, theirs = socket.socketpair()
         theirs.sendall(said)
         theirs.close()
         assert channels._caller(ours, nonce) is None
         ours.close()
     ours, theirs = socket.socketpair()
-    theirs.sendall(framed(channels._encode(channels._Hello(nonce, 5))))
+    theirs.sendall(framed(channel_messages.encode(channel_messages.Hello(nonce, 5))))
     assert channels._caller(ours, nonce) == 5
     ours.close()
     theirs.close()
