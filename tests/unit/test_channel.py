@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from kvr_partition.errors import RankError
 from kvr_partition.frames import Frames, framed
 from kvr_partition.runtime import channel as channels
-from kvr_partition.runtime import channel_messages
+from kvr_partition.runtime import channel_messages, meeting
 from kvr_partition.runtime.board import LONGEST, Board
 from kvr_partition.runtime.channel import Channel, Doing
 
@@ -159,11 +159,11 @@ def test_strangers_are_not_taken_for_ranks() -> None:
         ours, theirs = socket.socketpair()
         theirs.sendall(said)
         theirs.close()
-        assert channels._caller(ours, nonce) is None
+        assert meeting._caller(ours, nonce) is None
         ours.close()
     ours, theirs = socket.socketpair()
     theirs.sendall(framed(channel_messages.encode(channel_messages.Hello(nonce, 5))))
-    assert channels._caller(ours, nonce) == 5
+    assert meeting._caller(ours, nonce) == 5
     ours.close()
     theirs.close()
 
