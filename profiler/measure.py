@@ -85,6 +85,30 @@ class _Series:
     def seconds(self) -> list[float]:
         return [sample.ttft_s for sample in self.samples]
 
+    def finished(self, run: str, plan: SamplingPlan) -> Measurement:
+        stopped = "failed" if self.failure else "precise" if plan.precise(self.seconds) else "cap"
+        partition, noise = self.candidate.partition, self.candidate.noise
+        return Measurement(
+            self.candidate.method,
+            partition.sizes,
+            tuple(self.samples),
+            stopped,
+            run,
+            self.failure,
+            noise,
+            partition.past,
+        )
+
+    def sample_line(self, run: str, purpose: str, sample: Sample, warmup: bool) -> SampleLine:
+        of, partition = self.candidate, self.candidate.partition
+        return SampleLine(run, purpose, of.method, partition.sizes, warmup, sample, of.noise, partition.past)
+
+    def closing_line(self, run: str, purpose: str, found: Measurement) -> MeasurementLine:
+        count = len(found.samples)
+        return MeasurementLine(
+            run, purpose, found.method, found.sizes, count, found.stopped, found.failure, found.noise, found.past
+        )
+
 
 def measure_interleaved(
     candidates: Sequence[Candidate],
@@ -128,48 +152,14 @@ def measure_interleaved(
                 series.failure = Failure(error.kind, str(error), error.traceback)
                 continue
             if log is not None:
-                log.append(
-                    SampleLine(
-                        run,
-                        purpose,
-                        candidate.method,
-                        candidate.partition.sizes,
-                        warmup,
-                        sample,
-                        candidate.noise,
-                        candidate.partition.past,
-                    )
-                )
+                log.append(series.sample_line(run, purpose, sample, warmup))
             if not warmup:
                 series.samples.append(sample)
             if on_sample is not None:
                 on_sample(candidate, sample, warmup)
     measurements: dict[Candidate, Measurement] = {}
     for series in all_series:
-        stopped = "failed" if series.failure else "precise" if plan.precise(series.seconds) else "cap"
-        measurement = Measurement(
-            series.candidate.method,
-            series.candidate.partition.sizes,
-            tuple(series.samples),
-            stopped,
-            run,
-            series.failure,
-            series.candidate.noise,
-            series.candidate.partition.past,
-        )
+        measurement = measurements[series.candidate] = series.finished(run, plan)
         if log is not None:
-            log.append(
-                MeasurementLine(
-                    run,
-                    purpose,
-                    measurement.method,
-                    measurement.sizes,
-                    len(measurement.samples),
-                    stopped,
-                    series.failure,
-                    measurement.noise,
-                    measurement.past,
-                )
-            )
-        measurements[series.candidate] = measurement
+            log.append(series.closing_line(run, purpose, measurement))
     return [measurements[candidate] for candidate in candidates]

@@ -10,8 +10,16 @@ Example:
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from kvr_partition.cli.options import add_output, parse_contexts, parse_rate
+from kvr_partition.methods import method_of
+
+if TYPE_CHECKING:
+    from kvr_partition.machine.advice import Advice, Option
+    from kvr_partition.machine.profile import Profile
+    from kvr_partition.table import PartitionTable
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -26,62 +34,63 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Predict and print."""
-    from kvr_partition.cli.show import print_json, print_table, seconds
+    from kvr_partition.cli.show import print_json
     from kvr_partition.loading import load_table
-    from kvr_partition.machine.advice import Advice, Option, advise
+    from kvr_partition.machine.advice import advise
     from kvr_partition.machine.profile import load_profile
-    from kvr_partition.methods import method_of
     from kvr_partition.table import PartitionTable
 
     contexts = parse_contexts(options.contexts)
     profile = load_profile(options.profile)
-    bandwidth = None if options.bandwidth is None else parse_rate(options.bandwidth)
-    machine = profile.machine(bandwidth=bandwidth)
+    machine = profile.machine(bandwidth=None if options.bandwidth is None else parse_rate(options.bandwidth))
     table = load_table(options.table) if options.table else PartitionTable([])
-    ranks = profile.provenance.ranks
-
-    def measured(advice: Advice, option: Option) -> float | None:
-        topology = method_of(option.method).topology
-        if topology is None or table.provenance is None or table.provenance.topology != topology:
-            return None
-        return next(
-            (one.ttft_s for one in table.entries if (one.context, one.ranks) == (advice.context, option.ranks)),
-            None,
-        )
-
-    found = [advise(machine, context, ranks) for context in contexts]
+    found = [advise(machine, context, profile.provenance.ranks) for context in contexts]
     if options.format == "json":
-        print_json(
-            [
-                {
-                    "context": advice.context,
-                    "method": advice.chosen.method,
-                    "ranks": advice.chosen.ranks,
-                    "reason": advice.reason,
-                    "beyond_profile": advice.context > profile.context,
-                    "options": [
-                        {
-                            "method": one.method,
-                            "ranks": one.ranks,
-                            "predicted_ttft_s": one.ttft_s,
-                            "measured_ttft_s": measured(advice, one),
-                            "sizes": None if one.partition is None else one.partition.sizes,
-                        }
-                        for one in advice.options
-                    ],
-                }
-                for advice in found
-            ]
-        )
-        return
+        print_json([_as_data(advice, profile, table) for advice in found])
+    else:
+        _show(found, profile, table)
+
+
+def _measured(table: PartitionTable, context: int, option: Option) -> float | None:
+    """Seconds that a search measured of what an option predicts; None where none did."""
+    topology = method_of(option.method).topology
+    if topology is None or table.provenance is None or table.provenance.topology != topology:
+        return None
+    return next((one.ttft_s for one in table.entries if (one.context, one.ranks) == (context, option.ranks)), None)
+
+
+def _as_data(advice: Advice, profile: Profile, table: PartitionTable) -> dict[str, Any]:
+    return {
+        "context": advice.context,
+        "method": advice.chosen.method,
+        "ranks": advice.chosen.ranks,
+        "reason": advice.reason,
+        "beyond_profile": advice.context > profile.context,
+        "options": [
+            {
+                "method": one.method,
+                "ranks": one.ranks,
+                "predicted_ttft_s": one.ttft_s,
+                "measured_ttft_s": _measured(table, advice.context, one),
+                "sizes": None if one.partition is None else one.partition.sizes,
+            }
+            for one in advice.options
+        ],
+    }
+
+
+def _show(found: Sequence[Advice], profile: Profile, table: PartitionTable) -> None:
+    from kvr_partition.cli.show import print_table, seconds
+
     where = profile.provenance
     print(
-        f"{where.model.name} on up to {ranks} ranks of {where.device}, {where.dtype}; predicted from a profile\n"
+        f"{where.model.name} on up to {where.ranks} ranks of {where.device}, {where.dtype}; "
+        "predicted from a profile\n"
     )
     rows = []
     for advice in found:
         for at, one in enumerate(advice.options):
-            known = measured(advice, one)
+            known = _measured(table, advice.context, one)
             rows.append(
                 [
                     str(advice.context) if at == 0 else "",

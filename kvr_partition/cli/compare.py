@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,9 +40,10 @@ from kvr_partition.provenance import weights_line
 from kvr_partition.table import Lookup, PartitionTable
 
 if TYPE_CHECKING:
+    from kvr_partition.cli.comparison import Comparison
     from kvr_partition.cli.show import Progress
     from kvr_partition.measurement import Measurement
-    from profiler.measure import Candidate
+    from profiler.measure import Candidate, SamplingPlan
     from profiler.ranks import RankGroup
 
 NAMES = {
@@ -73,39 +75,56 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_output(parser)
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What the options ask for."""
+
+    contexts: list[int]
+    past: int
+    table: PartitionTable
+    predictor: PartitionPredictor | None
+    given: Partition | None
+    wanted: list[str]
+    noise: int
+    verify: bool
+
+    @classmethod
+    def by(cls, options: argparse.Namespace) -> _Asked:
+        """Read and check the options."""
+        need_at_least("ranks", options.ranks, 2)
+        if options.samples is not None:
+            need_at_least("samples", options.samples, 1)
+        contexts = parse_contexts(options.context)
+        table = load_table(options.table) if options.table else PartitionTable([])
+        predictor = load_predictor(options.predictor) if options.predictor else None
+        given: Partition | None = None
+        if options.partition is not None:
+            if len(contexts) != 1:
+                raise PartitionError("--partition goes with a single --context")
+            given = Partition(Partition.parse(options.partition, contexts[0]).sizes, options.past)
+        wanted = list(NAMES) if options.methods is None else [word.strip() for word in options.methods.split(",")]
+        for word in wanted:
+            if word not in NAMES:
+                raise UnsupportedError(f"unknown method {word!r} in --methods; there are {', '.join(NAMES)}")
+        noise = 0 if options.noise is None else int(parse_bytes(options.noise, "--noise"))
+        for context in contexts:
+            Partition.even(context, options.ranks, past=options.past)
+        return cls(contexts, options.past, table, predictor, given, wanted, noise, not options.no_verify)
+
+
 def run(options: argparse.Namespace) -> None:
     """Measure and print."""
-    need_at_least("ranks", options.ranks, 2)
-    if options.samples is not None:
-        need_at_least("samples", options.samples, 1)
-    contexts = parse_contexts(options.context)
-    table = load_table(options.table) if options.table else PartitionTable([])
-    predictor = load_predictor(options.predictor) if options.predictor else None
-    given: Partition | None = None
-    if options.partition is not None:
-        if len(contexts) != 1:
-            raise PartitionError("--partition goes with a single --context")
-        given = Partition(Partition.parse(options.partition, contexts[0]).sizes, options.past)
-    wanted = list(NAMES) if options.methods is None else [word.strip() for word in options.methods.split(",")]
-    for word in wanted:
-        if word not in NAMES:
-            raise UnsupportedError(f"unknown method {word!r} in --methods; there are {', '.join(NAMES)}")
-    noise = 0 if options.noise is None else int(parse_bytes(options.noise, "--noise"))
-    for context in contexts:
-        Partition.even(context, options.ranks, past=options.past)
+    asked = _Asked.by(options)
     group = make_group(options)
-    for context in contexts:
-        group.check_context(context, options.past)
+    for context in asked.contexts:
+        group.check_context(context, asked.past)
 
-    from kvr_partition.cli.comparison import Comparison, together
-    from kvr_partition.cli.show import Progress, print_findings, print_json, print_table
+    from kvr_partition.cli.show import Progress
     from profiler.measure import SamplingPlan
     from profiler.store import MeasurementLog
 
     plan = SamplingPlan.at_most(options.samples, group.backend)
-    results: list[tuple[int, Comparison]] = []
-    noticed: list[tuple[int, Sequence[Finding]]] = []
-    work = sum(contexts) * len(wanted) * (2.0 if noise else 1.0) * (plan.warmup + plan.most)
+    work = sum(asked.contexts) * len(asked.wanted) * (2.0 if asked.noise else 1.0) * (plan.warmup + plan.most)
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(work, options.quiet))
         if options.log:
@@ -113,45 +132,52 @@ def run(options: argparse.Namespace) -> None:
         stack.enter_context(group)
         progress.doing(f"starting {group.ranks} {group.backend} ranks of {group.geometry.name}")
         group.start()
-        for option, source in (("--table", table), ("--predictor", predictor)):
+        for option, source in (("--table", asked.table), ("--predictor", asked.predictor)):
             origin = None if source is None else source.provenance
             unlike = None if origin is None else group.provenance.costs_differ(origin)
             if unlike is not None:
                 progress.say(f"{option} is from other measurements: {unlike}; its splits may not be the best here")
-        for context in contexts:
-            named = _candidates(context, options.past, group, table, predictor, given, wanted, progress)
-            # Simulated ranks have nothing to verify.
-            if not options.no_verify and group.backend != "simulate":
-                named = _verified(named, group, progress)
-            progress.doing(f"context {context}: {', '.join(name for name, _ in named)}")
-            timed = [candidate for _, candidate in named]
-            if noise:
-                disturbed = [one for _, one in named if method_of(one.method).limited]
-                timed += [_noisy(one, noise) for one in disturbed]
-            measurements = group.measure_many(
-                timed,
-                plan=plan,
-                purpose=f"compare/{context}/{group.run}",
-                on_sample=lambda candidate, sample, warmup: progress.advance(candidate.partition.context),
-            )
-            found = dict(zip(timed, measurements, strict=True))
-            noticed.append((context, _noticed(group, measurements, progress)))
-            results.append(
-                (
-                    context,
-                    Comparison(
-                        [(name, found[one]) for name, one in named],
-                        [(name, found[_noisy(one, noise)]) for name, one in named if _noisy(one, noise) in found]
-                        if noise
-                        else [],
-                        ranks=group.ranks,
-                        shared=group.backend == "sm",
-                        windows=group.windows,
-                        depth=group.resolved_depth,
-                    ),
-                )
-            )
-    if options.format == "json":
+        results = [_compared(context, asked, group, plan, progress) for context in asked.contexts]
+    _show(options.format, group, results)
+
+
+def _compared(
+    context: int, asked: _Asked, group: RankGroup, plan: SamplingPlan, progress: Progress
+) -> tuple[int, Comparison, Sequence[Finding]]:
+    """Everything that was asked for of one context, in one interleaved run."""
+    from kvr_partition.cli.comparison import Comparison
+
+    named = _candidates(context, asked, group, progress)
+    # Simulated ranks have nothing to verify.
+    if asked.verify and group.backend != "simulate":
+        named = _verified(named, group, progress)
+    progress.doing(f"context {context}: {', '.join(name for name, _ in named)}")
+    timed = [candidate for _, candidate in named]
+    disturbed = [(name, one) for name, one in named if asked.noise and method_of(one.method).limited]
+    timed += [replace(one, noise=asked.noise) for _, one in disturbed]
+    measurements = group.measure_many(
+        timed,
+        plan=plan,
+        purpose=f"compare/{context}/{group.run}",
+        on_sample=lambda candidate, sample, warmup: progress.advance(candidate.partition.context),
+    )
+    found = dict(zip(timed, measurements, strict=True))
+    comparison = Comparison(
+        [(name, found[one]) for name, one in named],
+        [(name, found[replace(one, noise=asked.noise)]) for name, one in disturbed],
+        ranks=group.ranks,
+        shared=group.backend == "sm",
+        windows=group.windows,
+        depth=group.resolved_depth,
+    )
+    return context, comparison, _noticed(group, measurements, progress)
+
+
+def _show(form: str, group: RankGroup, results: Sequence[tuple[int, Comparison, Sequence[Finding]]]) -> None:
+    from kvr_partition.cli.comparison import together
+    from kvr_partition.cli.show import print_findings, print_json, print_table
+
+    if form == "json":
         print_json(
             [
                 {
@@ -161,14 +187,14 @@ def run(options: argparse.Namespace) -> None:
                     "findings": findings_of,
                     "methods": comparison.facts(),
                 }
-                for (context, comparison), (_, findings_of) in zip(results, noticed, strict=True)
+                for context, comparison, findings_of in results
             ]
         )
         return
     print(f"{group.geometry.name} on {group.ranks} {group.backend} ranks, {group.dtype}")
     print(f"{weights_line(group.weights)}\n")
-    print_table(*together([(str(context), comparison) for context, comparison in results]), left=2)
-    print_findings(noticed)
+    print_table(*together([(str(context), comparison) for context, comparison, _ in results]), left=2)
+    print_findings([(context, findings_of) for context, _, findings_of in results])
 
 
 def _noticed(group: RankGroup, measurements: Sequence[Measurement], progress: Progress) -> list[Finding]:
@@ -188,32 +214,18 @@ def _noticed(group: RankGroup, measurements: Sequence[Measurement], progress: Pr
     return worst(one for found in timed for one in findings(found, machine, chunks_timed=False, noise_seed=seed))
 
 
-def _noisy(candidate: Candidate, noise: int) -> Candidate:
-    from dataclasses import replace
-
-    return replace(candidate, noise=noise)
-
-
-def _candidates(
-    context: int,
-    past: int,
-    group: RankGroup,
-    table: PartitionTable,
-    predictor: PartitionPredictor | None,
-    given: Partition | None,
-    wanted: list[str],
-    progress: Progress,
-) -> list[tuple[str, Candidate]]:
+def _candidates(context: int, asked: _Asked, group: RankGroup, progress: Progress) -> list[tuple[str, Candidate]]:
     """What there is to time for a context, under the name it is shown by."""
     from profiler.measure import Candidate
 
+    past, table, predictor, wanted = asked.past, asked.table, asked.predictor, asked.wanted
     splits: list[tuple[str, Partition]] = [("kvr-e", Partition.even(context, group.ranks, past=past))]
     without = table.without(context, group.ranks, past)
-    asked: list[tuple[str, Callable[..., Lookup]]] = [
+    known: list[tuple[str, Callable[..., Lookup]]] = [
         ("kvr-s", table.lookup),
         ("kvr-p", without.lookup if predictor is None else predictor.predict),
     ]
-    for name, ask in asked:
+    for name, ask in known:
         try:
             found = ask(context, ranks=group.ranks, past=past)
         except OutOfRangeError as error:
@@ -222,8 +234,8 @@ def _candidates(
             continue
         if name == "kvr-p" or found.source == "searched":
             splits.append((name, found.partition))
-    if given is not None:
-        splits.append(("given", given))
+    if asked.given is not None:
+        splits.append(("given", asked.given))
     # The split that the rows about a split's surroundings are about: a given one, else the best known.
     by_name = dict(splits)
     chosen = next(name for name in ("given", "kvr-s", "kvr-p", "kvr-e") if name in by_name)

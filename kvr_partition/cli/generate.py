@@ -47,6 +47,28 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_output(parser)
 
 
+class _Shown:
+    """Tokens as they come, on the terminal where they are streamed."""
+
+    def __init__(self, tokenizer: Any, streams: bool) -> None:
+        self.tokens: list[int] = []
+        self.times: list[float] = []
+        self._tokenizer, self._streams = tokenizer, streams
+        self._text = ""
+
+    def take(self, token: int, at_s: float) -> None:
+        """A token, so many seconds after the prefill began."""
+        self.tokens.append(token)
+        self.times.append(at_s)
+        if self._streams:
+            # Detokenise everything so far: one token may be half a character or change its neighbour.
+            plain = self._tokenizer is None
+            text = " ".join(map(str, self.tokens)) if plain else str(self._tokenizer.decode(self.tokens))
+            sys.stdout.write(text[len(self._text) :])
+            sys.stdout.flush()
+            self._text = text
+
+
 def run(options: argparse.Namespace) -> None:
     """Prefill, decode, and say how long each took."""
     need_at_least("max-new-tokens", options.max_new_tokens, 1)
@@ -64,21 +86,7 @@ def run(options: argparse.Namespace) -> None:
     elif knows is not None:
         partition, source = _asked(knows, len(ids), options.ranks)
 
-    tokens: list[int] = []
-    times: list[float] = []
-    shown = ""
-
-    def on_token(token: int, at_s: float) -> None:
-        nonlocal shown
-        tokens.append(token)
-        times.append(at_s)
-        if streams:
-            # Detokenise everything so far: one token may be half a character or change its neighbour.
-            text = " ".join(map(str, tokens)) if tokenizer is None else str(tokenizer.decode(tokens))
-            sys.stdout.write(text[len(shown) :])
-            sys.stdout.flush()
-            shown = text
-
+    shown = _Shown(tokenizer, streams)
     with group:
         if streams and group.weights != "checkpoint":
             # Told to whoever is quiet too: nothing in the text itself shows that it means nothing.
@@ -86,7 +94,8 @@ def run(options: argparse.Namespace) -> None:
         if knows is None and options.partition is None and options.ranks > 1:
             partition, source = _bundled(group, partition, options.quiet)
         group.warm_up(partition)
-        group.generate(ids, partition, options.max_new_tokens, on_token)
+        group.generate(ids, partition, options.max_new_tokens, shown.take)
+    tokens, times = shown.tokens, shown.times
     per_token = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else None
     if options.format == "json":
         from kvr_partition.cli.show import print_json

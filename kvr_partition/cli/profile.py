@@ -13,9 +13,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvr_partition.cli.options import add_output, add_ranks, make_group, need_at_least
 from kvr_partition.provenance import weights_line
+
+if TYPE_CHECKING:
+    from kvr_partition.machine.profile import Profile
+    from profiler.ranks import RankGroup
 
 SHORTER = 4
 """Contexts down to so small a part of the longest are asked for, as far as single chunk sizes matter."""
@@ -40,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
     import tempfile
     from contextlib import ExitStack
 
-    from kvr_partition.cli.show import Progress, print_json, print_table
+    from kvr_partition.cli.show import Progress, print_json
     from kvr_partition.machine.profile import ChunkSample, LinkSample, Profile
     from kvr_partition.search.space import default_quantum
     from profiler.calibrate import LEAST_SAMPLES, chunk_design, measured_machine
@@ -76,6 +81,12 @@ def run(options: argparse.Namespace) -> None:
     if options.format == "json":
         print_json({"out": options.out, "profile": profile})
         return
+    _show(options, group, profile)
+
+
+def _show(options: argparse.Namespace, group: RankGroup, profile: Profile) -> None:
+    from kvr_partition.cli.show import print_table
+
     cost = profile.cost
     print(f"\n{group.geometry.name} on {group.ranks} {group.backend} ranks, up to {options.context} tokens")
     print(f"{weights_line(group.weights)}\n")

@@ -75,18 +75,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """The main job."""
-    need_at_least("ranks", options.ranks, 2)
-    need_at_least("budget", options.budget, 1)
-    if options.samples is not None:
-        need_at_least("samples", options.samples, 1)
-    if options.quantum is not None:
-        need_at_least("quantum", options.quantum, 1)
-    contexts = parse_contexts(options.contexts or QUICKSTART_CONTEXTS)
-    held_out_default = QUICKSTART_HELD_OUT if options.contexts is None else None
-    held_out_text = options.held_out or held_out_default
-    held_out = parse_contexts(held_out_text) if held_out_text else []
-    for context in [*contexts, *held_out]:
-        Partition.even(context, options.ranks, quantum=options.quantum or 1, past=options.past)
+    contexts, held_out = _contexts(options)
 
     from kvr_partition.machine.profile import Profile, load_profile
     from kvr_partition.search.samplers import check_sampler
@@ -138,6 +127,21 @@ def run(options: argparse.Namespace) -> None:
     _report(options, out, group, results, session.costs_known)
 
 
+def _contexts(options: argparse.Namespace) -> tuple[list[int], list[int]]:
+    """Contexts to search and to hold out, once all numbers make sense."""
+    need_at_least("ranks", options.ranks, 2)
+    need_at_least("budget", options.budget, 1)
+    for name in ("samples", "quantum"):
+        if getattr(options, name) is not None:
+            need_at_least(name, getattr(options, name), 1)
+    contexts = parse_contexts(options.contexts or QUICKSTART_CONTEXTS)
+    held_out = options.held_out or (QUICKSTART_HELD_OUT if options.contexts is None else None)
+    others = parse_contexts(held_out) if held_out else []
+    for context in [*contexts, *others]:
+        Partition.even(context, options.ranks, quantum=options.quantum or 1, past=options.past)
+    return contexts, others
+
+
 def default_out(group: RankGroup) -> Path:
     """Where results go unless said otherwise."""
     name = f"{group.geometry.name}-{group.ranks}x{group.backend}-{group.dtype}"
@@ -173,13 +177,16 @@ def _report(
         )
         for result in results
     }
-    files = {"table": out.table_path, "measurements": out.log_path, "study": out.path / "study.db"}
     if options.format == "json":
         print_json(
             {
                 "out": str(out.path),
                 "weights": group.weights,
-                "files": {name: str(path) for name, path in files.items()},
+                "files": {
+                    "table": str(out.table_path),
+                    "measurements": str(out.log_path),
+                    "study": str(out.path / "study.db"),
+                },
                 "contexts": [
                     {
                         "context": result.context,
@@ -208,19 +215,23 @@ def _report(
                 f"\nContext {result.context} was searched no further than {result.measured} partitions: "
                 "measurements contradict its costs. Once that is mended, search it anew with --fresh."
             )
+    _say_what_next(options, out, results[-1].context, costs_known)
+
+
+def _say_what_next(options: argparse.Namespace, out: OutDir, example: int, costs_known: bool) -> None:
+    """Which files there are, and the commands that go on from them."""
     print(f"\nFiles in {out.path}:")
     print("  table.json          the partitions found; serving code loads this")
     print("  measurements.jsonl  every sample")
     print("  study.db            the Optuna study; the same command goes on from it")
-    example = results[-1].context
     program = "kvr-partition" if sys.argv[0].endswith("kvr-partition") else "python -m kvr_partition"
     print("\nNext:")
-    print(f"  {program} predict --table {files['table']} --context {example}")
-    print(f"  {program} export {files['table']} --format markdown")
-    print(f"  {program} generate{_same_group(options)} --table {files['table']} --context {example}")
+    print(f"  {program} predict --table {out.table_path} --context {example}")
+    print(f"  {program} export {out.table_path} --format markdown")
+    print(f"  {program} generate{_same_group(options)} --table {out.table_path} --context {example}")
     if costs_known:
         print(f"  {program} train {out.path} --out my.predictor.json")
-    print(f"  in Python: from kvr_partition import load; load({str(files['table'])!r}).lookup({example})")
+    print(f"  in Python: from kvr_partition import load; load({str(out.table_path)!r}).lookup({example})")
     if options.model is None:
         print("Your own model:  kvr-partition search --model FOLDER --ranks N --contexts 4096,8192")
 

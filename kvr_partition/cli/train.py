@@ -12,13 +12,16 @@ Examples:
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvr_partition.cli.options import add_output, need_at_least
 from kvr_partition.errors import FileFormatError, KVRError
 
 if TYPE_CHECKING:
+    from kvr_partition.cli.show import Progress
+    from kvr_partition.predictor import PartitionPredictor
     from kvr_partition.training import Row
 
 
@@ -50,34 +53,15 @@ def run(options: argparse.Namespace) -> None:
         need_at_least("quantum", options.quantum, 1)
     import warnings
 
-    from kvr_partition.cli.show import Progress, print_json, print_table
-    from kvr_partition.training import REGRESSORS, Dataset, load_dataset, train
-    from kvr_partition.training.evaluation import tune
-    from kvr_partition.training.predictor import TRUSTED
+    from kvr_partition.cli.show import Progress, print_json
+    from kvr_partition.training import REGRESSORS, Dataset, train
     from kvr_partition.training.regressors import SPACES
 
-    rows: list[Row] = []
-    for name in options.rows:
-        rows += load_dataset(name).rows
-    for name in options.runs:
-        rows += rows_of(Path(name))
-    rows = list(dict.fromkeys(rows))
-    if not rows:
-        raise KVRError("there is nothing to train on; name the --out of a search, or a dataset with --rows")
+    rows = _rows(options)
     if options.dataset:
         Dataset(tuple(rows)).save(options.dataset)
     with Progress(1.0 + len(SPACES) * options.tune, options.quiet) as progress:
-        tuned = {}
-        if options.tune:
-            import optuna
-
-            optuna.logging.set_verbosity(optuna.logging.WARNING)
-            for method in SPACES:
-                progress.doing(f"tuning {method}")
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    tuned[method] = tune(rows, method, trials=options.tune, jobs=options.jobs)
-                progress.advance(options.tune)
+        tuned = _tuned(options, rows, progress)
         progress.doing(f"trying {len(REGRESSORS)} ways to predict {len(rows)} searched partitions")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that few rows make poor regressions is what the regrets tell
@@ -87,6 +71,55 @@ def run(options: argparse.Namespace) -> None:
     if options.format == "json":
         print_json({"out": options.out, "training": training, "ranks": predictor.ranks, "tuned": tuned})
         return
+    _show(options, predictor)
+
+
+def _rows(options: argparse.Namespace) -> list[Row]:
+    """Of all searches and datasets that were named, each once.
+
+    Raises:
+        KVRError: there are none.
+    """
+    from kvr_partition.training import load_dataset
+
+    rows: list[Row] = []
+    for name in options.rows:
+        rows += load_dataset(name).rows
+    for name in options.runs:
+        rows += rows_of(Path(name))
+    rows = list(dict.fromkeys(rows))
+    if not rows:
+        raise KVRError("there is nothing to train on; name the --out of a search, or a dataset with --rows")
+    return rows
+
+
+def _tuned(options: argparse.Namespace, rows: Sequence[Row], progress: Progress) -> dict[str, Any]:
+    """Parameters of each method with some to tune; none where nothing is to be tuned."""
+    if not options.tune:
+        return {}
+    import warnings
+
+    import optuna
+
+    from kvr_partition.training.evaluation import tune
+    from kvr_partition.training.regressors import SPACES
+
+    tuned: dict[str, Any] = {}
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    for method in SPACES:
+        progress.doing(f"tuning {method}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tuned[method] = tune(rows, method, trials=options.tune, jobs=options.jobs)
+        progress.advance(options.tune)
+    return tuned
+
+
+def _show(options: argparse.Namespace, predictor: PartitionPredictor) -> None:
+    from kvr_partition.cli.show import print_table
+    from kvr_partition.training.predictor import TRUSTED
+
+    training = predictor.training
     overall = [one for one in training.scores if one.ranks is None]
     if overall:
         print("Lost on contexts that were left out, against the best known split:\n")

@@ -11,13 +11,20 @@ Example:
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvr_partition.cli.options import add_output, add_past, add_ranks, make_group, need_at_least, parse_bytes
 from kvr_partition.errors import KVRError, PartitionError, StorageError, UnsupportedError
 from kvr_partition.methods import method_of
 from kvr_partition.partition import Partition
 from kvr_partition.provenance import weights_line
+
+if TYPE_CHECKING:
+    from kvr_partition.certificate import Certificate
+    from profiler.measure import Candidate
+    from profiler.ranks import RankGroup
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -45,13 +52,8 @@ def run(options: argparse.Namespace) -> None:
         raise PartitionError(f"--partition has {partition.ranks} chunks, but there are {options.ranks} ranks")
     noise = int(parse_bytes(options.noise, "--noise"))
     group = make_group(options)
-    methods = [method.strip() for method in options.methods.split(",")]
-    for name in methods:
-        if not method_of(name).verifiable:
-            raise UnsupportedError(f"{name} cannot be compared with one rank; leave it out of --methods")
 
-    from kvr_partition.cli.show import Progress, print_json, print_table
-    from profiler.measure import Candidate
+    from kvr_partition.cli.show import Progress, print_json
 
     folder = None if options.out is None else Path(options.out)
     if folder is not None:
@@ -59,18 +61,7 @@ def run(options: argparse.Namespace) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"{folder} cannot be made: {error.strerror}") from None
-    candidates = [
-        Candidate(
-            method,
-            partition
-            if method_of(method).splits
-            else Partition.even(
-                options.context, 1 if method_of(method).alone else options.ranks, past=options.past
-            ),
-            noise,
-        )
-        for method in methods
-    ]
+    candidates = [_candidate(name.strip(), partition, noise) for name in options.methods.split(",")]
     for candidate in candidates:
         group.check(candidate)
     certificates = []
@@ -87,36 +78,69 @@ def run(options: argparse.Namespace) -> None:
             [{"certificate": one, "holds": one.holds, "divergence": one.divergence} for one in certificates]
         )
     else:
-        print(f"{group.geometry.name} on {group.ranks} {group.backend} ranks, {group.dtype}")
-        print(weights_line(group.weights))
-        layers = certificates[0].provenance.layers if certificates else ""
-        print(f"layers: {layers}")
-        for line in group.layers_left if layers != "stock" else ():
-            print(f"left as it is: {line}")
-        print()
-        rows = []
-        for one in certificates:
-            worst = max(one.deviations, key=lambda each: each.split, default=None)
-            rows.append(
-                [
-                    one.method,
-                    "/".join(map(str, one.sizes)),
-                    "holds" if one.holds else "DIVERGES",
-                    "" if worst is None else f"{worst.split:.1e}",
-                    "" if worst is None else f"{worst.single:.1e}",
-                    "same" if one.same_token else "differs",
-                ]
-            )
-        print_table(
-            ["method", "chunks", "certificate", "largest error", "single's there", "first token"], rows, left=3
+        _show(group, certificates)
+    _refuse_broken(certificates)
+
+
+def _candidate(name: str, partition: Partition, noise: int) -> Candidate:
+    """What is verified of a method: the split, or what it cuts by itself.
+
+    Raises:
+        UnsupportedError: it is not there, or nothing that one rank can be compared with.
+    """
+    from profiler.measure import Candidate
+
+    method = method_of(name)
+    if not method.verifiable:
+        raise UnsupportedError(f"{name} cannot be compared with one rank; leave it out of --methods")
+    if method.splits:
+        return Candidate(name, partition, noise)
+    ranks = 1 if method.alone else partition.ranks
+    return Candidate(name, Partition.even(partition.context, ranks, past=partition.past), noise)
+
+
+def _show(group: RankGroup, certificates: Sequence[Certificate]) -> None:
+    from kvr_partition.cli.show import print_table
+
+    print(f"{group.geometry.name} on {group.ranks} {group.backend} ranks, {group.dtype}")
+    print(weights_line(group.weights))
+    layers = certificates[0].provenance.layers if certificates else ""
+    print(f"layers: {layers}")
+    for line in group.layers_left if layers != "stock" else ():
+        print(f"left as it is: {line}")
+    print()
+    rows = []
+    for one in certificates:
+        worst = max(one.deviations, key=lambda each: each.split, default=None)
+        rows.append(
+            [
+                one.method,
+                "/".join(map(str, one.sizes)),
+                "holds" if one.holds else "DIVERGES",
+                "" if worst is None else f"{worst.split:.1e}",
+                "" if worst is None else f"{worst.single:.1e}",
+                "same" if one.same_token else "differs",
+            ]
         )
+    print_table(
+        ["method", "chunks", "certificate", "largest error", "single's there", "first token"], rows, left=3
+    )
+
+
+def _refuse_broken(certificates: Sequence[Certificate]) -> None:
+    """Say where the first of those that do not hold diverges.
+
+    Raises:
+        KVRError: one does not hold.
+    """
     broken = next((one for one in certificates if not one.holds), None)
-    if broken is not None:
-        at = broken.divergence
-        where = (
-            "only in its first token"
-            if at is None
-            else f"at rank {at.rank}, {'logits' if at.layer is None else f'layer {at.layer}'}: "
-            f"{at.split:.2e} from {broken.reference}, one rank {at.single:.2e}"
-        )
-        raise KVRError(f"{broken.method} does not equal one rank; it diverges first {where}")
+    if broken is None:
+        return
+    at = broken.divergence
+    where = (
+        "only in its first token"
+        if at is None
+        else f"at rank {at.rank}, {'logits' if at.layer is None else f'layer {at.layer}'}: "
+        f"{at.split:.2e} from {broken.reference}, one rank {at.single:.2e}"
+    )
+    raise KVRError(f"{broken.method} does not equal one rank; it diverges first {where}")

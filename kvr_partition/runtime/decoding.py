@@ -201,6 +201,50 @@ def _ends(config: Any) -> list[int]:
     return [] if end is None else [int(one) for one in end] if isinstance(end, list | tuple) else [int(end)]
 
 
+def _check_result(model: Any, input_ids: torch.Tensor, result: PrefillResult, max_new_tokens: int) -> torch.Tensor:
+    """The logits of the first token.
+
+    Raises:
+        PartitionError: there are none, they are of another prompt, or were decoded from before.
+    """
+    if result.logits is None or result.first_token is None:
+        raise PartitionError(f"rank {result.rank} has no first token; decode on the last rank")
+    if max_new_tokens < 1:
+        raise PartitionError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
+    held, read = int(result.cache.get_seq_length()), result.past + result.context
+    if held != read:
+        raise PartitionError(
+            f"the cache of this result holds {held} tokens, not the {read} that were read: it was decoded from "
+            "before; prefill again"
+        )
+    batch = result.logits.shape[0]
+    if input_ids.dim() != 2 or input_ids.shape[0] != batch or input_ids.shape[1] not in (result.context, held):
+        raise PartitionError(
+            f"input_ids must be the prompt, [{batch}, {result.context}]"
+            + (f", or with its past, [{batch}, {held}]" if result.past else "")
+            + f"; got {list(input_ids.shape)}"
+        )
+    check_context(model.config, held + max_new_tokens - 1)  # nobody reads the last one
+    return result.logits
+
+
+def _greedy_settings(config: GenerationConfig, max_new_tokens: int, ends: list[int]) -> GenerationConfig:
+    """Settings of a greedy ``generate`` that says nothing but where to end and what to fill up with."""
+    pad = getattr(config, "pad_token_id", None)
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        disable_compile=True,
+        max_new_tokens=max_new_tokens,
+        max_time=getattr(config, "max_time", None),
+        eos_token_id=ends or None,
+        pad_token_id=ends[0] if pad is None and ends else pad,
+        bos_token_id=getattr(config, "bos_token_id", None),
+        decoder_start_token_id=getattr(config, "decoder_start_token_id", None),
+    )
+
+
 def decode(
     model: Any, input_ids: torch.Tensor, result: PrefillResult, max_new_tokens: int, **generate: Any
 ) -> torch.Tensor:
@@ -225,25 +269,9 @@ def decode(
         UnsupportedError: settings that cannot be followed.
         NotFiniteError: logits that are NaN or infinite.
     """
-    if result.logits is None or result.first_token is None:
-        raise PartitionError(f"rank {result.rank} has no first token; decode on the last rank")
-    if max_new_tokens < 1:
-        raise PartitionError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
+    logits = _check_result(model, input_ids, result, max_new_tokens)
     config, passed = _settings(model, generate)
-    held, read = int(result.cache.get_seq_length()), result.past + result.context
-    if held != read:
-        raise PartitionError(
-            f"the cache of this result holds {held} tokens, not the {read} that were read: it was decoded from "
-            "before; prefill again"
-        )
-    batch = result.logits.shape[0]
-    if input_ids.dim() != 2 or input_ids.shape[0] != batch or input_ids.shape[1] not in (result.context, held):
-        raise PartitionError(
-            f"input_ids must be the prompt, [{batch}, {result.context}]"
-            + (f", or with its past, [{batch}, {held}]" if result.past else "")
-            + f"; got {list(input_ids.shape)}"
-        )
-    check_context(model.config, held + max_new_tokens - 1)  # nobody reads the last one
+    held = int(result.cache.get_seq_length())
     greedy = Greedy.under(
         config,
         input_ids,
@@ -256,7 +284,7 @@ def decode(
             f"logits_processor and stopping_criteria look at token ids, and {result.past} of them are known from "
             f"the cache only; give input_ids of all {held} tokens"
         )
-    first = greedy.first(result.logits).to(input_ids.device)
+    first = greedy.first(logits).to(input_ids.device)
     ends = _ends(config)
     ended = (
         torch.isin(first[:, 0], first.new_tensor(ends))
@@ -265,25 +293,11 @@ def decode(
     )
     if max_new_tokens == 1 or bool(ended.all()):
         return first
-    pad = getattr(config, "pad_token_id", None)
-    if pad is None and ends:
-        pad = ends[0]
     tokens = torch.cat([greedy.ids, first], dim=1)
     mask = torch.ones_like(tokens)
     if result.attention_mask is not None:
         mask[:, :-1] = result.attention_mask
-    ours = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        use_cache=True,
-        disable_compile=True,
-        max_new_tokens=max_new_tokens - 1,
-        max_time=getattr(config, "max_time", None),
-        eos_token_id=ends or None,
-        pad_token_id=pad,
-        bos_token_id=getattr(config, "bos_token_id", None),
-        decoder_start_token_id=getattr(config, "decoder_start_token_id", None),
-    )
+    ours = _greedy_settings(config, max_new_tokens - 1, ends)
     stopping = StoppingCriteriaList([_Ended(ended), *(passed.pop("stopping_criteria", None) or [])])
     change = rules.LogitsProcessorList(
         [_Finite(tokens.shape[1]), *greedy.processors, *(passed.pop("logits_processor", None) or [])]
@@ -303,8 +317,7 @@ def decode(
     new = whole[:, greedy.ids.shape[1] :].clone()
     if bool(ended.any()):
         # What was decoded for a prompt that had ended, before generate took notice.
-        assert pad is not None
-        new[ended, 1:] = pad
+        new[ended, 1:] = ours.pad_token_id
     return new
 
 

@@ -90,49 +90,62 @@ def prefill(
                 model, input_ids, partition, turn, depth, layers, reserve, topology, limits, past, attention_mask
             )
         )
-        split, rank, input_ids = plan.partition, plan.rank, plan.input_ids
         # Links go by the current stream, which is that of the model only on the model's device.
-        stack.enter_context(on_device(input_ids.device))
+        stack.enter_context(on_device(plan.input_ids.device))
         turn.agree(
             "kvr",
             model,
-            input_ids,
+            plan.input_ids,
             plan.prompt,
-            sizes=split.sizes,
-            past=split.past,
+            sizes=plan.partition.sizes,
+            past=plan.partition.past,
             past_held=plan.past_held,
             topology=topology,
             limits=limits,
         )
-        start, end = split.starts[rank] - split.past, split.ends[rank] - split.past
-        chunk_ids = input_ids[:, start:end]
-        room = reserve if rank == split.ranks - 1 else 0
-        # Connecting takes all ranks: before anything that may fail on one of them.
-        setup = link_setup(turn, input_ids.device)
-        chosen = setup.topology(topology)
-        setup.connect(turn, input_ids.device, chosen)
-        cache = chunk_cache(
-            model, chunk_ids, prefix=split.starts[rank], reserve=room, past=past, execution=setup.execution
+        return _carried_out(model, plan, turn, depth, reserve, topology, limits, past)
+
+
+def _carried_out(
+    model: Any,
+    plan: _Plan,
+    turn: Turn,
+    depth: Depth,
+    reserve: int,
+    topology: AnyTopology,
+    limits: LinkLimits,
+    past: Cache | None,
+) -> PrefillResult:
+    """This rank's part of what all ranks have agreed on."""
+    split, rank, device = plan.partition, plan.rank, plan.input_ids.device
+    chunk_ids = plan.input_ids[:, split.starts[rank] - split.past : split.ends[rank] - split.past]
+    room = reserve if rank == split.ranks - 1 else 0
+    # Connecting takes all ranks: before anything that may fail on one of them.
+    setup = link_setup(turn, device)
+    chosen = setup.topology(topology)
+    setup.connect(turn, device, chosen)
+    cache = chunk_cache(
+        model, chunk_ids, prefix=split.starts[rank], reserve=room, past=past, execution=setup.execution
+    )
+    links = setup.links(split, cache, device, turn, chosen, limits)
+    try:
+        return run_chunk(
+            model,
+            chunk_ids,
+            cache,
+            rank=rank,
+            ranks=split.ranks,
+            links=links,
+            depth=depth,
+            layers=plan.layers,
+            partition=split,
+            choose=plan.greedy.first,
+            padding=plan.padding,
+            turn=turn,
         )
-        links = setup.links(split, cache, input_ids.device, turn, chosen, limits)
-        try:
-            return run_chunk(
-                model,
-                chunk_ids,
-                cache,
-                rank=rank,
-                ranks=split.ranks,
-                links=links,
-                depth=depth,
-                layers=plan.layers,
-                partition=split,
-                choose=plan.greedy.first,
-                padding=plan.padding,
-                turn=turn,
-            )
-        except BaseException:
-            links.abort()
-            raise
+    except BaseException:
+        links.abort()
+        raise
 
 
 @dataclass(frozen=True)

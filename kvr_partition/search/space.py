@@ -94,3 +94,9 @@ def default_quantum(context: int, ranks: int, tile: int = 1) -> int:
 def coarseness(partition: Partition) -> int:
     """The largest number of tokens that all boundaries are multiples of: how simple a split is."""
     return math.gcd(*partition.boundaries)
+
+
+def distinct(seeds: Sequence[Seed]) -> list[Seed]:
+    """Without seeds that a later, better informed one repeats; order kept."""
+    latest = {seed.partition.sizes: seed for seed in seeds}
+    return [seed for seed in seeds if latest[seed.partition.sizes] is seed]

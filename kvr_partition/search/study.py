@@ -23,7 +23,7 @@ from kvr_partition.search.informed import PartitionSampler
 from kvr_partition.search.leases import ASKING_S, age_s, is_alive, this_process
 from kvr_partition.search.result import SearchResult, Trial
 from kvr_partition.search.samplers import make_sampler
-from kvr_partition.search.space import Seed, Space, default_quantum
+from kvr_partition.search.space import Seed, Space, default_quantum, distinct
 from kvr_partition.search.storage import open_storage
 from kvr_partition.search.storage_errors import storage_errors
 
@@ -158,7 +158,7 @@ class _Study:
                 Seed("even", Partition.even(context, ranks, past=past)),
                 *(seeds() if seeds is not None else ()),
             ]
-            begun = self._begin(storage, name, _distinct(given), quantum, conditions)
+            begun = self._begin(storage, name, distinct(given), quantum, conditions)
         found = json.loads(begun)
         begun_past = found.get("past", 0)
         if (found["context"], found["ranks"], begun_past) != (context, ranks, past):
@@ -265,14 +265,22 @@ class _Study:
             if on_trial is not None:
                 on_trial(Trial(trial.user_attrs.get("source") or self._sampler, measurement))
             failures = 0 if measurement.ok else failures + 1
-            timed = any(one.measurement.ok for one in self._look()[0].values())
-            if failures >= (MAX_FAILURES if timed else MAX_FAILURES_AT_FIRST):
-                assert measurement.failure is not None
-                raise RankError(
-                    f"measuring failed {failures} times in a row, last: {measurement.failure.message}",
-                    kind=measurement.failure.kind,
-                    traceback=measurement.failure.traceback,
-                )
+            self._check_failures(failures, measurement)
+
+    def _check_failures(self, failures: int, last: Measurement) -> None:
+        """Give up after so many failures in a row.
+
+        Raises:
+            RankError: more is wrong than the partition.
+        """
+        timed = any(one.measurement.ok for one in self._look()[0].values())
+        if failures >= (MAX_FAILURES if timed else MAX_FAILURES_AT_FIRST):
+            assert last.failure is not None
+            raise RankError(
+                f"measuring failed {failures} times in a row, last: {last.failure.message}",
+                kind=last.failure.kind,
+                traceback=last.failure.traceback,
+            )
 
     def trials(self) -> list[Trial]:
         """All measured partitions, in order."""
@@ -417,12 +425,6 @@ def _check_conditions(name: str, now: Mapping[str, object] | None, then: Mapping
                 f"study {name!r} in this storage was begun with another {field}: {then.get(field)}, not "
                 f"{present.get(field)}; use another storage or study name"
             )
-
-
-def _distinct(seeds: Sequence[Seed]) -> list[Seed]:
-    """Without seeds that a later, better informed one repeats; order kept."""
-    latest = {seed.partition.sizes: seed for seed in seeds}
-    return [seed for seed in seeds if latest[seed.partition.sizes] is seed]
 
 
 def _conclude(

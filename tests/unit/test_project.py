@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
 from pathlib import Path
+
+import pytest
 
 from kvr_partition import resources
 from kvr_partition._version import __version__
 
 ROOT = Path(__file__).parents[2]
+PRODUCT = {
+    str(path.relative_to(ROOT))
+    for folder in ("kvr_partition", "profiler")
+    for path in (ROOT / folder).rglob("*.py")
+}
 
 
 def quick_start_blocks() -> list[str]:
@@ -48,3 +56,25 @@ def test_models_and_data_are_found() -> None:
 
 def test_the_version_is_one_that_pip_understands() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+", __version__)
+
+
+def _code_lines(function: ast.FunctionDef) -> int:
+    """Lines of a function without its docstring."""
+    words = ast.get_docstring(function, clean=False)
+    return (function.end_lineno or 0) - function.lineno + 1 - (0 if words is None else words.count("\n") + 1)
+
+
+LONGER = {
+    # The sampler's posterior, which the issue on search takes apart.
+    ("kvr_partition/search/correction.py", "_with_costs"),
+}
+"""Functions that are longer, and why."""
+
+
+@pytest.mark.parametrize("path", sorted(PRODUCT), ids=str)
+def test_files_and_functions_are_short(path: str) -> None:
+    text = (ROOT / path).read_text()
+    assert text.count("\n") <= 450, f"{path} is more than one thing"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef) and (path, node.name) not in LONGER:
+            assert _code_lines(node) <= 60, f"{path}: {node.name} has {_code_lines(node)} lines"

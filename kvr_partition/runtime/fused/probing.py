@@ -115,13 +115,11 @@ def _probe_layer(
     def tried(part: Part, what: str, work: Callable[[], Any]) -> Any:
         try:
             known = work()
-        except UnknownError as reason:
-            found.left.append(f"{part} of {where}: {reason}")
-            return None
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever fails on a few tokens stays as it is
-            found.left.append(f"{part} of {where}: {what} cannot be tried ({type(error).__name__})")
+            reason = f"{what} cannot be tried ({type(error).__name__})"
+            found.left.append(f"{part} of {where}: {error if isinstance(error, UnknownError) else reason}")
             return None
         found.parts[part] += 1
         return known
@@ -152,10 +150,12 @@ def _probe_layer(
             )
         )
         return
-    for name, epsilon in epsilons.items():
-        if epsilon is not None:
-            module = getattr(layer, name)
-            found.leaves.append((module, _norm_forward(module, epsilon)))
+    # Each part by itself, which its own layer calls.
+    found.leaves += [
+        (norm, _norm_forward(norm, epsilon))
+        for name, norm in _norms_of(layer).items()
+        if (epsilon := epsilons[name]) is not None
+    ]
     if fused_mlp is not None:
         found.leaves.append((mlp, _mlp_forward(fused_mlp)))
     if fused_attention is not None:
