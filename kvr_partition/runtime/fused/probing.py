@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from kvr_partition.runtime.fused import ops
-from kvr_partition.runtime.fused.layers import FusedLayer, FusedMLP, Norm, OwnMLP
+from kvr_partition.runtime.fused.layers import FusedAttention, FusedLayer, FusedMLP, Norm, OwnAttention, OwnMLP
 from kvr_partition.runtime.fused.model import FusedModel, Part
 from kvr_partition.runtime.fused.noting import Call, noted_calls
 from kvr_partition.runtime.fused.order import NORMS, cache_name, hidden_of, layer_order, outputs_are_kept
@@ -133,22 +133,9 @@ def _probe_layer(
         found.left.append(f"norm of {where}: it is no RMS norm, or differs from one in a detail")
     order = tried("residual", "its order", lambda: layer_order(layer, attention, mlp, calls))
     if order is not None:
-        (first, second), parallel = order
-        norm = Norm(getattr(layer, first), epsilons[first])
         own = own_attention(attention, calls)
-        found.layers.append(
-            FusedLayer(
-                module=layer,
-                norms=(norm, norm if first == second else Norm(getattr(layer, second), epsilons[second])),
-                attention=fused_attention or own,
-                own_attention=own,
-                mlp=fused_mlp or OwnMLP(mlp),
-                parallel=parallel,
-                cache=cache_name(calls[layer]),
-                returns_tuple=isinstance(calls[layer].returned, tuple),
-                copies=copies,
-            )
-        )
+        parts = (fused_attention or own, own, fused_mlp or OwnMLP(mlp))
+        found.layers.append(_put_together(layer, order, epsilons, parts, calls[layer], copies))
         return
     # Each part by itself, which its own layer calls.
     found.leaves += [
@@ -162,6 +149,29 @@ def _probe_layer(
         # Without a layer of its own there is nobody to call it.
         found.parts["rotary"] -= 1
         found.left.append(f"rotary of {where}: the order of its layer is not known")
+
+
+def _put_together(
+    layer: Any,
+    order: tuple[tuple[str, str], bool],
+    epsilons: dict[str, float | None],
+    parts: tuple[FusedAttention | OwnAttention, OwnAttention, FusedMLP | OwnMLP],
+    call: Call,
+    copies: bool,
+) -> FusedLayer:
+    (first, second), parallel = order
+    norm = Norm(getattr(layer, first), epsilons[first])
+    return FusedLayer(
+        module=layer,
+        norms=(norm, norm if first == second else Norm(getattr(layer, second), epsilons[second])),
+        attention=parts[0],
+        own_attention=parts[1],
+        mlp=parts[2],
+        parallel=parallel,
+        cache=cache_name(call),
+        returns_tuple=isinstance(call.returned, tuple),
+        copies=copies,
+    )
 
 
 def _norms_of(layer: Any) -> dict[str, Any]:
