@@ -59,7 +59,7 @@ class Copies(NoLinks):
             peer: (torch.cuda.Stream(), torch.empty_like(own, device=f"cuda:{peer}")) for peer in self._later
         }
 
-    def own_ready(self, layer: int) -> None:
+    def kv_ready(self, layer: int) -> None:
         """Copy them."""
         ready = torch.cuda.current_stream().record_event()
         for stream, there in self._to.values():

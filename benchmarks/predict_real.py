@@ -40,7 +40,7 @@ from kvr_partition.training.features import Query
 from kvr_partition.training.regressors import Corrected, Interpolation
 from profiler import Candidate, MeasurementLog, RankGroup, SamplingPlan
 from profiler.calibrate import guessed_machine, machine_of_log, measured_machine
-from profiler.sizes import tell_sizes
+from profiler.sizes import profile_chunk_sizes
 
 
 def main() -> None:
@@ -92,7 +92,7 @@ def main() -> None:
             )
             told = _told(group, max(contexts) + options.past, log, few, options.profile)
             began = time.monotonic()
-            told = tell_sizes(group, told, dict.fromkeys([*contexts, *held_out], options.quantum), log)
+            told = profile_chunk_sizes(group, told, dict.fromkeys([*contexts, *held_out], options.quantum), log)
             print(f"  {len(told.cost.steps)} sizes timed in {time.monotonic() - began:.1f} s", flush=True)
 
         def confirmed(context: int, splits: Sequence[Partition]) -> list[Measurement]:

@@ -36,7 +36,7 @@ from kvr_partition.machine.solve import best_split
 from kvr_partition.measurement import Measurement, RankTimes, Sample, median
 from kvr_partition.partition import Partition
 from kvr_partition.search import correction, search
-from kvr_partition.search.exchange import exchanged
+from kvr_partition.search.local_search import descent
 from kvr_partition.training import Row
 from kvr_partition.training.evaluation import decoded
 from kvr_partition.training.features import Query
@@ -150,7 +150,7 @@ def predicted(ranks: int, seed: int, budget: int, profiled: bool) -> list[dict[s
                 "interpolated": Partition.from_cuts(interpolation.cuts(query), context, QUANTUM),
             }
         starts = [*splits.values(), best_split(context, ranks, land.smooth, QUANTUM)]
-        best_s = min(float(seconds(exchanged(np.array(one.sizes), QUANTUM, seconds)[-1:])[0]) for one in starts)
+        best_s = min(float(seconds(descent(np.array(one.sizes), QUANTUM, seconds)[-1:])[0]) for one in starts)
         regret = {name: land.ttft_s(one) / best_s - 1 for name, one in splits.items()}
         results.append({"ranks": ranks, "seed": seed, "context": context, "regret": regret})
     return results

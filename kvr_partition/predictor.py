@@ -306,7 +306,7 @@ class PartitionPredictor:
         return Explanation(True, f"searched at {text} tokens" if text else "searched", method, nearest, regret)
 
     def to_json(self) -> bytes:
-        """The predictor as a file of schema ``kvr-partition/predictor/1``."""
+        """The predictor as a file of the newest schema."""
         return jsonfile.encode(PredictorFile(SCHEMA, self._provenance, self._training, self._cost, self.grids))
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -189,7 +189,7 @@ class PartitionTable:
         return PartitionTable(kept, self._provenance)
 
     def to_json(self) -> bytes:
-        """The table as a file of schema ``kvr-partition/table/1``."""
+        """The table as a file of the newest schema."""
         return jsonfile.encode(TableFile(SCHEMA, self._provenance, self._entries))
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from kvr_partition.runtime.cache import RunaheadCache
 from kvr_partition.runtime.chunk import run_chunk
-from kvr_partition.runtime.execution import AT_ONCE, Execution
+from kvr_partition.runtime.execution import EAGER, Execution
 from kvr_partition.runtime.fused import Layers
 from kvr_partition.runtime.links.plan import NoLinks
 from kvr_partition.runtime.result import PrefillResult
@@ -29,7 +29,7 @@ class _FirstLayers(NoLinks):
         super().__init__()
         self._wanted = layers
 
-    def own_ready(self, layer: int) -> None:
+    def kv_ready(self, layer: int) -> None:
         if layer == self._wanted:
             raise _EnoughError
 
@@ -42,7 +42,7 @@ def run_layers(
     *,
     depth: Depth = "auto",
     model_layers: Layers = "auto",
-    execution: Execution = AT_ONCE,
+    execution: Execution = EAGER,
 ) -> PrefillResult:
     """Run no more than the first layers of a model over one chunk, whose prefix is in the cache already.
 

@@ -210,7 +210,7 @@ def _held(agreement: Any, device: Any, middle: int, folder: Path) -> dict[str, A
         if rank == middle - 1:
             while not arrived.exists() and time.monotonic() < until:
                 time.sleep(0.001)
-        links.own_ready(0)
+        links.kv_ready(0)
         if rank == middle + 1:
             moves = False
             while not moves and time.monotonic() < until:

@@ -18,7 +18,7 @@ from kvr_partition.methods import Method
 from kvr_partition.runtime import probe, stock, warm_up
 from kvr_partition.runtime.cache import RunaheadCache
 from kvr_partition.runtime.chunk import chunk_cache, run_chunk
-from kvr_partition.runtime.execution import AT_ONCE, Execution
+from kvr_partition.runtime.execution import EAGER, Execution
 from kvr_partition.runtime.fused import Layers, chosen_layers
 from kvr_partition.runtime.fused.recorded import LONGEST
 from kvr_partition.runtime.links.plan import LinkLimits, NoLinks
@@ -52,7 +52,7 @@ class Rank:
         setup: messages.Setup,
         device: torch.device,
         group: dist.ProcessGroup | None = None,
-        execution: Execution = AT_ONCE,
+        execution: Execution = EAGER,
         barrier: Callable[[], None] = lambda: None,
     ) -> None:
         self.setup, self.device, self.group, self.execution = setup, device, group, execution

@@ -28,7 +28,7 @@ from kvr_partition.table import Entry, PartitionTable
 from profiler.calibrate import guessed_machine, keep_samples, measured_machine, time_links
 from profiler.measure import Candidate, SamplingPlan
 from profiler.ranks import RankGroup
-from profiler.sizes import tell_sizes
+from profiler.sizes import profile_chunk_sizes
 from profiler.store import MeasurementLog
 
 
@@ -377,7 +377,7 @@ class Session:
         self.listener.doing("timing chunk sizes")
         quanta = {context: self.quantum_of(context) for context in self.contexts}
         try:
-            return tell_sizes(self.group, machine, quanta, self.log)
+            return profile_chunk_sizes(self.group, machine, quanta, self.log)
         except RankError as error:
             self.listener.say(f"  going on without knowing what single chunk sizes take: {error}")
             return machine

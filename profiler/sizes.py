@@ -29,7 +29,7 @@ LEAST_SIZES = 5
 """Sizes that a smooth cost, which steps are told from, is fitted to, at least."""
 
 
-def tell_sizes(
+def profile_chunk_sizes(
     group: RankGroup,
     machine: Machine,
     quanta: Mapping[int, int],

@@ -20,7 +20,7 @@ from kvr_partition.runtime import decode, link_group, prefill
 from kvr_partition.runtime.agreement import agreement_of, is_link_error
 from kvr_partition.runtime.channel import IDLE, Doing
 from kvr_partition.runtime.decoding import configured
-from kvr_partition.runtime.execution import AT_ONCE
+from kvr_partition.runtime.execution import EAGER
 from kvr_partition.runtime.kernels import planning
 from kvr_partition.runtime.links.group import links_of
 from kvr_partition.runtime.links.plan import AnyTopology, LinkLimits
@@ -67,7 +67,7 @@ class Worker:
         links = link_group(links=setup.links) if on_gpus else None  # type: ignore[arg-type]
         self.agreement = agreement_of(links) if setup.ranks > 1 else None
         self._link_setup = links_of(links, self._device) if setup.ranks > 1 else None
-        execution = AT_ONCE if self._link_setup is None else self._link_setup.execution
+        execution = EAGER if self._link_setup is None else self._link_setup.execution
         self._rank = Rank(setup, self._device, links, execution, self._barrier)
         self._barrier()
 
@@ -213,7 +213,7 @@ class Worker:
     def _links_between_gpus(self, request: messages.TimeLink) -> list[float]:
         """One clock is enough: a stream is busy with a message until that is there."""
         assert self.agreement is not None
-        held, took = LinkLimits(request.bandwidth).held_s(request.nbytes), []
+        held, took = LinkLimits(request.bandwidth).throttled_s(request.nbytes), []
         for low in range(self._setup.ranks - 1):
             pairs = [(low, low + 1)]
             for times in time_pairs(self.agreement, self._device, pairs, request.nbytes, request.repeats).values():
@@ -230,7 +230,7 @@ class Worker:
             for _ in range(request.repeats if rank in (source, source + 1) else 0):
                 if rank == source:
                     began = time.perf_counter()
-                    time.sleep(limits.held_s(request.nbytes))
+                    time.sleep(limits.throttled_s(request.nbytes))
                     held = time.perf_counter() - began
                     began = time.perf_counter()
                     dist.send(message, dst=source + 1)

@@ -72,7 +72,7 @@ class _Shown:
 def run(options: argparse.Namespace) -> None:
     """Prefill, decode, and say how long each took."""
     need_at_least("max-new-tokens", options.max_new_tokens, 1)
-    knows = load(options.table) if options.table else None
+    planner = load(options.table) if options.table else None
     group = make_group(options)
     streams = options.format == "text"
 
@@ -83,15 +83,15 @@ def run(options: argparse.Namespace) -> None:
     partition, source = Partition.even(len(ids), options.ranks), "even"
     if options.partition is not None:
         partition, source = Partition.parse(options.partition, len(ids)), "given"
-    elif knows is not None:
-        partition, source = _asked(knows, len(ids), options.ranks)
+    elif planner is not None:
+        partition, source = _asked(planner, len(ids), options.ranks)
 
     shown = _Shown(tokenizer, streams)
     with group:
         if streams and group.weights != "checkpoint":
             # Told to whoever is quiet too: nothing in the text itself shows that it means nothing.
             print(f"{weights_line(group.weights)}; the tokens mean nothing", file=sys.stderr)
-        if knows is None and options.partition is None and options.ranks > 1:
+        if planner is None and options.partition is None and options.ranks > 1:
             partition, source = _bundled(group, partition, options.quiet)
         group.warm_up(partition)
         group.generate(ids, partition, options.max_new_tokens, shown.take)
@@ -124,11 +124,11 @@ def run(options: argparse.Namespace) -> None:
         )
 
 
-def _asked(knows: PartitionTable | PartitionPredictor, context: int, ranks: int) -> tuple[Partition, str]:
+def _asked(planner: PartitionTable | PartitionPredictor, context: int, ranks: int) -> tuple[Partition, str]:
     found = (
-        knows.lookup(context, ranks=ranks)
-        if isinstance(knows, PartitionTable)
-        else knows.predict(context, ranks=ranks)
+        planner.lookup(context, ranks=ranks)
+        if isinstance(planner, PartitionTable)
+        else planner.predict(context, ranks=ranks)
     )
     return found.partition, str(found.source)
 

@@ -43,10 +43,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Print the partition."""
-    knows = load_table(options.table) if options.table else load(options.predictor)
+    planner = load_table(options.table) if options.table else load(options.predictor)
     explanation: Explanation | None = None
-    if isinstance(knows, PartitionPredictor):
-        found = knows.predict(
+    if isinstance(planner, PartitionPredictor):
+        found = planner.predict(
             options.context,
             ranks=options.ranks,
             past=options.past,
@@ -54,11 +54,11 @@ def run(options: argparse.Namespace) -> None:
             fallback=options.fallback,
         )
         if options.explain:
-            explanation = knows.explain(options.context, ranks=options.ranks, past=options.past)
+            explanation = planner.explain(options.context, ranks=options.ranks, past=options.past)
     elif options.fallback or options.explain or options.quantum is not None:
         raise UnsupportedError("--fallback, --explain and --quantum need a predictor; a table has none of them")
     else:
-        found = knows.lookup(options.context, ranks=options.ranks, past=options.past)
+        found = planner.lookup(options.context, ranks=options.ranks, past=options.past)
     partition = found.partition
     if options.format == "json":
         from kvr_partition.cli.show import print_json

@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
     from kvr_partition.machine.profile import ChunkSample, LinkSample, Profile
     from kvr_partition.search.space import default_quantum
     from profiler.calibrate import LEAST_SAMPLES, chunk_design, measured_machine
-    from profiler.sizes import tell_sizes
+    from profiler.sizes import profile_chunk_sizes
     from profiler.store import MeasurementLog
 
     work = LEAST_SAMPLES * len(chunk_design(options.context, group.ranks))
@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
         progress.doing("timing chunk sizes")
         contexts = (max(options.context // SHORTER, group.ranks), options.context)
         quanta = {context: default_quantum(context, group.ranks, group.tile_rows) for context in contexts}
-        machine = tell_sizes(group, machine, quanta, log)
+        machine = profile_chunk_sizes(group, machine, quanta, log)
         profile = Profile.of(
             machine,
             options.context,

@@ -17,7 +17,7 @@ from transformers.cache_utils import (
 )
 
 from kvr_partition.errors import PartitionError, UnsupportedError
-from kvr_partition.runtime.execution import AT_ONCE, Execution
+from kvr_partition.runtime.execution import EAGER, Execution
 from kvr_partition.runtime.links.plan import Slot, visible_prefix
 from kvr_partition.runtime.rows import LayerKV, Place, TokenRows
 
@@ -310,7 +310,7 @@ class RunaheadCache(Cache):
         reserve: int = 0,
         dtype: torch.dtype,
         device: torch.device,
-        execution: Execution = AT_ONCE,
+        execution: Execution = EAGER,
         past: Cache | None = None,
     ) -> RunaheadCache:
         """Rows for exactly the tokens a rank can see, and for ``reserve`` tokens to decode.

@@ -14,7 +14,7 @@ from kvr_partition.runtime import attention
 from kvr_partition.runtime.agreement import Turn
 from kvr_partition.runtime.cache import RunaheadCache, RunaheadLayer
 from kvr_partition.runtime.decoding import top_is_finite
-from kvr_partition.runtime.execution import AT_ONCE, Execution
+from kvr_partition.runtime.execution import EAGER, Execution
 from kvr_partition.runtime.fused import FusedModel, Layers, running
 from kvr_partition.runtime.links.plan import Links
 from kvr_partition.runtime.padding import Padding
@@ -32,7 +32,7 @@ def chunk_cache(
     prefix: int,
     reserve: int = 0,
     past: Cache | None = None,
-    execution: Execution = AT_ONCE,
+    execution: Execution = EAGER,
 ) -> RunaheadCache:
     """The cache that `run_chunk` needs for one chunk.
 
@@ -67,7 +67,7 @@ def run_chunk(
     links: Links,
     depth: Depth = "auto",
     layers: Layers | FusedModel = "auto",
-    execution: Execution = AT_ONCE,
+    execution: Execution = EAGER,
     partition: Partition | None = None,
     choose: Callable[[torch.Tensor], torch.Tensor] | None = None,
     padding: Padding | None = None,
@@ -99,8 +99,8 @@ def run_chunk(
     cache.prefilling = run.store_own if chosen == "attention" else run.store_and_wait
     route = support.route if chosen == "attention" else None
     # What is recorded here is recorded whole; recordings of layers are for runs that are carried out at once.
-    at_once = execution.at_once and chunk_ids.shape[0] == 1
-    tokens = chunk_ids.shape[1] if at_once else None
+    eager = execution.eager and chunk_ids.shape[0] == 1
+    tokens = chunk_ids.shape[1] if eager else None
     own = run.add_prefix_ if chosen == "attention" else None
     with running(model, layers, tokens, own), replaced_attention(model, route, run.attend) as extra:
         if padding is not None:
@@ -225,7 +225,7 @@ class _ChunkRun:
     def _hand_over(self, index: int) -> None:
         self._turn.now(f"layer {index}")
         self._stamp()
-        self._links.own_ready(self._position[index])
+        self._links.kv_ready(self._position[index])
 
     def _wait(self, layer: RunaheadLayer, index: int) -> None:
         self._stamp()

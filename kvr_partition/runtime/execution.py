@@ -22,7 +22,7 @@ class Execution:
         owns: whether rows that a past cache has lie where this run needs them, so that it can go on with them.
         room: told how many bytes the rows of all layers take, returns what allocates them, in that order; None
             where that is `empty`.
-        at_once: whether it is carried out while it is enqueued.
+        eager: whether it is carried out while it is enqueued.
     """
 
     clock: Callable[[torch.device], Clock] = clock_for
@@ -30,10 +30,10 @@ class Execution:
     empty: Callable[..., torch.Tensor] = torch.empty
     owns: Callable[[torch.Tensor], bool] = lambda _: True
     room: Callable[[Sequence[int]], Callable[..., torch.Tensor]] | None = None
-    at_once: bool = True
+    eager: bool = True
 
 
-AT_ONCE = Execution()
+EAGER = Execution()
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:

@@ -77,7 +77,7 @@ class GroupGather:
             self._group.broadcast([rows[start:end]], options).wait()
 
     def _hold(self, nbytes: int, device: torch.device) -> None:
-        seconds = self._limits.held_s(nbytes)
+        seconds = self._limits.throttled_s(nbytes)
         if seconds and device.type == "cuda":
             from kvr_partition.runtime.triton_kernels import hold
 

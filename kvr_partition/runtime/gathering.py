@@ -18,7 +18,7 @@ from kvr_partition.runtime.attention import attend_chunk
 from kvr_partition.runtime.cache import RunaheadCache, RunaheadLayer
 from kvr_partition.runtime.chunk import not_finite
 from kvr_partition.runtime.decoding import Greedy, check_generation, top_is_finite
-from kvr_partition.runtime.execution import AT_ONCE, Execution
+from kvr_partition.runtime.execution import EAGER, Execution
 from kvr_partition.runtime.fused import Layers, chosen_layers, running
 from kvr_partition.runtime.gather import Gather, GroupGather, Runs
 from kvr_partition.runtime.links.plan import NO_LIMITS, LinkLimits, visible_prefix
@@ -195,7 +195,7 @@ def gathered(
     method: GatheringMethod,
     gather: Gather,
     layers: Layers = "auto",
-    execution: Execution = AT_ONCE,
+    execution: Execution = EAGER,
 ) -> PrefillResult:
     """One rank's part of a prefill that gathers the KV of all ranks in every layer.
 
@@ -224,9 +224,9 @@ def gathered(
     if method == "tsp" and _has_alibi(model):
         # Models with ALiBi take the number of keys from the attention mask, or else assume none come later.
         extra["attention_mask"] = torch.ones_like(input_ids)
-    at_once = execution.at_once and input_ids.shape[0] == 1
+    eager = execution.eager and input_ids.shape[0] == 1
     with ExitStack() as stack:
-        stack.enter_context(running(model, layers, chunk_ids.shape[1] if at_once else None))
+        stack.enter_context(running(model, layers, chunk_ids.shape[1] if eager else None))
         if method == "tsp":
             stack.enter_context(own_attention(model))
         else:

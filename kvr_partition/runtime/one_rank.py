@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from kvr_partition.partition import Partition
 from kvr_partition.runtime.chunk import not_finite
 from kvr_partition.runtime.decoding import Greedy, top_is_finite
-from kvr_partition.runtime.execution import AT_ONCE, Execution
+from kvr_partition.runtime.execution import EAGER, Execution
 from kvr_partition.runtime.fused import Layers
 from kvr_partition.runtime.padding import read_padding
 from kvr_partition.runtime.positions import check_context
@@ -58,7 +58,7 @@ def stock(
     ranks: int = 1,
     past: Cache | None = None,
     attention_mask: torch.Tensor | None = None,
-    execution: Execution = AT_ONCE,
+    execution: Execution = EAGER,
 ) -> PrefillResult:
     """The whole prompt on this rank as transformers reads it: its layers, its attention, its cache.
 

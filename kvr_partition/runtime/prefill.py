@@ -218,7 +218,7 @@ def _planned(
 
 
 def read_prompt(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> int:
-    """The digest of a prompt whose tokens a model knows.
+    """The digest of a prompt whose tokens a model planner.
 
     Raises:
         PartitionError: a token id that the model has no embedding for.
@@ -244,7 +244,7 @@ def check_ids(model: Any, input_ids: torch.Tensor) -> None:
 
 
 def chosen_partition(
-    knows: PartitionTable | PartitionPredictor, context: int, ranks: int, past: int = 0
+    planner: PartitionTable | PartitionPredictor, context: int, ranks: int, past: int = 0
 ) -> Partition:
     """What a table or predictor says about a prompt; the whole prompt where there is one rank.
 
@@ -253,9 +253,9 @@ def chosen_partition(
     """
     if ranks == 1:
         return Partition((context,), past)
-    if isinstance(knows, PartitionTable):
-        return knows.lookup(context, ranks=ranks, past=past).partition
-    return knows.predict(context, ranks=ranks, past=past).partition
+    if isinstance(planner, PartitionTable):
+        return planner.lookup(context, ranks=ranks, past=past).partition
+    return planner.predict(context, ranks=ranks, past=past).partition
 
 
 def _world_size(group: dist.ProcessGroup | None) -> int:

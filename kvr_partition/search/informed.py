@@ -19,7 +19,7 @@ from kvr_partition.measurement import Measurement
 from kvr_partition.partition import Partition
 from kvr_partition.search.beliefs import Beliefs
 from kvr_partition.search.correction import LEAST_NOISE, LONE_NOISE, noise_of
-from kvr_partition.search.exchange import exchanged, settled
+from kvr_partition.search.local_search import descent, local_search
 from kvr_partition.search.space import Space
 
 if TYPE_CHECKING:
@@ -179,14 +179,14 @@ class InformedSampler(PartitionSampler):
         found = best_split(space.context, len(space.ranges) + 1, machine, quantum=space.quantum)
         if not machine.cost.steps or space.context % space.quantum:
             return found
-        return settled(found, space.quantum, machine, beliefs.surprised, self._inside)
+        return local_search(found, space.quantum, machine, beliefs.surprised, self._inside)
 
     def _exchanged(self, beliefs: Beliefs, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
         """Partitions of chunk sizes that go well, on the way from the best of these."""
         assert self._space is not None
         best = sizes[int(beliefs.ttft_s(sizes)[0].argmin())]
         known = [size for size, _ in beliefs.machine.cost.steps]
-        return exchanged(best, self._space.quantum, lambda rows: beliefs.ttft_s(rows)[0], known, self._inside)
+        return descent(best, self._space.quantum, lambda rows: beliefs.ttft_s(rows)[0], known, self._inside)
 
     def _partition(self, sizes: Any) -> Partition:
         assert self._space is not None

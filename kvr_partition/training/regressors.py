@@ -15,7 +15,7 @@ from kvr_partition.machine.machine import Machine
 from kvr_partition.partition import Partition
 from kvr_partition.search.beliefs import surprise
 from kvr_partition.search.correction import corrected
-from kvr_partition.search.exchange import settled
+from kvr_partition.search.local_search import local_search
 from kvr_partition.training.dataset import MachineKey, Row
 from kvr_partition.training.features import Query, features, places, solved
 
@@ -100,7 +100,7 @@ def _in_steps(
         return factors
 
     start = Partition.from_cuts(cuts, query.context, quantum)
-    return settled(start, quantum, machine, delayed).sizes
+    return local_search(start, quantum, machine, delayed).sizes
 
 
 class CostModel:

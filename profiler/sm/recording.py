@@ -104,7 +104,7 @@ class RecordedLinks:
         self.slots = slots
         self.transfer_s = [0.0] * len(slots)
 
-    def own_ready(self, layer: int) -> None:
+    def kv_ready(self, layer: int) -> None:
         self._recorder.cut(Step("own", layer))
 
     def wait_prefix(self, layer: int) -> None:

@@ -175,7 +175,7 @@ class Recordings:
         self._arena.begin()
         for rank in range(work.partition.ranks):
             with torch.cuda.stream(self._streams[rank]), self._chosen_products(choosing=True):
-                execution = Execution(to_host=False, empty=self._arena.empty, at_once=False)
+                execution = Execution(to_host=False, empty=self._arena.empty, eager=False)
                 self._run_rank(rank, work, ids, None, execution)
         torch.cuda.synchronize()
 
@@ -184,7 +184,7 @@ class Recordings:
         with torch.cuda.stream(stream), self._chosen_products(choosing=False):
             recorder = Recorder(stream, self._pool)
             clock = RecordedClock(recorder)
-            execution = Execution(clock=lambda _: clock, to_host=False, empty=self._arena.empty, at_once=False)
+            execution = Execution(clock=lambda _: clock, to_host=False, empty=self._arena.empty, eager=False)
             recorder.begin()
             try:
                 result, links, gather = self._run_rank(rank, work, ids, recorder, execution)

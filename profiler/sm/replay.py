@@ -50,7 +50,7 @@ def message(link: Link, nbytes: int, limits: LinkLimits) -> Iterator[None]:
 
         note_time(link.mark)
         yield
-        hold_since(link.mark, limits.held_s(nbytes))
+        hold_since(link.mark, limits.throttled_s(nbytes))
 
 
 class Replayer:

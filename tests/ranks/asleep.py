@@ -121,7 +121,7 @@ def carried_out(case: Case) -> Seen:
             until(began)
             for layer in range(case.layers):
                 time.sleep(before_kv)
-                links.own_ready(layer)
+                links.kv_ready(layer)
                 time.sleep(own_block)
                 if rank:
                     links.wait_prefix(layer)

@@ -64,8 +64,8 @@ def test_noise_is_agreed_on_and_visits_every_link() -> None:
 
 
 def test_a_link_is_held_for_as_long_as_a_message_takes() -> None:
-    assert LinkLimits(bandwidth=1e9).held_s(5_000_000) == 0.005
-    assert LinkLimits().held_s(5_000_000) == 0.0
+    assert LinkLimits(bandwidth=1e9).throttled_s(5_000_000) == 0.005
+    assert LinkLimits().throttled_s(5_000_000) == 0.0
     for bad in (LinkLimits, lambda **given: LinkLimits(**given)):
         with pytest.raises(UnsupportedError, match="more than 0 bytes a second"):
             bad(bandwidth=0.0)

@@ -36,7 +36,7 @@ from profiler import MeasurementLog, RankGroup
 from profiler.calibrate import guessed_machine, machine_of_log, measured_machine
 from profiler.layers import run_layers
 from profiler.models import open_model
-from profiler.sizes import FINEST, LAYERS, ROUNDS, likely_sizes, tell_sizes, time_sizes, with_steps
+from profiler.sizes import FINEST, LAYERS, ROUNDS, likely_sizes, profile_chunk_sizes, time_sizes, with_steps
 from tests.models import ALL, build, provenance, write_folder
 from tests.unit.test_samplers import measured
 from tests.unit.test_training import LANDS, rugged_row
@@ -153,21 +153,21 @@ def test_what_is_told_of_sizes_stands_in_the_log(gpu_like: RankGroup, tmp_path: 
         assert group.tile_rows == 128
         plain = measured_machine(group, 4096, log)
         assert not plain.cost.steps
-        machine = tell_sizes(group, plain, {2048: 128, 4096: 128, 64: 1}, log)
+        machine = profile_chunk_sizes(group, plain, {2048: 128, 4096: 128, 64: 1}, log)
         assert machine.cost.terms == plain.cost.terms
         assert len(machine.cost.steps) > 5
         assert machine_of_log(log, group.provenance) == machine
         # Timing whole chunks again does not take parts of them for whole.
         assert measured_machine(group, 4096, log) == plain
         # Steps finer than any kernel's tiles say nothing of kernels.
-        assert tell_sizes(group, plain, {2048: 16, 4096: 16}, log) == plain
+        assert profile_chunk_sizes(group, plain, {2048: 16, 4096: 16}, log) == plain
 
 
 def test_cpus_take_single_rows(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "llama", "llama-gqa")
     with MeasurementLog(tmp_path / "log.jsonl") as log, RankGroup(folder, 2, log=log) as group:
         guess = guessed_machine(group, 64, lambda one: group.measure_many([one], purpose="guess")[0])
-        assert tell_sizes(group, guess, {64: 32}, log) == guess
+        assert profile_chunk_sizes(group, guess, {64: 32}, log) == guess
         assert not log.chunks
         (first, _), (second, _) = group.time_chunk(32, 16, layers=2)
         assert min(first, second) > 0

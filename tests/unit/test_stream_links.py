@@ -120,7 +120,7 @@ class World:
             links.start([Slot(torch.zeros(end - first, 2), first, window)] * LAYERS)
             for layer in range(LAYERS):
                 self.streams[rank].compute.work.append(("rows", (rank, layer, rank)))
-                links.own_ready(layer)
+                links.kv_ready(layer)
                 if first < start:
                     links.wait_prefix(layer)
                 self.streams[rank].compute.work.append(("layer", (rank, layer)))
@@ -240,4 +240,4 @@ def test_a_rank_stops_at_the_next_layer_once_another_has_failed() -> None:
     )
     links.start([Slot(torch.zeros(4, 2), 0, None)] * LAYERS)
     with pytest.raises(RankError, match="ran out of memory"):
-        links.own_ready(0)
+        links.kv_ready(0)

@@ -15,7 +15,7 @@ from kvr_partition.link_kinds import GLOO, KINDS, NCCL, PEER, LinkKind
 from kvr_partition.partition import Partition
 from kvr_partition.runtime.agreement import Agreement, Turn, agreement_of
 from kvr_partition.runtime.cache import RunaheadCache
-from kvr_partition.runtime.execution import AT_ONCE, Execution, on_device
+from kvr_partition.runtime.execution import EAGER, Execution, on_device
 from kvr_partition.runtime.links.host import HostLinks
 from kvr_partition.runtime.links.memory import LinkMemory, LinkMemoryUse, link_memory
 from kvr_partition.runtime.links.messages import Messages
@@ -74,7 +74,7 @@ class LinkSetup:
     def execution(self) -> Execution:
         """How a prefill over these links is carried out: peers can write to its rows where that is needed."""
         if self.peers is None or not self._receives:
-            return AT_ONCE
+            return EAGER
         memory = self.peers.memory
         return Execution(empty=memory.empty, owns=lambda rows: memory.place(rows) is not None, room=memory.room)
 

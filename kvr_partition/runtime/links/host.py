@@ -61,7 +61,7 @@ class HostLinks(PlannedLinks):
         for peer, works in arrivals.items():
             self._spawn(f"receive{peer}", peer, partial(self._receive, works))
 
-    def own_ready(self, layer: int) -> None:
+    def kv_ready(self, layer: int) -> None:
         self._has(layer, self.rank)
 
     def wait_prefix(self, layer: int) -> None:
@@ -154,7 +154,7 @@ class HostLinks(PlannedLinks):
                     break
             began = time.perf_counter()
             size = self.limits.noise if hop is None else self._slots[layer].at(hop.piece).nbytes
-            free_at = max(free_at, began) + self.limits.held_s(size)
+            free_at = max(free_at, began) + self.limits.throttled_s(size)
             while (left := free_at - time.perf_counter()) > 0:
                 time.sleep(left)
             if hop is None:

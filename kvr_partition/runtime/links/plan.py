@@ -143,7 +143,7 @@ class LinkLimits:
         rate = "what they can" if self.bandwidth is None else f"{self.bandwidth:g} bytes/s"
         return f"{rate}, {self.noise} bytes of noise seeded by {self.seed}" if self.noise else rate
 
-    def held_s(self, nbytes: int) -> float:
+    def throttled_s(self, nbytes: int) -> float:
         """Seconds that a message keeps a link busy."""
         return 0.0 if self.bandwidth is None else nbytes / self.bandwidth
 
@@ -158,7 +158,7 @@ NO_LIMITS = LinkLimits()
 class Links(Protocol):
     """Moves the KV of one prefill for one rank.
 
-    Calls come in this order: `start` once, then for each layer `own_ready` and, where the rank has a
+    Calls come in this order: `start` once, then for each layer `kv_ready` and, where the rank has a
     prefix, `wait_prefix`; `finish` once.
     """
 
@@ -168,7 +168,7 @@ class Links(Protocol):
     def start(self, slots: Sequence[Slot]) -> None:
         """Post every receive of the prefill."""
 
-    def own_ready(self, layer: int) -> None:
+    def kv_ready(self, layer: int) -> None:
         """The rank's own rows of a layer are in place: send them on."""
 
     def wait_prefix(self, layer: int) -> None:
@@ -191,7 +191,7 @@ class NoLinks:
     def start(self, slots: Sequence[Slot]) -> None:
         self._layers = len(slots)
 
-    def own_ready(self, layer: int) -> None:
+    def kv_ready(self, layer: int) -> None:
         pass
 
     def wait_prefix(self, layer: int) -> None:

@@ -116,7 +116,7 @@ class StreamLinks(PlannedLinks):
                 [(hop, self.wires[hop.peer].post(layer, hop, slots[layer].at(hop.piece))) for hop in hops]
             )
 
-    def own_ready(self, layer: int) -> None:
+    def kv_ready(self, layer: int) -> None:
         self._check()
         if self._noisy(layer) == self.rank:
             assert self._foreign is not None
@@ -174,4 +174,4 @@ class StreamLinks(PlannedLinks):
 
     def _hold(self, stream: Any, nbytes: int) -> None:
         if self.limits.bandwidth is not None:
-            self.streams.hold(stream, self.limits.held_s(nbytes))
+            self.streams.hold(stream, self.limits.throttled_s(nbytes))

@@ -1,4 +1,4 @@
-"""From one partition to a better one: two ranks exchange tokens until nothing is gained by it."""
+"""Local search: two ranks exchange tokens until no exchange gains anything."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ MOST_EXCHANGES = 30
 """In a row, at most."""
 
 
-def settled(
+def local_search(
     start: Partition,
     quantum: int,
     machine: Machine,
     delayed: Callable[[Sizes], Array],
     inside: Callable[[Sizes], Sizes] | None = None,
 ) -> Partition:
-    """The best partition by a machine whose chunk sizes have steps, from one that knows nothing of them.
+    """Where a local search ends, by a machine with size effects, from a partition that knows nothing of them.
 
     Args:
-        start, quantum, inside: as in `exchanged`.
+        start, quantum, inside: as in `descent`.
         machine: what a prefill costs.
         delayed: by what factor partitions ``[n, ranks]`` take longer, as they may have sizes never met.
     """
@@ -41,11 +41,11 @@ def settled(
     def seconds(rows: Sizes) -> Array:
         return ttft(rows, machine) * delayed(rows)
 
-    best = exchanged(np.array(start.sizes), quantum, seconds, known, inside)[-1]
+    best = descent(np.array(start.sizes), quantum, seconds, known, inside)[-1]
     return Partition((int(size) for size in best), start.past)
 
 
-def exchanged(
+def descent(
     start: Sizes,
     quantum: int,
     seconds: Callable[[Sizes], Array],
