@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import optuna
@@ -23,8 +24,42 @@ from kvr_partition.cli.show import print_table
 from kvr_partition.training import REGRESSORS, Dataset, evaluate, load_dataset, scores
 from kvr_partition.training.dataset import digest
 from kvr_partition.training.evaluation import GROUPS, tune
-from kvr_partition.training.regressors import SPACES
+from kvr_partition.training.regressors import Regression, Way, boosting
 from kvr_partition.training.simulated import landscapes, simulated_rows
+
+
+def splines(knots: int = 4, alpha: float = 1.0) -> Any:
+    """Ridge regression on splines of all features."""
+    from sklearn.linear_model import Ridge
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import FunctionTransformer, SplineTransformer, StandardScaler
+
+    return make_pipeline(
+        FunctionTransformer(_with_products),
+        StandardScaler(),
+        SplineTransformer(knots, degree=3, extrapolation="constant"),
+        Ridge(alpha),
+    )
+
+
+def _with_products(known: Any) -> Any:
+    """What moves a boundary moves the middle ones most: every feature also times the room of its place."""
+    import numpy as np
+
+    return np.concatenate([known, known[:, 2:] * known[:, 1:2]], axis=1)
+
+
+WAYS = REGRESSORS | {
+    "splines": Way(
+        lambda **given: Regression(lambda: splines(**given)),
+        {"knots": (3, 8, False), "alpha": (1e-3, 100.0, True)},
+    ),
+    "boosting-on-cost-model": Way(
+        lambda **given: Regression(lambda: boosting(**given), on_cost_model=True),
+        {"rate": (0.02, 0.3, True), "depth": (2, 5, False), "rounds": (20, 300, False)},
+    ),
+}
+"""The product's, and those that lost to them by an order of magnitude."""
 
 
 def main() -> None:
@@ -51,11 +86,15 @@ def main() -> None:
     machines = list(dict.fromkeys(row.machine for row in rows))
     print(f"{len(rows)} searches on {len(machines)} machines [{time.monotonic() - began:.0f} s]", flush=True)
     some = [row for row in rows if row.machine in machines[::3] and row.past == 0]
-    tuned = {name: tune(some, name, trials=options.trials, jobs=options.jobs) for name in SPACES}
+    tuned = {
+        name: tune(some, name, trials=options.trials, jobs=options.jobs, ways=WAYS)
+        for name, way in WAYS.items()
+        if way.space
+    }
     print(f"tuned: {tuned} [{time.monotonic() - began:.0f} s]", flush=True)
     outcomes = []
     for name in options.held_out.split(","):
-        outcomes += evaluate(rows, tuple(REGRESSORS), [name], tuned, options.jobs)
+        outcomes += evaluate(rows, tuple(WAYS), [name], tuned, options.jobs, ways=WAYS)
         print(f"{name} [{time.monotonic() - began:.0f} s]", flush=True)
     found = scores(outcomes)
     print_table(

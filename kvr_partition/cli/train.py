@@ -55,12 +55,11 @@ def run(options: argparse.Namespace) -> None:
 
     from kvr_partition.cli.show import Progress, print_json
     from kvr_partition.training import REGRESSORS, Dataset, train
-    from kvr_partition.training.regressors import SPACES
 
     rows = _rows(options)
     if options.dataset:
         Dataset(tuple(rows)).save(options.dataset)
-    with Progress(1.0 + len(SPACES) * options.tune, options.quiet) as progress:
+    with Progress(1.0 + len(REGRESSORS) * options.tune, options.quiet) as progress:
         tuned = _tuned(options, rows, progress)
         progress.doing(f"trying {len(REGRESSORS)} ways to predict {len(rows)} searched partitions")
         with warnings.catch_warnings():
@@ -101,12 +100,14 @@ def _tuned(options: argparse.Namespace, rows: Sequence[Row], progress: Progress)
 
     import optuna
 
+    from kvr_partition.training import REGRESSORS
     from kvr_partition.training.evaluation import tune
-    from kvr_partition.training.regressors import SPACES
 
     tuned: dict[str, Any] = {}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    for method in SPACES:
+    for method, way in REGRESSORS.items():
+        if not way.space:
+            continue
         progress.doing(f"tuning {method}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

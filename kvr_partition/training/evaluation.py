@@ -11,7 +11,7 @@ from kvr_partition.partition import Partition
 from kvr_partition.predictor import Regret, Score
 from kvr_partition.training.dataset import Row, common_quantum
 from kvr_partition.training.features import Query
-from kvr_partition.training.regressors import REGRESSORS, SPACES, Regressor
+from kvr_partition.training.regressors import REGRESSORS, Regressor, Way
 
 GROUPS: dict[str, Callable[[Row], Any]] = {
     "context": lambda row: row.context,
@@ -40,6 +40,7 @@ def evaluate(
     tuned: Mapping[str, Mapping[str, Any]] | None = None,
     jobs: int = 1,
     quantum: int | None = None,
+    ways: Mapping[str, Way] = REGRESSORS,
 ) -> list[Outcome]:
     """Leave each group out in turn, learn from the others, and predict it.
 
@@ -50,6 +51,7 @@ def evaluate(
         tuned: parameters of each method, see `tune`.
         jobs: processes; -1 for one a core.
         quantum: what predicted boundaries are multiples of; what the searched ones of the machine are when None.
+        ways: what the methods are names of.
 
     Raises:
         PartitionError: an unknown method or group.
@@ -60,8 +62,8 @@ def evaluate(
         if name not in GROUPS:
             raise PartitionError(f"unknown group {name!r}; there are {', '.join(GROUPS)}")
     for method in methods:
-        if method not in REGRESSORS:
-            raise PartitionError(f"unknown method {method!r}; there are {', '.join(REGRESSORS)}")
+        if method not in ways:
+            raise PartitionError(f"unknown method {method!r}; there are {', '.join(ways)}")
     work = []
     for name in held_out:
         group = GROUPS[name]
@@ -75,7 +77,7 @@ def evaluate(
                 test = [row for row in test if _inside(row, train, name)]
             work += [(method, name, train, test) for method in methods if test]
     found = Parallel(n_jobs=jobs)(
-        delayed(_losses)(method, train, test, (tuned or {}).get(method, {}), quantum)
+        delayed(_losses)(ways[method], train, test, (tuned or {}).get(method, {}), quantum)
         for method, _, train, test in work
     )
     return [
@@ -93,9 +95,9 @@ def _inside(row: Row, train: Sequence[Row], name: str) -> bool:
 
 
 def _losses(
-    method: str, train: Sequence[Row], test: Sequence[Row], given: Mapping[str, Any], quantum: int | None
+    way: Way, train: Sequence[Row], test: Sequence[Row], given: Mapping[str, Any], quantum: int | None
 ) -> list[float | None]:
-    regressor = REGRESSORS[method](**given).fit(train)
+    regressor = way(**given).fit(train)
     losses: list[float | None] = []
     for row in test:
         # Rounded as a predictor that had been trained on the others would.
@@ -146,17 +148,23 @@ def regret(losses: Sequence[float]) -> Regret:
 
 
 def tune(
-    rows: Sequence[Row], method: str, held_out: str = "context", trials: int = 20, seed: int = 0, jobs: int = 1
+    rows: Sequence[Row],
+    method: str,
+    held_out: str = "context",
+    trials: int = 20,
+    seed: int = 0,
+    jobs: int = 1,
+    ways: Mapping[str, Way] = REGRESSORS,
 ) -> dict[str, Any]:
     """Parameters of a method that lose least when a group is left out, found with Optuna; {} for default ones."""
     import optuna
 
-    space = SPACES.get(method)
+    space = ways[method].space
     if not space:
         return {}
 
     def loss(given: Mapping[str, Any]) -> float:
-        losses = [one.regret for one in evaluate(rows, [method], [held_out], {method: given}, jobs)]
+        losses = [one.regret for one in evaluate(rows, [method], [held_out], {method: given}, jobs, ways=ways)]
         # The mean decides, the worst cases have a say.
         return sum(losses) / len(losses) + 0.1 * max(losses) if losses else float("inf")
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from msgspec.structs import replace
@@ -294,49 +294,43 @@ def _gaussian_process(length: float = 2.0, noise: float = 1e-3) -> Any:
     return make_pipeline(StandardScaler(), process)
 
 
-def _boosting(rate: float = 0.1, depth: int = 4, rounds: int = 200) -> Any:
+def boosting(rate: float = 0.1, depth: int = 4, rounds: int = 200) -> Any:
+    """Gradient-boosted trees."""
     from sklearn.ensemble import GradientBoostingRegressor
 
     return GradientBoostingRegressor(learning_rate=rate, max_depth=depth, n_estimators=rounds, random_state=0)
 
 
-def _splines(knots: int = 4, alpha: float = 1.0) -> Any:
-    from sklearn.linear_model import Ridge
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import FunctionTransformer, SplineTransformer, StandardScaler
+@dataclass(frozen=True)
+class Way:
+    """A way to predict: how a regressor of it is made, and what of that can be tuned.
 
-    return make_pipeline(
-        FunctionTransformer(_with_products),
-        StandardScaler(),
-        SplineTransformer(knots, degree=3, extrapolation="constant"),
-        Ridge(alpha),
-    )
+    Attributes:
+        make: given what is tuned by name; default values where it is not.
+        space: lowest and highest value of each parameter, and whether it is drawn by its logarithm; whole numbers
+            where both are.
+    """
 
+    make: Callable[..., Regressor]
+    space: Mapping[str, tuple[float, float, bool]] = field(default_factory=dict)
 
-def _with_products(known: Array) -> Array:
-    """What moves a boundary moves the middle ones most: every feature also times the room of its place."""
-    import numpy as np
-
-    return np.concatenate([known, known[:, 2:] * known[:, 1:2]], axis=1)
+    def __call__(self, **given: Any) -> Regressor:
+        """A regressor that was not yet fitted."""
+        return self.make(**given)
 
 
-REGRESSORS: dict[str, Callable[..., Regressor]] = {
-    "interpolation": Interpolation,
-    "cost-model": CostModel,
-    "corrected": Corrected,
-    "residual": Residual,
-    "gaussian-process": lambda **given: Regression(lambda: _gaussian_process(**given)),
-    "boosting": lambda **given: Regression(lambda: _boosting(**given)),
-    "splines": lambda **given: Regression(lambda: _splines(**given)),
-    "boosting-on-cost-model": lambda **given: Regression(lambda: _boosting(**given), on_cost_model=True),
+REGRESSORS: dict[str, Way] = {
+    "interpolation": Way(Interpolation),
+    "cost-model": Way(CostModel),
+    "corrected": Way(Corrected),
+    "residual": Way(Residual, {"length": (0.5, 8.0, True), "noise": (0.05, 20.0, True)}),
+    "gaussian-process": Way(
+        lambda **given: Regression(lambda: _gaussian_process(**given)),
+        {"length": (0.5, 8.0, True), "noise": (1e-5, 0.3, True)},
+    ),
+    "boosting": Way(
+        lambda **given: Regression(lambda: boosting(**given)),
+        {"rate": (0.02, 0.3, True), "depth": (2, 6, False), "rounds": (50, 400, False)},
+    ),
 }
-"""By name; what each may be given is what `SPACES` tunes."""
-
-SPACES: dict[str, dict[str, tuple[float, float, bool]]] = {
-    "residual": {"length": (0.5, 8.0, True), "noise": (0.05, 20.0, True)},
-    "gaussian-process": {"length": (0.5, 8.0, True), "noise": (1e-5, 0.3, True)},
-    "boosting": {"rate": (0.02, 0.3, True), "depth": (2, 6, False), "rounds": (50, 400, False)},
-    "splines": {"knots": (3, 8, False), "alpha": (1e-3, 100.0, True)},
-    "boosting-on-cost-model": {"rate": (0.02, 0.3, True), "depth": (2, 5, False), "rounds": (20, 300, False)},
-}
-"""Lowest and highest value of each parameter, and whether it is drawn by its logarithm; whole where both are."""
+"""By name. `train` tries all of them; benchmarks/predictor.py has others, which lose by more."""
