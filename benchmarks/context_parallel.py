@@ -49,8 +49,9 @@ from torch.distributed.tensor.experimental._context_parallel import _attention a
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.agreement import conditions
-from kvr_partition.certificate import EPSILON, Deviation
+from kvr_partition.certificate import Deviation
 from kvr_partition.cli.options import model_folder
+from kvr_partition.dtypes import DTYPES
 from kvr_partition.errors import NotFiniteError, PartitionError
 from kvr_partition.measurement import median
 from kvr_partition.partition import Partition
@@ -329,7 +330,7 @@ class World:
                 "from_reference": None if exact is None else distance(one.logits, exact),
             }
             if exact is None or alone is None:
-                close = facts["from_one_rank"] <= 16 * EPSILON[self.dtype]
+                close = facts["from_one_rank"] <= 16 * DTYPES[self.dtype].epsilon
             else:
                 close = Deviation(self.rank, None, facts["from_reference"], alone).within(self.dtype)
             if one.token != token or not close:
@@ -475,7 +476,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="quickstart-llama")
     parser.add_argument("--contexts", default="4096,16384")
-    parser.add_argument("--dtype", default="float16", choices=sorted(EPSILON))
+    parser.add_argument("--dtype", default="float16", choices=sorted(DTYPES))
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--kernels", help="of SDPA under context_parallel: " + ", ".join(KERNELS))
     parser.add_argument("--links", default="auto", choices=("auto", "peer", "nccl"), help="of KV-Runahead")

@@ -8,11 +8,11 @@ import os
 import msgspec
 
 from kvr_partition import jsonfile
+from kvr_partition.dtypes import DTYPES
 from kvr_partition.provenance import Provenance
 
 SCHEMA = "kvr-partition/certificate/2"
 
-EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 """Distance from one to the next larger number, by dtype."""
 
 
@@ -33,7 +33,7 @@ class Deviation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
         Distances that are not finite hold nothing.
         """
-        return math.isfinite(self.single) and self.split <= 2 * self.single + EPSILON[dtype]
+        return math.isfinite(self.single) and self.split <= 2 * self.single + DTYPES[dtype].epsilon
 
 
 class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from msgspec.structs import replace
 
+from kvr_partition.dtypes import DTYPES
 from kvr_partition.errors import RankError
 from kvr_partition.machine.cost import ChunkCost, FitError, LinkCost, TimedChunk
 from kvr_partition.machine.machine import FREE_LINK, Machine
@@ -306,7 +307,7 @@ def machine_of_log(log: MeasurementLog, origin: Provenance) -> Machine:
 def _machine_of(origin: Provenance, cost: ChunkCost) -> Machine:
     """What conditions say of a machine."""
     shape = origin.model
-    width = 4 if origin.dtype == "float32" else 2
+    width = DTYPES[origin.dtype].nbytes
     return Machine(
         cost,
         shape.layers,

@@ -6,13 +6,13 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from kvr_partition.dtypes import DTYPES
 from kvr_partition.errors import PartitionError, UnsupportedError
 from kvr_partition.methods import method_of
 from kvr_partition.partition import Partition
 from kvr_partition.provenance import Provenance
 from profiler import messages
 from profiler.measure import Candidate
-from profiler.models import DTYPES
 from profiler.transport import in_torchrun
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def check_memory(group: Ranks, ready: Sequence[messages.Ready], context: int, pa
         geometry.hidden_size,
         geometry.attention_heads * geometry.head_dim,
         inner,
-        4 if group.dtype == "float32" else 2,
+        DTYPES[group.dtype].nbytes,
         group.batch,
         ready[0].layers != "stock",
     )

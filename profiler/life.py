@@ -13,6 +13,7 @@ from typing import Any, Self
 import msgspec
 
 from kvr_partition._version import __version__
+from kvr_partition.dtypes import DTYPES
 from kvr_partition.errors import UnsupportedError
 from kvr_partition.link_kinds import COPIES, GLOO
 from kvr_partition.machine.profile import Profile
@@ -228,9 +229,7 @@ class Ranks:
     @property
     def entry_bytes(self) -> int:
         """Bytes of KV that one token keeps in one layer, the mean over the layers that keep any."""
-        import torch
-
-        width: int = getattr(torch, self.dtype).itemsize
+        width = DTYPES[self.dtype].nbytes
         return int(self.shapes.entry_elements(self.batch)) * width // len(self.windows)
 
     @property

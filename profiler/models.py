@@ -13,8 +13,6 @@ from kvr_partition.checkpoints import Checkpoint, read_checkpoint, routes_tokens
 from kvr_partition.errors import KVRError, UnsupportedError
 from kvr_partition.provenance import ModelGeometry, random_weights
 
-DTYPES = ("float32", "float16", "bfloat16")
-
 
 @dataclass(frozen=True)
 class ModelFolder:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kvr_partition.certificate import Certificate
+from kvr_partition.dtypes import DTYPES
 from kvr_partition.errors import PartitionError, UnsupportedError
 from kvr_partition.measurement import Measurement, Sample
 from kvr_partition.partition import Partition
@@ -151,7 +152,7 @@ class RankGroup(Ranks):
             method=candidate.method,
             sizes=partition.sizes,
             past=partition.past,
-            reference="float64" if self.dtype == "float32" else "float32",
+            reference=DTYPES[self.dtype].reference,
             same_token=all(reply.same_token is not False for reply in replies),
             deviations=tuple(deviation for reply in replies for deviation in reply.deviations),
             provenance=self.provenance,

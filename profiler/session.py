@@ -23,6 +23,7 @@ from kvr_partition.measurement import Measurement, Sample
 from kvr_partition.methods import METHODS
 from kvr_partition.partition import Partition
 from kvr_partition.search import SearchResult, Seed, Trial, search
+from kvr_partition.search.samplers import WITHOUT_MACHINE, check_sampler
 from kvr_partition.search.space import default_quantum
 from kvr_partition.table import Entry, PartitionTable
 from profiler.calibrate import guessed_machine, keep_samples, measured_machine, time_links
@@ -217,16 +218,17 @@ class Session:
         return ContextResult(context, found, named, worst(one for each in every for one in self._findings(each)))
 
     def _searched(self, context: int, confirm: Callable[[Sequence[Partition]], list[Measurement]]) -> SearchResult:
-        machine = None if self.sampler == "hierarchical" else self.machine()
+        kind = check_sampler(self.sampler)
+        machine = self.machine() if kind.seeded else None
         # Without a cost to correct there is nothing to be informed by.
-        lost = machine is None and self.sampler == "informed"
+        lost = machine is None and kind.corrects
         return search(
             lambda one: self._measure([Candidate("kvr", one)], f"search/{self._label(context)}")[0],
             context,
             self.group.ranks,
             self.budget,
             seeds=lambda: self._seeds(context),
-            sampler="gp" if lost else self.sampler,
+            sampler=WITHOUT_MACHINE if lost else self.sampler,
             machine=machine,
             quantum=self.quantum_of(context),
             past=self.past,
@@ -286,7 +288,8 @@ class Session:
 
     def _seeds(self, context: int) -> list[Seed]:
         """For samplers that know nothing: what the table interpolates, and what a fitted machine solves to."""
-        if self.sampler == "hierarchical" or (self.sampler == "informed" and self.machine() is not None):
+        kind = check_sampler(self.sampler)
+        if not kind.seeded or (kind.corrects and self.machine() is not None):
             return []
         seeds, ranks = [], self.group.ranks
         # Until something is searched on both sides of it, there is nothing to interpolate.

@@ -49,8 +49,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--sampler",
         default="informed",
-        help="informed (corrects a cost model), hierarchical (the paper's grid), gp, tpe or cmaes "
-        "(default informed)",
+        help="informed (corrects a cost model; the default), hierarchical (the paper's grid), or one of Optuna's; "
+        "a word that is none lists all",
     )
     add_past(group)
     group.add_argument(

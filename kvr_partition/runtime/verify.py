@@ -10,6 +10,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from kvr_partition.certificate import Deviation
+from kvr_partition.dtypes import DTYPES
 from kvr_partition.partition import Partition
 from kvr_partition.runtime.cache import RunaheadCache
 from kvr_partition.runtime.chunk import not_finite
@@ -43,7 +44,7 @@ def run_single(model: Any, input_ids: torch.Tensor) -> SingleRun:
 
 def reference_dtype(dtype: torch.dtype) -> torch.dtype:
     """The precision to compare with."""
-    return torch.float64 if dtype == torch.float32 else torch.float32
+    return getattr(torch, DTYPES[str(dtype).removeprefix("torch.")].reference)  # type: ignore[no-any-return]
 
 
 def run_reference(model: Any, input_ids: torch.Tensor) -> SingleRun:

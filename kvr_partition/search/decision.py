@@ -10,6 +10,9 @@ from kvr_partition.search.beliefs import Beliefs
 from kvr_partition.search.correction import LEAST_NOISE, LONE_NOISE
 from kvr_partition.search.space import coarseness
 
+FINALISTS = 3
+"""Partitions that are timed again in the end, side by side, besides the even split."""
+
 NEAR_TIE = 0.01
 """TTFT that is given up for a simpler split at most, as a share, however noisy the machine."""
 

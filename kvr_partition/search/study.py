@@ -18,11 +18,11 @@ from kvr_partition.machine.machine import Machine
 from kvr_partition.measurement import Measurement
 from kvr_partition.partition import Partition
 from kvr_partition.search.beliefs import Beliefs
-from kvr_partition.search.decision import decided
+from kvr_partition.search.decision import FINALISTS, decided
 from kvr_partition.search.informed import PartitionSampler
 from kvr_partition.search.leases import ASKING_S, age_s, is_alive, this_process
 from kvr_partition.search.result import SearchResult, Trial
-from kvr_partition.search.samplers import make_sampler
+from kvr_partition.search.samplers import WITHOUT_MACHINE, Start, check_sampler, make_sampler
 from kvr_partition.search.space import Seed, Space, default_quantum, distinct
 from kvr_partition.search.storage import open_storage
 from kvr_partition.search.storage_errors import storage_errors
@@ -100,7 +100,7 @@ def search(
         StorageError: the storage is damaged, full or of another search.
         UnsupportedError: an unknown sampler, or one that needs a machine without one.
     """
-    sampler = sampler or ("gp" if machine is None else "informed")
+    sampler = sampler or (WITHOUT_MACHINE if machine is None else "informed")
     if isinstance(storage, str):
         with storage_errors():
             storage = open_storage(storage)
@@ -195,7 +195,7 @@ class _Study:
             if begun is not None:
                 return str(begun)
         # Samplers of whole partitions go where they like; for others a wide space is a slow one.
-        reach = WIDE if self._sampler in ("informed", "hierarchical") else 0.0
+        reach = WIDE if check_sampler(self._sampler).whole else 0.0
         space = Space.around(seeds, quantum, reach)
         begun = json.dumps(
             {
@@ -238,7 +238,7 @@ class _Study:
                 if self._look()[1]:
                     time.sleep(POLL_S)  # what others are measuring may yet show something
                     continue
-                return "converged" if self._sampler == "informed" else "exhausted"
+                return "converged" if check_sampler(self._sampler).corrects else "exhausted"
             before = known.get(partition.sizes)
             if before is not None:
                 # Nothing to measure: the sampler learns the known time, and the budget is not touched.
@@ -288,7 +288,7 @@ class _Study:
 
     def beliefs(self) -> Beliefs | None:
         """What all measurements say, where a cost model says what to make of them."""
-        if self._sampler != "informed" or self._machine is None:
+        if not check_sampler(self._sampler).corrects or self._machine is None:
             return None
         return Beliefs.after(self._machine, self.space.context, self._timed())
 
@@ -334,9 +334,7 @@ class _Study:
         sampler = (
             optuna.samplers.RandomSampler(seed=seed)
             if explore or given is not None
-            else make_sampler(
-                self._sampler, seed=seed, seeds=len(self.seeds), space=self.space, machine=self._machine
-            )
+            else make_sampler(self._sampler, Start(seed, len(self.seeds), self.space, self._machine))
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -440,7 +438,7 @@ def _conclude(
         raise RankError(f"no partition of context {context} on {ranks} ranks could be measured")
     if confirm is None:
         return SearchResult(ranked[0].partition, ranked[0], tuple(trials), (), stopped, space.quantum)
-    finalists = [one.partition for one in ranked[:3]]
+    finalists = [one.partition for one in ranked[:FINALISTS]]
     even = Partition.even(context, ranks, past=space.past)
     confirmed = tuple(confirm(finalists if even in finalists else [even, *finalists]))
     timed = [one for one in confirmed if one.ok]

@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvr_partition import Partition
-from kvr_partition.certificate import EPSILON, Certificate, Deviation
+from kvr_partition.certificate import Certificate, Deviation
 from kvr_partition.cli.comparison import Comparison, together
 from kvr_partition.cli.options import parse_bytes, parse_rate
+from kvr_partition.dtypes import DTYPES
 from kvr_partition.errors import UnsupportedError
 from kvr_partition.measurement import Failure, Measurement, RankTimes, Sample
 from kvr_partition.work import attention_dot_products
@@ -112,6 +113,6 @@ def test_a_certificate_names_the_first_layer_and_rank_that_diverge() -> None:
 
 
 def test_rounding_is_allowed_what_it_costs_one_rank_twice_and_no_more() -> None:
-    for dtype, epsilon in EPSILON.items():
+    for dtype, epsilon in ((name, one.epsilon) for name, one in DTYPES.items()):
         assert Deviation(0, 0, 2e-3 + epsilon, 1e-3).within(dtype)
         assert not Deviation(0, 0, (2e-3 + epsilon) * 1.001, 1e-3).within(dtype)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kvr_partition.dtypes import DTYPES
 from kvr_partition.runtime.fused import ops
 from kvr_partition.runtime.fused.layers import FusedAttention, FusedMLP, Linear, OwnAttention
 from kvr_partition.runtime.fused.noting import TOKENS, Call, NotingCache
@@ -95,7 +96,7 @@ def norm_epsilon(module: Any) -> float | None:
 
 
 def _higher(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float32 else torch.float32
+    return getattr(torch, DTYPES[str(dtype).removeprefix("torch.")].reference)  # type: ignore[no-any-return]
 
 
 def _as_good(results: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> bool:
