@@ -78,3 +78,20 @@ def test_files_and_functions_are_short(path: str) -> None:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef) and (path, node.name) not in LONGER:
             assert _code_lines(node) <= 60, f"{path}: {node.name} has {_code_lines(node)} lines"
+
+
+PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in ("architecture", "runtime", "exactness"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_pages_name_are_there(page: str) -> None:
+    """By a path, or by the end of one."""
+    files = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if ".venv" not in path.parts]
+    for named in re.findall(r"`([\w/.-]+\.py)`", (ROOT / page).read_text()):
+        assert any(f"/{file}".endswith(f"/{named}") for file in files), f"{page} names {named}"
+    for target in re.findall(r"\]\(([\w./-]+\.md)\)", (ROOT / page).read_text()):
+        assert ((ROOT / page).parent / target).is_file(), f"{page} links to {target}"
+
+
+def test_the_architecture_fits_on_two_screens() -> None:
+    assert (ROOT / "docs/architecture.md").read_text().count("\n") <= 100
