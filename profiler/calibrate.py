@@ -19,7 +19,7 @@ from profiler.measure import Candidate
 from profiler.models import Operations
 from profiler.ranks import RankGroup
 from profiler.sizes import with_steps
-from profiler.store import ChunkLine, LinkLine, MeasurementLog, OperationsLine
+from profiler.store import ChunkLine, KeptKV, LinkLine, MeasurementLog, OperationsLine
 
 LEAST_SAMPLES, MOST_SAMPLES = 3, 7
 
@@ -264,7 +264,7 @@ def guessed_machine_of_log(
     if not guesses:
         raise FitError("neither one rank nor an even split was timed to guess costs from")
     cost = _guessed_cost(counted, guesses[-1], origin.backend, origin.ranks)
-    return _machine_of(origin, with_steps(cost, log))
+    return _machine_of(log, origin, with_steps(cost, log))
 
 
 def _guessed_cost(counted: Operations | OperationsLine, found: Measurement, backend: str, ranks: int) -> ChunkCost:
@@ -290,28 +290,36 @@ def machine_of_log(log: MeasurementLog, origin: Provenance) -> Machine:
     """
     points = list(dict.fromkeys((line.chunk, line.prefix) for line in _together(log)))
     try:
-        cost = ChunkCost.fit([_timed(log, chunk, prefix, origin.model.layers) for chunk, prefix in points])
+        cost = ChunkCost.fit([_timed(log, chunk, prefix, _kept(log, origin).layers) for chunk, prefix in points])
         link = _links(log, origin.ranks) if origin.ranks > 1 else FREE_LINK
     except FitError:
         if log.operations is None:
             raise
         return guessed_machine_of_log(log, origin, log.operations)
     return replace(
-        _machine_of(origin, with_steps(cost, log)),
+        _machine_of(log, origin, with_steps(cost, log)),
         link=link,
         speeds=rank_speeds(log, origin.ranks),
         alone_speed=_alone_speed(log),
     )
 
 
-def _machine_of(origin: Provenance, cost: ChunkCost) -> Machine:
-    """What conditions say of a machine."""
+def _kept(log: MeasurementLog, origin: Provenance) -> KeptKV:
+    """What a model keeps of a token: as the log says, else as its configuration does."""
+    if log.kept is not None:
+        return log.kept
     shape = origin.model
     width = DTYPES[origin.dtype].nbytes
+    return KeptKV(shape.layers, 2 * shape.kv_heads * shape.head_dim * width * origin.batch)
+
+
+def _machine_of(log: MeasurementLog, origin: Provenance, cost: ChunkCost) -> Machine:
+    """What conditions say of a machine."""
+    kept = _kept(log, origin)
     return Machine(
         cost,
-        shape.layers,
-        2 * shape.kv_heads * shape.head_dim * width * origin.batch,
+        kept.layers,
+        kept.entry_bytes,
         topology="fanout" if origin.topology == "fanout" else "chain",
         overlap=origin.depth == "attention",
     )

@@ -31,7 +31,7 @@ from profiler.checks import (
 from profiler.measure import Candidate
 from profiler.models import ModelFolder, Operations, open_model, operations, probe_shapes
 from profiler.simulate import Simulated
-from profiler.store import SCHEMA, MeasurementLog, RunLine
+from profiler.store import SCHEMA, KeptKV, MeasurementLog, RunLine
 from profiler.transport import Spawned, Transport, in_torchrun, join
 
 GPU_TILE = 128
@@ -144,7 +144,8 @@ class Ranks:
     def _begin_run(self) -> None:
         self._run = os.urandom(6).hex()
         if self.log is not None:
-            self.log.append(RunLine(SCHEMA, self._run, self.provenance))
+            kept = KeptKV(len(self.windows), self.entry_bytes)
+            self.log.append(RunLine(SCHEMA, self._run, self.provenance, kept))
 
     def close(self) -> None:
         """End all ranks. Safe to call at any time, more than once."""

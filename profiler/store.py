@@ -22,12 +22,26 @@ Key = tuple[str, str, tuple[int, ...], int, int]
 """Purpose, method, sizes, past and noise: what a finished measurement is found by."""
 
 
+class KeptKV(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a model keeps of the tokens it has read, as a probe of it showed.
+
+    Attributes:
+        layers: layers that keep any.
+        entry_bytes: bytes that a token keeps in one of them, the mean over all; of all prompts of a batch.
+    """
+
+    layers: int
+    entry_bytes: int
+
+
 class RunLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="run", tag_field="type"):
     """The start of a run: the conditions of every later line that names it."""
 
     schema: str
     run: str
     provenance: Provenance
+    kept: KeptKV | None = None
+    """None in older logs; a configuration says it of most models, but not of all."""
 
 
 class SampleLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="sample", tag_field="type"):
@@ -148,6 +162,7 @@ class MeasurementLog:
         self._chunks: list[ChunkLine] = []
         self._links: list[LinkLine] = []
         self._operations: OperationsLine | None = None
+        self._kept: KeptKV | None = None
         for line in lines:
             self._note(line)
 
@@ -194,6 +209,11 @@ class MeasurementLog:
         return self._operations
 
     @property
+    def kept(self) -> KeptKV | None:
+        """What the model keeps of a token, if the log says it."""
+        return self._kept
+
+    @property
     def provenance(self) -> dict[str, Provenance]:
         """Conditions of each run."""
         return dict(self._provenance)
@@ -216,6 +236,7 @@ class MeasurementLog:
         match line:
             case RunLine():
                 self._provenance[line.run] = line.provenance
+                self._kept = line.kept or self._kept
             case ChunkLine():
                 self._chunks.append(line)
             case LinkLine():

@@ -55,6 +55,22 @@ def test_a_profile_comes_back_as_it_was_written(folder: Path, tmp_path: Path) ->
     assert [held.link_between(at, at + 1).seconds_per_byte for at in (0, 1)] == [1 / 1.5e9, 1e-9]
 
 
+def test_a_log_says_what_a_model_keeps_which_its_configuration_may_not(tmp_path: Path) -> None:
+    """Falcon with grouped KV heads keeps those of all query heads."""
+    folder = write_folder(tmp_path / "falcon", "falcon-new")
+    profile = profile_of(folder)
+    with (
+        MeasurementLog(tmp_path / "log.jsonl") as log,
+        RankGroup(folder, 3, backend="simulate", profile=profile, log=log) as group,
+    ):
+        found = measured_machine(group, 512, log)
+        shape = group.geometry
+        assert group.entry_bytes == 2 * 2 * shape.kv_heads * shape.head_dim * 4
+    with MeasurementLog(tmp_path / "log.jsonl") as log:
+        (origin,) = log.provenance.values()
+        assert machine_of_log(log, origin).entry_bytes == found.entry_bytes == group.entry_bytes
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
