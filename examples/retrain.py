@@ -10,8 +10,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from kvr_partition.training import measured_row, train
+from kvr_partition.training import train
 from profiler import MeasurementLog, RankGroup, SamplingPlan, Session
+from profiler.session import rows_of
 
 PLAN = SamplingPlan(warmup=1, least=2, most=4)
 
@@ -22,13 +23,8 @@ def main() -> None:
     contexts = sorted(int(word) for word in sys.argv[2].split(","))
     with MeasurementLog(out / "measurements.jsonl") as log, RankGroup(model, ranks=2) as group:
         session = Session(group, log, contexts, budget=4, plan=PLAN)
-        rows = []
-        for result in session.run():
-            machine, found = session.machine(), result.found
-            assert machine is not None
-            assert found is not None
-            trials = [one.measurement for one in found.trials if one.measurement.ok]
-            rows.append(measured_row(group.provenance, machine, trials, found.best.sizes))
+        session.run()
+        rows = rows_of(session.table, log)
         predictor = train(rows, group.provenance)
     session.table.save(out / "table.json")
     predictor.save(out / "predictor.json")

@@ -43,6 +43,25 @@ COPIES = LinkKind("copies on the device", "copies within one GPU", "ranks that s
 KINDS = (PEER, NCCL, GLOO, COPIES)
 
 
+_HELD = ", held to "
+
+
+def described(kind: str, bandwidth: float | None) -> str:
+    """What provenance says of links.
+
+    Args:
+        kind: of them, in words that name one of `KINDS`.
+        bandwidth: bytes per second that they are held to; None for what they can.
+    """
+    return kind if bandwidth is None else f"{kind}{_HELD}{bandwidth / 1e9:g} GB/s"
+
+
+def bandwidth_of(link: str) -> float | None:
+    """Bytes per second that links were held to, from what provenance says of them."""
+    _, held, rate = link.partition(_HELD)
+    return float(rate.split()[0]) * 1e9 if held else None
+
+
 def kind_of(link: str) -> LinkKind:
     """The slowest kind that a provenance's ``link`` names, which is the one that tells.
 

@@ -19,7 +19,7 @@ from profiler.measure import Candidate
 from profiler.models import Operations
 from profiler.ranks import RankGroup
 from profiler.sizes import with_steps
-from profiler.store import ChunkLine, KeptKV, LinkLine, MeasurementLog, OperationsLine
+from profiler.store import GUESS, ChunkLine, KeptKV, LinkLine, MeasurementLog, OperationsLine
 
 LEAST_SAMPLES, MOST_SAMPLES = 3, 7
 
@@ -260,7 +260,7 @@ def guessed_machine_of_log(
     Raises:
         FitError: the log has nothing to guess from.
     """
-    guesses = [one for one in log.measurements("guess") if one.ok]
+    guesses = [one for one in log.measurements(GUESS) if one.ok]
     if not guesses:
         raise FitError("neither one rank nor an even split was timed to guess costs from")
     cost = _guessed_cost(counted, guesses[-1], origin.backend, origin.ranks)

@@ -15,7 +15,7 @@ import msgspec
 from kvr_partition._version import __version__
 from kvr_partition.dtypes import DTYPES
 from kvr_partition.errors import UnsupportedError
-from kvr_partition.link_kinds import COPIES, GLOO
+from kvr_partition.link_kinds import COPIES, GLOO, described
 from kvr_partition.machine.profile import Profile
 from kvr_partition.partition import Partition
 from kvr_partition.provenance import ROUTED, ModelGeometry, Provenance
@@ -307,13 +307,11 @@ class Ranks:
         if self.ranks == 1:
             return "none"
         if self.profile is not None:
-            return f"simulated {self.profile.provenance.link}" + (
-                "" if self.bandwidth is None else f", held to {self.bandwidth / 1e9:g} GB/s"
-            )
+            return described(f"simulated {self.profile.provenance.link}", self.bandwidth)
         kind = COPIES.name if self.backend == "sm" else self._ready[0].link
         if kind == GLOO.name and len({ready.host for ready in self._ready}) == 1:
             kind += " over loopback"
-        return kind if self.bandwidth is None else f"{kind}, held to {self.bandwidth / 1e9:g} GB/s"
+        return described(kind, self.bandwidth)
 
     def _setups(self, rendezvous: str = "", devices: Sequence[str] | None = None) -> list[messages.Setup]:
         on_cuda = self.backend == "cuda"

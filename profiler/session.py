@@ -14,6 +14,7 @@ from typing import Protocol
 import msgspec
 
 from kvr_partition.errors import OutOfRangeError, RankError, UnsupportedError
+from kvr_partition.link_kinds import bandwidth_of
 from kvr_partition.machine.cost import FitError
 from kvr_partition.machine.findings import Finding, contradict, findings, worst
 from kvr_partition.machine.machine import Machine
@@ -26,11 +27,12 @@ from kvr_partition.search import SearchResult, Seed, Trial, search
 from kvr_partition.search.samplers import WITHOUT_MACHINE, check_sampler
 from kvr_partition.search.space import default_quantum
 from kvr_partition.table import Entry, PartitionTable
-from profiler.calibrate import guessed_machine, keep_samples, measured_machine, time_links
+from kvr_partition.training import Row, measured_row
+from profiler.calibrate import guessed_machine, keep_samples, machine_of_log, measured_machine, time_links
 from profiler.measure import Candidate, SamplingPlan
 from profiler.ranks import RankGroup
 from profiler.sizes import profile_chunk_sizes
-from profiler.store import MeasurementLog
+from profiler.store import GUESS, MeasurementLog, purpose_of
 
 
 class Listener(Protocol):
@@ -203,7 +205,7 @@ class Session:
         def confirm(partitions: Sequence[Partition]) -> list[Measurement]:
             self.listener.doing(f"context {context}: the best ones side by side with the baselines")
             candidates = self._baselines(context) + [Candidate("kvr", one) for one in partitions]
-            measurements = self._measure(candidates, f"compare/{self._label(context)}")
+            measurements = self._measure(candidates, purpose_of("compare", context, self.past))
             finals.extend(zip(candidates, measurements, strict=True))
             return measurements[-len(partitions) :]
 
@@ -223,7 +225,7 @@ class Session:
         # Without a cost to correct there is nothing to be informed by.
         lost = machine is None and kind.corrects
         return search(
-            lambda one: self._measure([Candidate("kvr", one)], f"search/{self._label(context)}")[0],
+            lambda one: self._measure([Candidate("kvr", one)], purpose_of("search", context, self.past))[0],
             context,
             self.group.ranks,
             self.budget,
@@ -272,7 +274,7 @@ class Session:
             names.append("KVR-P")
         except OutOfRangeError as error:
             self.listener.say(f"  no KVR-P for {context}: {error}")
-        measurements = self._measure(candidates, f"predict/{self._label(context)}")
+        measurements = self._measure(candidates, purpose_of("predict", context, self.past))
         self._finish(context, 0)
         noticed = worst(one for result in measurements for one in self._findings(result))
         return ContextResult(context, None, list(zip(names, measurements, strict=True)), noticed)
@@ -308,7 +310,7 @@ class Session:
         self.listener.advance(candidate.partition.context)
 
     def _label(self, context: int) -> str:
-        """What a context is called in the log and the study."""
+        """What a context is called in the study."""
         return f"{context}+{self.past}" if self.past else str(context)
 
     def _conditions(self) -> dict[str, object]:
@@ -370,7 +372,7 @@ class Session:
             self.listener.say(f"  going on from a guess of what chunks cost: {error}")
         guess: Machine | None = None
         with contextlib.suppress(RankError):
-            guess = guessed_machine(self.group, longest, lambda one: self._measure([one], "guess")[0])
+            guess = guessed_machine(self.group, longest, lambda one: self._measure([one], GUESS)[0])
             self.costs_known = True
             with contextlib.suppress(FitError):
                 self._reference = msgspec.structs.replace(guess, link=time_links(self.group, self.log))
@@ -411,6 +413,28 @@ class Session:
                 self._said.add(one.about)
                 self.listener.say(f"  {measurement.partition}: {one.text}")
         return found
+
+
+def rows_of(table: PartitionTable, log: MeasurementLog) -> list[Row]:
+    """What a predictor is trained from: each entry of a table with the measurements that led to it.
+
+    Args:
+        table: of a session, with its provenance.
+        log: of the same session.
+
+    Raises:
+        FitError: the log does not tell what chunks cost.
+    """
+    origin = table.provenance
+    assert origin is not None
+    prior = machine_of_log(log, origin)
+    rows = []
+    for entry in table.entries:
+        searched = log.measurements(purpose_of("search", entry.context, entry.past))
+        trials = [one for one in searched if one.ok]
+        if trials:
+            rows.append(measured_row(origin, prior, trials, entry.sizes, bandwidth_of(origin.link)))
+    return rows
 
 
 def _ends_first(contexts: Sequence[int]) -> list[int]:

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -17,6 +18,20 @@ from kvr_partition.partition import Partition
 from kvr_partition.provenance import Provenance
 
 SCHEMA = "kvr-partition/measurements/2"
+
+GUESS = "guess"
+"""The purpose of measurements that costs are guessed from."""
+
+
+def purpose_of(what: Literal["search", "compare", "predict"], context: int, past: int = 0) -> str:
+    """The purpose of a context's measurements, as the log names it.
+
+    Args:
+        what: ``"search"``: of one partition after the other; ``"compare"``: of the best ones side by side with the
+            baselines; ``"predict"``: of what a table says of a context that was held out.
+    """
+    return f"{what}/{context}" + (f"+{past}" if past else "")
+
 
 Key = tuple[str, str, tuple[int, ...], int, int]
 """Purpose, method, sizes, past and noise: what a finished measurement is found by."""

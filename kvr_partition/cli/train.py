@@ -85,7 +85,7 @@ def _rows(options: argparse.Namespace) -> list[Row]:
     for name in options.rows:
         rows += load_dataset(name).rows
     for name in options.runs:
-        rows += rows_of(Path(name))
+        rows += rows_of_folder(Path(name))
     rows = list(dict.fromkeys(rows))
     if not rows:
         raise KVRError("there is nothing to train on; name the --out of a search, or a dataset with --rows")
@@ -151,7 +151,7 @@ def _show(options: argparse.Namespace, predictor: PartitionPredictor) -> None:
           f"--ranks {predictor.ranks[0]} --explain")  # fmt: skip
 
 
-def rows_of(folder: Path) -> list[Row]:
+def rows_of_folder(folder: Path) -> list[Row]:
     """The rows of one search's out directory.
 
     Raises:
@@ -159,30 +159,15 @@ def rows_of(folder: Path) -> list[Row]:
     """
     from kvr_partition.loading import load_table
     from kvr_partition.machine.cost import FitError
-    from kvr_partition.training import measured_row
-    from profiler.calibrate import machine_of_log
+    from profiler.session import rows_of
     from profiler.store import MeasurementLog
 
     table = load_table(folder / "table.json")
     log_path = folder / "measurements.jsonl"
     if table.provenance is None or not log_path.is_file():
         raise FileFormatError(f"{folder} is not the --out of a search; it has no measurements.jsonl")
-    origin = table.provenance
     with MeasurementLog(log_path) as log:
         try:
-            told = machine_of_log(log, origin)
+            return rows_of(table, log)
         except FitError as error:
             raise FileFormatError(f"{log_path} does not tell what a chunk costs: {error}") from None
-        rows = []
-        for entry in table.entries:
-            label = f"{entry.context}+{entry.past}" if entry.past else str(entry.context)
-            trials = [one for one in log.measurements(f"search/{label}") if one.ok]
-            if trials:
-                rows.append(measured_row(origin, told, trials, entry.sizes, _held(origin.link)))
-    return rows
-
-
-def _held(link: str) -> float | None:
-    """The bandwidth that links were held to, from what their provenance says."""
-    _, held, rate = link.partition("held to ")
-    return float(rate.split()[0]) * 1e9 if held else None

@@ -52,7 +52,7 @@ MAY_IMPORT = {
     "training": {"machine", "search"},
     "runtime": set[str](),
     "profiler": {"machine", "runtime"},
-    "session": {"machine", "runtime", "search", "profiler"},
+    "session": {"machine", "runtime", "search", "training", "profiler"},
     "cli": {"machine", "search", "training", "runtime", "profiler", "session"},
 }
 """What else each part may import, in functions as well; all may import what is beside them in the package."""
