@@ -28,8 +28,8 @@ from typing import Any
 import torch
 
 from kvr_partition.measurement import median
+from profiler.experiments.sm_products import GroupProducts, chosen_products
 from profiler.sm.groups import split_sms
-from profiler.sm.products import GroupProducts, chosen_products
 
 HIDDEN, INNER = 4096, 11008
 SHAPES = ((HIDDEN, HIDDEN),) * 4 + ((HIDDEN, INNER),) * 2 + ((INNER, HIDDEN),)

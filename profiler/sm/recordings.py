@@ -21,9 +21,9 @@ from kvr_partition.runtime.kernels import planning
 from kvr_partition.runtime.links.plan import NoLinks, Topology
 from kvr_partition.runtime.result import PrefillResult
 from profiler import messages
+from profiler.experiments.sm_products import GroupProducts, chosen_products
 from profiler.layers import run_layers
 from profiler.rank import Rank
-from profiler.sm.products import GroupProducts, chosen_products
 from profiler.sm.recording import (
     GATHERED_LAYERS,
     Arena,

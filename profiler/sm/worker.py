@@ -18,11 +18,11 @@ from kvr_partition.runtime.links.plan import LinkLimits
 from kvr_partition.runtime.result import PrefillResult
 from kvr_partition.runtime.verify import run_reference, run_single
 from profiler import messages
+from profiler.experiments.sm_products import GroupProducts
 from profiler.rank import Rank, no_garbage_collection
 from profiler.runners import runner
 from profiler.serving import Server, Stream, chunk_done, verified
 from profiler.sm.groups import split_sms
-from profiler.sm.products import GroupProducts
 from profiler.sm.recording import Recording
 from profiler.sm.recordings import Recordings, Work
 from profiler.sm.replay import Replayer

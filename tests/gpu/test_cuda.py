@@ -234,8 +234,8 @@ def test_merging_on_the_device_equals_merging_on_the_host() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_products_chosen_for_a_group_of_sms_are_right_and_can_be_recorded(dtype: torch.dtype) -> None:
+    from profiler.experiments.sm_products import LEAST_ROWS, GroupProducts, chosen_products
     from profiler.sm.groups import split_sms
-    from profiler.sm.products import LEAST_ROWS, GroupProducts, chosen_products
 
     groups, _ = split_sms(4)
     streams = [group.stream() for group in groups]
