@@ -12,8 +12,8 @@ import pytest
 from kvr_partition import Partition, PartitionPredictor, PartitionTable, load
 from kvr_partition.table import Entry
 from tests.cli.program import ROOT, environment, program
+from tests.interpreter import HEAVY
 from tests.models import build, config, write_folder
-from tests.unit.test_imports import HEAVY
 
 EXAMPLES = ROOT / "examples"
 

@@ -25,7 +25,7 @@ from profiler.models import open_model
 from profiler.store import MeasurementLog
 from tests.cli.program import one_error, patched, program
 from tests.models import provenance, write_folder
-from tests.unit.test_profile import profile_of
+from tests.profiles import profile_of
 
 
 def run(line: str, folder: Path) -> subprocess.CompletedProcess[str]:

@@ -17,7 +17,7 @@ from kvr_partition.table import Entry
 from kvr_partition.training import REGRESSORS, best_method, evaluate, load_dataset
 from tests.cli.program import ROOT, one_error, program
 from tests.models import write_folder
-from tests.unit.test_profile import profile_of
+from tests.profiles import profile_of
 
 CONTEXTS = (96, 160, 256, 400)
 

@@ -161,7 +161,7 @@ def test_a_shape_never_seen_is_put_together_from_plans_that_exist(
     from kvr_partition.runtime.attention import attend_chunk
     from kvr_partition.runtime.kernels import CudnnPlans, attend
     from kvr_partition.runtime.kernels import plans as kernel_plans
-    from tests.unit.test_attention import close, reference
+    from tests.attention_reference import close, reference
 
     torch.manual_seed(rows + prefix)
     like: dict[str, Any] = {"dtype": torch.float16, "device": "cuda"}

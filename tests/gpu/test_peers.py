@@ -11,7 +11,7 @@ import torch
 
 from profiler.linktest import tried
 from tests.ranks.launch import launch
-from tests.ranks.test_agreement import all_told, play, right
+from tests.ranks.playing import all_told, play, right
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

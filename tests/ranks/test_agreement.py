@@ -15,47 +15,7 @@ from typing import Any
 import pytest
 
 from tests.forked import ROOT, ranks_environment
-from tests.ranks.launch import started
-
-Seen = list[dict[str, Any]]
-"""What each rank saw of one scenario."""
-
-
-def play(
-    folder: Path,
-    ranks: int,
-    names: list[str],
-    *,
-    timeout_s: float = 60,
-    missing: int | None = None,
-    device: str = "cpu",
-    eager: bool = False,
-) -> Any:
-    """Run scenarios on real ranks; what each rank saw of each, by name.
-
-    Args:
-        timeout_s: of the process group.
-        device: of the ranks, see `rank_device`.
-        eager: whether a world over NCCL is made for one device.
-        missing: a rank that does not live to tell; it is ended once all others have told.
-    """
-    (folder / "scenarios.json").write_text(
-        json.dumps({"names": names, "timeout_s": timeout_s, "device": device, "eager": eager})
-    )
-    processes = started("tests.ranks.agreement", folder, ranks)
-    try:
-        for rank, process in enumerate(processes):
-            if rank != missing:
-                assert process.wait(250) == 0, (folder / f"printed{rank}").read_text()[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    told = [
-        {} if rank == missing else json.loads((folder / f"seen{rank}.json").read_text()) for rank in range(ranks)
-    ]
-    return {name: [one.get(name, {}) for one in told] for name in names}
-
+from tests.ranks.playing import Seen, all_told, play, right
 
 TOGETHER = {
     2: ["failed_prefill", "failed_before_its_links", "another_order", "refusals", "own_messages", "not_finite"],
@@ -81,11 +41,6 @@ def of(seen: dict[str, Seen], name: str) -> Seen:
     return seen[name]
 
 
-def right(seen: Seen, key: str = "next") -> None:
-    """The last rank has the token that one rank gives."""
-    assert [one[key].get("token", one[key]) for one in seen] == [None] * (len(seen) - 1) + [seen[-1]["right"]]
-
-
 def test_a_rank_has_the_first_layer_s_kv_before_those_before_it_are_through(seen: dict[str, Seen]) -> None:
     for topology in ("chain", "fanout"):
         right(of(seen, "early"), topology)
@@ -93,15 +48,6 @@ def test_a_rank_has_the_first_layer_s_kv_before_those_before_it_are_through(seen
 
 def test_rows_are_a_prompt_s_own_for_as_long_as_it_is_decoded(seen: dict[str, Seen]) -> None:
     assert all(one["wrong"] == [] for one in of(seen, "mixed_lengths"))
-
-
-def all_told(told: list[dict[str, Any]], kind: str, *words: str) -> None:
-    """Every rank has the same `RankError`."""
-    assert {one.get("error") for one in told} == {"RankError"}, told
-    assert len({one["message"] for one in told}) == 1
-    assert {one["kind"] for one in told} == {kind}
-    for word in words:
-        assert word in told[0]["message"]
 
 
 @pytest.mark.parametrize("scenario", ["failed_prefill", "failed_before_its_links"])

@@ -10,7 +10,7 @@ from kvr_partition import PartitionPredictor, PartitionTable, bundled, load
 from kvr_partition.bundled import matching_predictor
 from kvr_partition.resources import models_folder
 from tests.models import provenance
-from tests.unit.test_predictor import predictor
+from tests.predictors import predictor
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from transformers.models.llama import modeling_llama
 from kvr_partition import Partition, RankError, UnsupportedError
 from kvr_partition.runtime import prefill
 from kvr_partition.runtime.fused import fused_model
-from tests.unit.test_fused import ALL_PARTS, CONTEXT, prompt, read, trained
+from tests.fused_models import ALL_PARTS, CONTEXT, prompt, read, trained
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 

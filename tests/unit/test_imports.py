@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 import ast
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-HEAVY = ("torch", "transformers", "optuna", "sklearn", "scipy", "numpy", "plotly", "rich", "joblib")
-
-
-def modules_after(code: str) -> set[str]:
-    """Modules that a fresh interpreter has after running the code, beyond its own."""
-    script = f"import sys; before = set(sys.modules)\n{code}\nprint(*set(sys.modules) - before)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    return set(done.stdout.split())
-
-
-def loaded_after(code: str) -> set[str]:
-    """The same, top-level names only."""
-    return {name.split(".")[0] for name in modules_after(code)}
+from tests.interpreter import HEAVY, loaded_after, modules_after
 
 
 def test_importing_the_package_loads_nothing_but_itself() -> None:

@@ -13,7 +13,7 @@ from kvr_partition.runtime.kernels import CudnnPlans, cudnn, flash, merge_, plan
 from kvr_partition.runtime.kernels.cudnn import split_length
 from kvr_partition.runtime.kernels.plain import plain as plain_attention
 from kvr_partition.runtime.kernels.plans import Pattern, piece_lengths, planned_shapes, row_lengths, rows_planned
-from tests.unit.test_attention import close, reference
+from tests.attention_reference import close, reference
 
 
 def plain(query: Any, key: Any, value: Any, scale: float, causal: bool) -> Any:

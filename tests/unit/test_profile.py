@@ -15,24 +15,14 @@ from kvr_partition import Partition
 from kvr_partition.errors import FileFormatError, RankError, UnsupportedError
 from kvr_partition.machine.bounds import bounds, gathering_ttft
 from kvr_partition.machine.cost import ChunkCost, FitError, LinkCost, TimedChunk
-from kvr_partition.machine.machine import Machine
-from kvr_partition.machine.profile import Profile, load_profile
+from kvr_partition.machine.profile import load_profile
 from kvr_partition.machine.schedule import simulate
 from kvr_partition.machine.solve import best_split
 from kvr_partition.measurement import Failure, Measurement
 from profiler import Candidate, MeasurementLog, RankGroup
 from profiler.calibrate import guessed_machine, guessed_machine_of_log, machine_of_log, measured_machine
-from profiler.models import open_model
-from tests.models import provenance, write_folder
-
-COST = ChunkCost(1e-3, 2e-5, 2e-9, 1.5e-9, 0.25)
-LINKS = (LinkCost.of(2e9, 1e-4), LinkCost.of(1e9, 2e-4))
-MACHINE = Machine(COST, 3, 512, link=LINKS, speeds=(1.0, 1.25, 1.0), alone_speed=1.25)
-
-
-def profile_of(folder: Path, **changes: Any) -> Profile:
-    origin = provenance(ranks=3, model=open_model(folder).geometry)
-    return msgspec.structs.replace(Profile.of(MACHINE, 4096, origin), **changes)
+from tests.models import write_folder
+from tests.profiles import COST, LINKS, MACHINE, profile_of
 
 
 @pytest.fixture

@@ -95,3 +95,8 @@ def test_files_that_pages_name_are_there(page: str) -> None:
 
 def test_the_architecture_fits_on_two_screens() -> None:
     assert (ROOT / "docs/architecture.md").read_text().count("\n") <= 100
+
+
+def test_tests_share_helpers_that_are_modules_of_their_own() -> None:
+    for path in (ROOT / "tests").rglob("*.py"):
+        assert not re.search(r"from tests\.\w+\.test_\w+ import", path.read_text()), path

@@ -28,25 +28,13 @@ from kvr_partition.search.beliefs import Beliefs
 from kvr_partition.search.correction import corrected, noise_of
 from kvr_partition.search.informed import PartitionSampler
 from kvr_partition.search.space import Space
+from tests.landscapes import FITTED, TRUTH, measured
 
 CONTEXT, RANKS, QUANTUM = 8192, 4, 16
-FITTED = Machine(ChunkCost(1e-3, 2e-5, 2e-9, 2e-9, 0.25), 16, 16384, link=LinkCost.of(10e9, 2e-5))
-TRUTH = replace(
-    FITTED,
-    cost=ChunkCost(1.1e-3, 2.3e-5, 1.8e-9, 2.2e-9, 0.28),
-    speeds=(1.0, 0.8, 1.05, 1.0),
-    link=(LinkCost.of(11e9, 2e-5), LinkCost.of(6e9, 2e-5), LinkCost.of(9e9, 2e-5)),
-)
 
 
 def space(ranks: int = RANKS, context: int = CONTEXT) -> Space:
     return Space.around([Seed("even", Partition.even(context, ranks))], QUANTUM, math.log(10))
-
-
-def measured(partition: Partition, truth: Machine = TRUTH, samples: int = 3) -> Measurement:
-    timeline = simulate(partition, truth)
-    ranks = tuple(RankTimes(one.compute_s, one.wait_s, one.transfer_s) for one in timeline.ranks)
-    return Measurement("kvr", partition.sizes, (Sample(timeline.ttft_s, ranks, 0),) * samples, "precise")
 
 
 FAST = replace(FITTED, link=LinkCost.of(2e12, 1e-5))

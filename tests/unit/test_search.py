@@ -3,47 +3,17 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from kvr_partition import Partition
 from kvr_partition.errors import RankError, StorageError, UnsupportedError
-from kvr_partition.measurement import Failure, Measurement, RankTimes, Sample
+from kvr_partition.measurement import Failure, Measurement
 from kvr_partition.search import SAMPLERS, Seed, search
 from kvr_partition.search.space import Space, default_quantum
-
-CONTEXT, RANKS = 4096, 3
-
-
-def landscape(partition: Partition) -> float:
-    """Seconds of a prefill whose slowest rank decides; best near 1650/1300/1146."""
-    return max(
-        1e-4 * size + 2e-8 * size * (start + size / 2)
-        for size, start in zip(partition.sizes, partition.starts, strict=True)
-    )
-
-
-def measurement(partition: Partition, seconds: float) -> Measurement:
-    times = (RankTimes(seconds, 0.0, 0.0),) * partition.ranks
-    return Measurement("kvr", partition.sizes, (Sample(seconds, times, 0),) * 6, "precise", past=partition.past)
-
-
-class Recorder:
-    """A measure that notes what it was asked."""
-
-    def __init__(self, seconds: Callable[[Partition], float] = landscape) -> None:
-        self.asked: list[tuple[int, ...]] = []
-        self._seconds = seconds
-
-    def __call__(self, partition: Partition) -> Measurement:
-        self.asked.append(partition.sizes)
-        return measurement(partition, self._seconds(partition))
-
-
-def seeds() -> list[Seed]:
-    return [Seed("interpolated", Partition((1500, 1300, 1296))), Seed("balanced", Partition((1600, 1300, 1196)))]
+from tests.studies import CONTEXT, RANKS, Recorder, landscape, measurement, seeds
 
 
 @pytest.mark.parametrize("sampler", sorted({*SAMPLERS} - {"informed", "hierarchical"}))
@@ -61,7 +31,7 @@ def test_seeds_come_first_and_the_sampler_improves_on_them(sampler: str) -> None
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_partition_of_a_search_stands_behind_its_past(sampler: str) -> None:
-    from tests.unit.test_samplers import FITTED
+    from tests.landscapes import FITTED
 
     pasts = set()
 
@@ -101,7 +71,8 @@ def test_a_search_that_goes_on_keeps_the_steps_it_began_with(tmp_path: Path) -> 
 
 KILLED = """
 import os, signal, sys
-from tests.unit.test_search import CONTEXT, RANKS, Recorder, search, seeds
+from kvr_partition.search import search
+from tests.studies import CONTEXT, RANKS, Recorder, seeds
 count = 0
 def measure(partition, recorder=Recorder()):
     global count

@@ -11,7 +11,7 @@ from kvr_partition.machine.schedule import simulate
 from kvr_partition.machine.solve import best_split
 from profiler import MeasurementLog, RankGroup, SamplingPlan, Session
 from tests.models import write_folder
-from tests.unit.test_profile import MACHINE, profile_of
+from tests.profiles import MACHINE, profile_of
 
 PLAN = SamplingPlan(warmup=0, least=2, most=2)
 

@@ -37,9 +37,9 @@ from profiler.calibrate import guessed_machine, machine_of_log, measured_machine
 from profiler.layers import run_layers
 from profiler.models import open_model
 from profiler.sizes import FINEST, LAYERS, ROUNDS, likely_sizes, profile_chunk_sizes, time_sizes, with_steps
+from tests.landscapes import measured
 from tests.models import ALL, build, provenance, write_folder
-from tests.unit.test_samplers import measured
-from tests.unit.test_training import LANDS, rugged_row
+from tests.rows import LANDS, rugged_row
 
 SMOOTH = ChunkCost(1e-3, 2e-5, 2e-9, 1.5e-9, 0.25)
 

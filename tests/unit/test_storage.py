@@ -28,15 +28,16 @@ from kvr_partition.partition import Partition
 from kvr_partition.search import SearchResult, search
 from kvr_partition.search.space import Seed, Space
 from kvr_partition.search.storage import open_storage
+from tests.landscapes import FITTED
+from tests.studies import CONTEXT, RANKS, Recorder, seeds
 from tests.unit.servers import optuna_proxy, postgresql
-from tests.unit.test_samplers import FITTED
-from tests.unit.test_search import CONTEXT, RANKS, Recorder, seeds
 
 WORKER = """
 import sys, time
 from tests.unit.servers import optuna_proxy, postgresql
-from tests.unit.test_samplers import FITTED
-from tests.unit.test_search import CONTEXT, RANKS, Recorder, search
+from tests.landscapes import FITTED
+from kvr_partition.search import search
+from tests.studies import CONTEXT, RANKS, Recorder
 recorder = Recorder()
 def measure(partition):
     print(partition, flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import random
@@ -14,7 +13,6 @@ from msgspec.structs import replace
 
 from kvr_partition import Partition, PartitionError, PartitionTable
 from kvr_partition.errors import FileFormatError, OutOfRangeError
-from kvr_partition.machine.machine import Machine
 from kvr_partition.machine.schedule import simulate
 from kvr_partition.machine.solve import best_split
 from kvr_partition.predictor import PartitionPredictor
@@ -35,22 +33,8 @@ from kvr_partition.training.dataset import common_quantum
 from kvr_partition.training.evaluation import tune
 from kvr_partition.training.features import NAMES, Query, features
 from kvr_partition.training.regressors import Corrected, Interpolation, growing
-from kvr_partition.training.simulated import landscapes, searched_row
 from tests.models import provenance
-from tests.unit.test_samplers import measured
-
-CONTEXTS = (2048, 4096, 8192, 16384)
-LANDS = landscapes(ranks=(3,))
-
-
-@functools.cache
-def rows(land: int = 4, pasts: bool = False) -> tuple[Row, ...]:
-    """Searches of a few contexts on one landscape."""
-    return tuple(
-        searched_row(LANDS[land], context, past, budget=5)
-        for context in CONTEXTS
-        for past in ((0, context // 3, context) if pasts else (0,))
-    )
+from tests.rows import CONTEXTS, LANDS, rows, rugged_row
 
 
 def test_a_row_knows_how_good_any_partition_is() -> None:
@@ -243,28 +227,6 @@ def test_predictions_keep_to_the_steps_of_the_searches() -> None:
     assert predictor.training.scores == tuple(scores(evaluate(rows(), quantum=100)))
     with pytest.raises(PartitionError, match="quantum"):
         train(rows(), provenance(ranks=3), quantum=1000)
-
-
-def rugged_row(context: int, truth: Machine) -> Row:
-    """Some splits in steps of 128 tokens, measured without noise on a machine whose chunk sizes have steps."""
-    even = context // 3 // 128 * 128
-    moves = [(more, less) for more in range(0, 5) for less in range(0, 5 - more)]
-    splits = [Partition((even + 128 * more, even, context - 2 * even - 128 * more)) for more, _ in moves[::3]]
-    splits += [
-        Partition((even + 128 * more, even - 128 * less, context - 2 * even + 128 * (less - more)))
-        for more, less in moves[1::3]
-    ]
-    trials = [measured(one, truth) for one in dict.fromkeys(splits)]
-    best = min(trials, key=lambda one: one.ttft_s)
-    row = rows()[0]
-    return replace(
-        row,
-        context=context,
-        sizes=best.sizes,
-        trials=tuple(trials),
-        told=LANDS[4].told.filed(3),
-        truth=LANDS[4].truth.filed(3),
-    )
 
 
 def test_a_predictor_knows_chunk_sizes_that_go_badly() -> None:
