@@ -75,9 +75,9 @@ def main() -> None:
 
 def _worker_for(setup: messages.Setup) -> Serving:
     if setup.backend == "sm":
-        from profiler.sm.worker import SMWorker
+        from profiler.sm.worker import sm_worker
 
-        return SMWorker(setup)
+        return sm_worker(setup)
     from profiler.worker import Worker
 
     return Worker(setup)

@@ -139,6 +139,11 @@ class Rank:
             return runahead_attention(self.model)
         return contextlib.nullcontext()
 
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
     def record_short(self, tokens: int) -> None:
         """Have launches of short chunks recorded, as serving code has after `warm_up`; no part of a prefill."""
         if self.device.type == "cuda" and tokens <= LONGEST:

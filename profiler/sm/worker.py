@@ -31,23 +31,21 @@ _IDLE = RankTimes(0.0, 0.0, 0.0)
 
 
 class SMWorker:
-    """All ranks of one GPU."""
+    """All ranks of one GPU.
 
-    def __init__(self, setup: messages.Setup) -> None:
-        groups, spare = split_sms(setup.ranks) if setup.ranks > 1 else ([], None)
-        self._setup = setup
-        self._device = torch.device(setup.device)
-        torch.set_num_threads(setup.threads)
-        torch.cuda.set_device(self._device)
-        self._rank = Rank(setup, self._device)
-        streams = [group.stream() for group in groups] or [torch.cuda.Stream()]
-        # One rank is the whole GPU, which torch's own choices are made for.
-        products = GroupProducts(groups[0].sms, streams) if groups else None
-        self._replayer = Replayer(streams, spare)
-        self._recordings = Recordings(self._rank, streams, products)
+    Args:
+        setup: what the driver wants.
+        rank: the model that all of them share.
+        recordings: of what they do.
+        replayer: runs those.
+    """
+
+    def __init__(self, setup: messages.Setup, rank: Rank, recordings: Recordings, replayer: Replayer) -> None:
+        self._setup, self._rank = setup, rank
+        self._recordings, self._replayer = recordings, replayer
         self._server = Server(
             setup.rank,
-            self._device,
+            rank.device,
             {
                 messages.Prefill: lambda request, _: self._timed_prefill(request),
                 messages.Verify: lambda request, _: self._verify(request),
@@ -106,7 +104,7 @@ class SMWorker:
         self._rank.record_short(request.partition.context)
         run = runner(self._rank, request)
         with no_garbage_collection():
-            torch.cuda.synchronize()
+            self._rank.synchronize()
             began = time.perf_counter()
             with self._rank.attention(method_of(request.method)), planning():
                 result = run()
@@ -169,12 +167,12 @@ class SMWorker:
         """All links of the chain at once, as in a prefill: they share the memory."""
         limits = LinkLimits(request.bandwidth)
         links = self._setup.ranks - 1
-        buffers = torch.zeros((links, 2, request.nbytes), dtype=torch.uint8, device=self._device)
+        buffers = torch.zeros((links, 2, request.nbytes), dtype=torch.uint8, device=self._rank.device)
         took: list[list[float]] = [[] for _ in range(links)]
         for _ in range(request.repeats):
-            torch.cuda.synchronize()
+            self._rank.synchronize()
             events = [self._replayer.time_copy(at, buffers[at, 0], buffers[at, 1], limits) for at in range(links)]
-            torch.cuda.synchronize()
+            self._rank.synchronize()
             for at, (begin, end) in enumerate(events):
                 took[at].append(begin.elapsed_time(end) / 1e3)
         return messages.Many((*(messages.LinkDone(tuple(one)) for one in took), messages.LinkDone(())))
@@ -205,3 +203,16 @@ def _wire_bytes(recording: Recording, rank: int) -> int:
         for hops in recording.sends(rank, slot.window).values()
         for hop in hops
     )
+
+
+def sm_worker(setup: messages.Setup) -> SMWorker:
+    """All ranks of the current machine's first GPU, each on SMs of its own."""
+    groups, spare = split_sms(setup.ranks) if setup.ranks > 1 else ([], None)
+    device = torch.device(setup.device)
+    torch.set_num_threads(setup.threads)
+    torch.cuda.set_device(device)
+    rank = Rank(setup, device)
+    streams = [group.stream() for group in groups] or [torch.cuda.Stream()]
+    # One rank is the whole GPU, which torch's own choices are made for.
+    products = GroupProducts(groups[0].sms, streams) if groups else None
+    return SMWorker(setup, rank, Recordings(rank, streams, products), Replayer(streams, spare))
