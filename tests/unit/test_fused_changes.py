@@ -124,6 +124,19 @@ def test_hooks_on_all_modules_are_called() -> None:
     assert fused_model(model).name == ALL_PARTS
 
 
+@pytest.mark.parametrize(
+    "change", [lambda model: model.half(), lambda model: model.double()], ids=["half", "double"]
+)
+def test_another_number_format_is_tried_anew(change: Callable[[Any], Any]) -> None:
+    model = trained("llama-gqa")
+    read(model, layers="fused")
+    known = fused_model(model)
+    # Parameters stay the same objects.
+    change(model)
+    assert fused_model(model) is not known
+    torch.testing.assert_close(read(model, layers="fused"), read(model, layers="stock"), rtol=0.02, atol=0.02)
+
+
 def test_what_stays_the_same_is_tried_once() -> None:
     model = trained("llama-gqa")
     read(model, layers="fused")

@@ -50,6 +50,7 @@ class Watched:
         modules: what must stay of its class.
         kinds: classes whose ``forward`` must stay what it is.
         sized: what must stay as long: hooks, parameters, attributes, lists.
+        tensors: parameters whose number format and device must stay.
         stateful: ids of modules that keep something from one call to the next, set by `settle`.
     """
 
@@ -58,6 +59,7 @@ class Watched:
     modules: list[Any] = field(default_factory=list)
     kinds: list[Any] = field(default_factory=list)
     sized: list[Any] = field(default_factory=list)
+    tensors: list[Any] = field(default_factory=list)
     stateful: set[int] = field(default_factory=set)
     _owners: list[Any] = field(default_factory=list)
     _then: tuple[list[Any], ...] = ()
@@ -99,8 +101,10 @@ class Watched:
     def _add_module(self, module: Any, configs: dict[int, Any]) -> None:
         of = vars(module)
         self.sized += [of, module._forward_hooks, module._forward_pre_hooks, module._parameters, module._buffers]
-        for name in module._parameters:
+        for name, parameter in module._parameters.items():
             self._add(module._parameters, name, None)
+            if parameter is not None:
+                self.tensors.append(parameter)
         if type(module).__module__.startswith("torch."):
             return
         for name, value in of.items():
@@ -138,9 +142,11 @@ class Watched:
             [type(model), *map(type, self.modules)],
             list(map(_FORWARD, self.kinds)),
             list(map(len, self.sized)),
+            list(map(_FORMAT, self.tensors)),
         )
 
 
+_FORMAT = operator.attrgetter("dtype", "device")
 _FORWARD = operator.attrgetter("forward")
 
 
