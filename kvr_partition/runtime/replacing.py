@@ -55,7 +55,9 @@ def _with_children(model: Any) -> set[int]:
     """Ids of a model, its body, its list of layers and the layers: of what has children, down to there."""
     found, level = {id(model)}, [model]
     for _ in range(3):
-        level = [child for module in level for child in module._modules.values() if child and child._modules]
+        level = [
+            child for module in level for child in module._modules.values() if child is not None and child._modules
+        ]
         found.update(map(id, level))
     return found
 

@@ -240,6 +240,16 @@ def test_what_is_nothing_yet_may_become_something(
     assert_same(model)
 
 
+def test_a_part_that_is_compiled_stays_compiled() -> None:
+    """What wraps it has a length as its module has, which an MLP has not."""
+    model = trained("llama-gqa")
+    read(model, layers="fused")
+    layer = model.model.layers[1]
+    layer.mlp = torch.compile(layer.mlp, backend="eager")
+    assert fused_model(model).parts["activation"] == 2
+    assert_same(model)
+
+
 def test_a_part_that_counts_its_calls_counts_them() -> None:
     class Counting(modeling_llama.LlamaMLP):
         calls = 0

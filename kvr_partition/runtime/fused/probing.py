@@ -94,7 +94,10 @@ def _decoder_layers(model: Any) -> list[Any]:
 def _parts_of(layer: Any) -> list[Any]:
     """Attention and MLP of a layer; None for what it does not have."""
     children = layer._modules
-    return [next((children[name] for name in names if children.get(name)), None) for names in (_ATTENTIONS, _MLPS)]
+    return [
+        next((children[name] for name in names if children.get(name) is not None), None)
+        for names in (_ATTENTIONS, _MLPS)
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ one layer
