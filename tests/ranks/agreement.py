@@ -6,6 +6,7 @@ writes what this rank saw of each to ``FOLDER/seen<rank>.json``.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -613,7 +614,10 @@ def main() -> None:
     seen = {}
     for name in asked["names"]:
         began = time.perf_counter()
+        # Where ranks wait for one another, only where each of them stands tells why.
+        faulthandler.dump_traceback_later(0.75 * asked["timeout_s"])
         seen[name] = globals()[name](world)
+        faulthandler.cancel_dump_traceback_later()
         seen[name]["seconds"] = time.perf_counter() - began
         (folder / f"seen{rank}.json").write_text(json.dumps(seen))
     with suppress(RankError):

@@ -37,7 +37,7 @@ def play(
     try:
         for rank, process in enumerate(processes):
             if rank != missing:
-                assert process.wait(250) == 0, (folder / f"printed{rank}").read_text()[-3000:]
+                assert process.wait(250) == 0, f"rank {rank} failed; printed were\n{_printed(folder, ranks)}"
     finally:
         for process in processes:
             process.kill()
@@ -46,6 +46,13 @@ def play(
         {} if rank == missing else json.loads((folder / f"seen{rank}.json").read_text()) for rank in range(ranks)
     ]
     return {name: [one.get(name, {}) for one in told] for name in names}
+
+
+def _printed(folder: Path, ranks: int) -> str:
+    """The end of what each rank printed."""
+    return "\n".join(
+        f"--- rank {rank}\n{(folder / f'printed{rank}').read_text()[-3000:]}" for rank in range(ranks)
+    )
 
 
 def right(seen: Seen, key: str = "next") -> None:
