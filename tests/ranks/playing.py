@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.ranks.launch import started
+from tests.ranks.launch import launch
 
 Seen = list[dict[str, Any]]
 """What each rank saw of one scenario."""
@@ -33,26 +33,11 @@ def play(
     (folder / "scenarios.json").write_text(
         json.dumps({"names": names, "timeout_s": timeout_s, "device": device, "eager": eager})
     )
-    processes = started("tests.ranks.agreement", folder, ranks)
-    try:
-        for rank, process in enumerate(processes):
-            if rank != missing:
-                assert process.wait(250) == 0, f"rank {rank} failed; printed were\n{_printed(folder, ranks)}"
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    launch("tests.ranks.agreement", folder, ranks, timeout_s=250, missing=missing)
     told = [
         {} if rank == missing else json.loads((folder / f"seen{rank}.json").read_text()) for rank in range(ranks)
     ]
     return {name: [one.get(name, {}) for one in told] for name in names}
-
-
-def _printed(folder: Path, ranks: int) -> str:
-    """The end of what each rank printed."""
-    return "\n".join(
-        f"--- rank {rank}\n{(folder / f'printed{rank}').read_text()[-3000:]}" for rank in range(ranks)
-    )
 
 
 def right(seen: Seen, key: str = "next") -> None:
