@@ -54,7 +54,7 @@ class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All samples of one candidate, or the reason why there are none.
 
     ``stopped`` says what ended the sampling: ``"precise"`` (the interval of the median is as tight as
-    asked), ``"cap"`` (the most samples allowed), or ``"failed"``.
+    asked), ``"cap"`` (the most samples, or the most time, allowed), or ``"failed"``.
     """
 
     method: str

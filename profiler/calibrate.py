@@ -23,6 +23,9 @@ from profiler.store import GUESS, ChunkLine, KeptKV, LinkLine, MeasurementLog, O
 
 LEAST_SAMPLES, MOST_SAMPLES = 3, 7
 
+ENOUGH_S = 20.0
+"""Seconds of timed chunks after which fewer samples will do, where they determine a cost."""
+
 LINK_BYTES, LINK_REPEATS = (1 << 12, 1 << 18, 1 << 22, 1 << 24), 7
 """Messages that links are timed with."""
 
@@ -73,7 +76,8 @@ def calibrate(
     """Time the points of `chunk_design`, interleaved, all ranks at once as in a prefill; fit a cost.
 
     Times that the log already has are used and not taken again. While the fit is refused as too
-    uncertain, more samples are taken, up to `MOST_SAMPLES` of each point.
+    uncertain, more samples are taken, up to `MOST_SAMPLES` of each point. Chunks that take long are timed less
+    often: they have more to average over.
 
     Args:
         context: the longest context the cost is for, in tokens.
@@ -85,13 +89,15 @@ def calibrate(
     """
     points = chunk_design(context, group.ranks)
     warm = False
-    for wanted in range(LEAST_SAMPLES, MOST_SAMPLES + 1):
+    for wanted in range(1, MOST_SAMPLES + 1):
         while missing := [point for point in points if len(_seconds(log, *point)) < wanted]:
             for chunk, prefix in missing:
                 time_point(group, context, chunk, prefix, log, warmup=not warm)
                 if on_chunk is not None:
                     on_chunk(chunk, prefix)
             warm = True
+        if wanted < LEAST_SAMPLES and _spent_s(log, points) < ENOUGH_S:
+            continue
         try:
             return ChunkCost.fit([_timed(log, chunk, prefix, len(group.windows)) for chunk, prefix in points])
         except FitError:
@@ -356,6 +362,11 @@ def _seconds(log: MeasurementLog, chunk: int, prefix: int) -> list[float]:
     All ranks are busy at once, as in a prefill: a rank alone is faster than beside the others.
     """
     return [_mean(line.seconds) for line in _together(log) if (line.chunk, line.prefix) == (chunk, prefix)]
+
+
+def _spent_s(log: MeasurementLog, points: Sequence[tuple[int, int]]) -> float:
+    """On chunks of these points, warm-ups included."""
+    return math.fsum(max(line.seconds) for line in log.chunks if (line.chunk, line.prefix) in points)
 
 
 def _mean(seconds: Sequence[float]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -48,17 +49,20 @@ class SamplingPlan:
         warmup: samples of each candidate that are taken first and not used.
         least, most: samples taken at least and at most.
         tolerance: half the width of the median's 95% interval, as a share of the median, that is enough.
+        patience_s: seconds of prefills, warm-ups included, after which a candidate gets no more samples if it has
+            one. What takes long is timed no less precisely: it has more to average over.
     """
 
     warmup: int = 1
     least: int = 6
     most: int = 20
     tolerance: float = 0.05
+    patience_s: float = math.inf
 
     @classmethod
     def for_backend(cls, backend: str) -> SamplingPlan:
-        """1% on a GPU of one's own, 5% on a shared CPU."""
-        return cls() if backend == "cpu" else cls(tolerance=0.01, most=40)
+        """1% on a GPU of one's own, or what ten seconds tell; 5% on a shared CPU."""
+        return cls() if backend == "cpu" else cls(tolerance=0.01, most=40, patience_s=10.0)
 
     @classmethod
     def at_most(cls, samples: int | None, backend: str) -> SamplingPlan:
@@ -79,11 +83,16 @@ class SamplingPlan:
 class _Series:
     candidate: Candidate
     samples: list[Sample] = field(default_factory=list)
+    spent_s: float = 0.0
     failure: Failure | None = None
 
     @property
     def seconds(self) -> list[float]:
         return [sample.ttft_s for sample in self.samples]
+
+    def outlasts(self, plan: SamplingPlan) -> bool:
+        """Whether it has had its share of time."""
+        return bool(self.samples) and self.spent_s >= plan.patience_s
 
     def finished(self, run: str, plan: SamplingPlan) -> Measurement:
         stopped = "failed" if self.failure else "precise" if plan.precise(self.seconds) else "cap"
@@ -123,7 +132,8 @@ def measure_interleaved(
     """Time candidates side by side: one sample of each in turn, so that drift hits all of them alike.
 
     Sampling ends for all at once, when every candidate that still runs is known precisely or the cap is
-    reached. A candidate that fails is a result too; the others go on. One given twice is timed once.
+    reached; only one that has had its share of time sits out before that. A candidate that fails is a result
+    too; the others go on. One given twice is timed once.
 
     Args:
         take: times one prefill; raises `RankError` when that fails.
@@ -140,7 +150,7 @@ def measure_interleaved(
     all_series = [_Series(candidate) for candidate in dict.fromkeys(candidates)]
     for turn in range(plan.warmup + plan.most):
         warmup = turn < plan.warmup
-        running = [series for series in all_series if series.failure is None]
+        running = [one for one in all_series if one.failure is None and not one.outlasts(plan)]
         if not running or (not warmup and all(plan.precise(series.seconds) for series in running)):
             break
         # Back and forth, so that drift within a turn hits the first and the last alike.
@@ -153,6 +163,7 @@ def measure_interleaved(
                 continue
             if log is not None:
                 log.append(series.sample_line(run, purpose, sample, warmup))
+            series.spent_s += sample.ttft_s
             if not warmup:
                 series.samples.append(sample)
             if on_sample is not None:

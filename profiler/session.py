@@ -7,6 +7,7 @@ its folder and its words on a terminal. Whatever was measured is in the log befo
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -33,6 +34,9 @@ from profiler.measure import Candidate, SamplingPlan
 from profiler.ranks import RankGroup
 from profiler.sizes import profile_chunk_sizes
 from profiler.store import GUESS, MeasurementLog, purpose_of
+
+TRIAL_PATIENCE = 0.3
+"""Of the time that is spent on a candidate side by side, for one that the search tries."""
 
 
 class Listener(Protocol):
@@ -111,7 +115,8 @@ class Session:
         budget: partitions to measure for each context.
         sampler: as in `kvr_partition.search.search`.
         quantum: what boundaries are multiples of; by context and device when None.
-        plan: when a median is known well enough; by backend when None.
+        plan: when a median is known well enough; by backend when None. While searching, partitions get
+            `TRIAL_PATIENCE` of its time each: what they teach adds up, and the best ones are timed again.
         storage: an Optuna storage for the studies; in memory when None.
         shared: whether others search in that storage, too.
         seed: of the samplers.
@@ -225,7 +230,7 @@ class Session:
         # Without a cost to correct there is nothing to be informed by.
         lost = machine is None and kind.corrects
         return search(
-            lambda one: self._measure([Candidate("kvr", one)], purpose_of("search", context, self.past))[0],
+            lambda one: self._try(one, purpose_of("search", context, self.past)),
             context,
             self.group.ranks,
             self.budget,
@@ -305,6 +310,14 @@ class Session:
 
     def _measure(self, candidates: Sequence[Candidate], purpose: str) -> list[Measurement]:
         return self.group.measure_many(candidates, plan=self.plan, purpose=purpose, on_sample=self._sampled)
+
+    def _try(self, partition: Partition, purpose: str) -> Measurement:
+        assert self.plan is not None
+        plan = dataclasses.replace(self.plan, patience_s=TRIAL_PATIENCE * self.plan.patience_s)
+        [found] = self.group.measure_many(
+            [Candidate("kvr", partition)], plan=plan, purpose=purpose, on_sample=self._sampled
+        )
+        return found
 
     def _sampled(self, candidate: Candidate, sample: Sample, warmup: bool) -> None:
         self.listener.advance(candidate.partition.context)

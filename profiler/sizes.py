@@ -16,6 +16,9 @@ from profiler.store import ChunkLine, MeasurementLog
 LAYERS, ROUNDS = 4, 4
 """What is timed of each size, after a first round that does not count."""
 
+ENOUGH_S = 3.0
+"""Seconds of timed chunks, of sizes that take turns, after which one round that counts will do."""
+
 TOGETHER = 16
 """Sizes that take turns: ranks that record what they do keep only so many recordings."""
 
@@ -98,15 +101,18 @@ def time_sizes(
     if layers < 1:
         return
     run = group.run
-    known: dict[int, int] = {}
-    for line in log.chunks:
-        if line.layers == layers and not line.warmup:
-            known[line.chunk] = known.get(line.chunk, 0) + 1
     # The longest first: what ranks set aside for it is enough for all.
-    missing = sorted((size for size in sizes if known.get(size, 0) < ROUNDS), reverse=True)
-    for first in range(0, len(missing), TOGETHER):
+    longest_first = sorted(sizes, reverse=True)
+    for first in range(0, len(longest_first), TOGETHER):
+        together = longest_first[first : first + TOGETHER]
         for turn in range(1 + ROUNDS):
-            for size in missing[first : first + TOGETHER]:
+            of = {
+                size: [one for one in log.chunks if (one.chunk, one.layers) == (size, layers)] for size in together
+            }
+            known = {size: sum(not line.warmup for line in lines) for size, lines in of.items()}
+            spent_s = math.fsum(max(line.seconds) for lines in of.values() for line in lines)
+            missing = [size for size in together if known[size] < (1 if spent_s >= ENOUGH_S else ROUNDS)]
+            for size in missing:
                 seconds = tuple(one for one, _ in group.time_chunk(size, 0, layers=layers))
                 log.append(ChunkLine(run, size, 0, turn == 0, seconds, layers=layers))
                 if on_chunk is not None:
