@@ -225,12 +225,12 @@ class Session:
         return ContextResult(context, found, named, worst(one for each in every for one in self._findings(each)))
 
     def _searched(self, context: int, confirm: Callable[[Sequence[Partition]], list[Measurement]]) -> SearchResult:
-        kind = check_sampler(self.sampler)
+        kind, purpose = check_sampler(self.sampler), purpose_of("search", context, self.past)
         machine = self.machine() if kind.seeded else None
         # Without a cost to correct there is nothing to be informed by.
         lost = machine is None and kind.corrects
         return search(
-            lambda one: self._try(one, purpose_of("search", context, self.past)),
+            lambda one: self._measure([Candidate("kvr", one)], purpose, TRIAL_PATIENCE)[0],
             context,
             self.group.ranks,
             self.budget,
@@ -308,16 +308,10 @@ class Session:
             seeds.append(Seed("solved", best_split(context, ranks, behind, quantum=self.quantum_of(context))))
         return seeds
 
-    def _measure(self, candidates: Sequence[Candidate], purpose: str) -> list[Measurement]:
-        return self.group.measure_many(candidates, plan=self.plan, purpose=purpose, on_sample=self._sampled)
-
-    def _try(self, partition: Partition, purpose: str) -> Measurement:
+    def _measure(self, candidates: Sequence[Candidate], purpose: str, share: float = 1.0) -> list[Measurement]:
         assert self.plan is not None
-        plan = dataclasses.replace(self.plan, patience_s=TRIAL_PATIENCE * self.plan.patience_s)
-        [found] = self.group.measure_many(
-            [Candidate("kvr", partition)], plan=plan, purpose=purpose, on_sample=self._sampled
-        )
-        return found
+        plan = dataclasses.replace(self.plan, patience_s=share * self.plan.patience_s)
+        return self.group.measure_many(candidates, plan=plan, purpose=purpose, on_sample=self._sampled)
 
     def _sampled(self, candidate: Candidate, sample: Sample, warmup: bool) -> None:
         self.listener.advance(candidate.partition.context)

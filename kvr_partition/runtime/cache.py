@@ -100,8 +100,8 @@ class RunaheadLayer(CacheLayerMixin):
     @property
     def slot(self) -> Slot:
         """The rows that links fill and read during the prefill."""
-        first = self._length - self._filled
-        return Slot(self.store.rows[: self._visible], first, self.kv.window)
+        first, rows = self._length - self._filled, self.store.rows
+        return Slot(rows if rows.shape[0] == self._visible else rows[: self._visible], first, self.kv.window)
 
     @property
     def filled(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,9 +111,8 @@ def run_chunk(
     logits, token, top = None, None, None
     if rank == ranks - 1:
         turn.now("the first token")
-        if execution.to_host and chunk_ids.device.type == "cuda":
-            turn.wait_for_device(torch.cuda.current_stream().record_event(), rank - 1)
-        logits, token, top = first_token(output, choose, execution.to_host)
+        settled = partial(turn.settle, chunk_ids.device, rank - 1)
+        logits, token, top = first_token(output, choose, execution.to_host, settled)
     clock.stamp()
     transfer_s = links.finish()
     split = Partition((chunk_ids.shape[1],), start) if partition is None else partition

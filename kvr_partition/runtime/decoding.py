@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -115,6 +115,11 @@ class Greedy:
             # Nothing reads them; they keep the count.
             ids = torch.cat([ids.new_zeros((ids.shape[0], total - ids.shape[1])), ids], dim=1)
         return cls(ids, _processors(config, ids, attention_mask, max_new_tokens))
+
+    @property
+    def choose(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """`first`, where settings change what is the largest logit; else None."""
+        return self.first if self.processors else None
 
     def first(self, logits: torch.Tensor) -> torch.Tensor:
         """The first token ``[batch, 1]`` from the logits ``[batch, vocabulary]`` of the last position."""

@@ -27,13 +27,13 @@ _INDIFFERENT = {"_name_or_path", "architectures", "transformers_version", "use_c
 def prompt_digest(input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> tuple[int, int, int]:
     """Digest of token ids ``[batch, context]`` and of their mask, if there is one; the least and the largest id.
 
-    Waits for the device, once.
+    Waits for the device, once: a dozen small kernels there would take longer than the host takes for a prompt.
     """
-    ids = input_ids.reshape(-1).long()
+    ids = input_ids.reshape(-1).cpu().long()
     total = _weighted_sum(ids + 1)
     if attention_mask is not None:
         # Of past tokens there is a mask, but no ids.
-        total = total * 3 + _weighted_sum(attention_mask.reshape(-1).long() + 1)
+        total = total * 3 + _weighted_sum(attention_mask.reshape(-1).cpu().long() + 1)
     least, most = ids.aminmax()
     digest, low, high = torch.stack((total, least, most)).tolist()
     return digest, low, high

@@ -237,7 +237,7 @@ def gathered(
     logits, token, top = None, None, None
     if has_token:
         greedy = Greedy.under(model.generation_config, input_ids)
-        logits, token, top = first_token(output, greedy.first, execution.to_host)
+        logits, token, top = first_token(output, greedy.choose, execution.to_host)
     clock.stamp()
     if top is not None and execution.to_host and not top_is_finite(top):
         raise not_finite(run.cache, _computed_in_order(parts))

@@ -85,7 +85,7 @@ def stock(
     cache = DynamicCache(config=model.config) if past is None else past
     extra = {} if padding is None else padding.of_chunk(before, before + context)
     output = forward(model, input_ids, cache, **extra)
-    logits, token, top = first_token(output, greedy.first, execution.to_host)
+    logits, token, top = first_token(output, greedy.choose, execution.to_host)
     clock.stamp()
     if execution.to_host and not top_is_finite(top):
         raise not_finite(cache, Partition((context,), before))

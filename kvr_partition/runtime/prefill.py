@@ -139,7 +139,7 @@ def _carried_out(
             depth=depth,
             layers=plan.layers,
             partition=split,
-            choose=plan.greedy.first,
+            choose=plan.greedy.choose,
             padding=plan.padding,
             turn=turn,
         )

@@ -325,7 +325,10 @@ def _accepted(kind: Any) -> frozenset[str]:
 
 
 def first_token(
-    output: Any, choose: Callable[[torch.Tensor], torch.Tensor] | None = None, to_host: bool = True
+    output: Any,
+    choose: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    to_host: bool = True,
+    settled: Callable[[], None] = lambda: None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Last position's logits ``[batch, vocabulary]``, first token ``[batch, 1]``, largest logits ``[batch]``.
 
@@ -334,11 +337,22 @@ def first_token(
     Args:
         choose: takes the token from the logits; the largest one when None.
         to_host: whether token and largest logits are copied to the host.
+        settled: returns once the device has come to what is enqueued, or raises; called before the host waits for
+            the device in any other way.
     """
     logits: torch.Tensor = output.logits[:, -1]
-    top, largest = logits.max(-1)
-    token = largest[:, None] if choose is None else choose(logits)
-    return logits, token.cpu() if to_host else token, top.cpu() if to_host else top
+    if choose is not None and to_host:
+        settled()  # rules may look at what is on the device
+    top = logits.max(-1).values
+    token = logits.argmax(-1, keepdim=True) if choose is None else choose(logits)
+    if not to_host:
+        return logits, token, top
+    # Enqueued while the device is busy, as numbers that hold both; then there is one copy to wait for.
+    both = torch.stack((token[:, 0].double(), top.double()))
+    if choose is None:
+        settled()
+    found = both.cpu()
+    return logits, found[0].long()[:, None], found[1].to(top.dtype)
 
 
 def check_model(model: Any) -> None:

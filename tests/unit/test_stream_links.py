@@ -68,7 +68,7 @@ class Wire:
     def __init__(self, rank: int, peer: int) -> None:
         self.rank, self.peer = rank, peer
 
-    def post(self, layer: int, hop: Hop, rows: torch.Tensor) -> Any:
+    def post(self, layer: int, hop: Hop, slot: Slot) -> Any:
         return self.rank, layer, hop.piece.chunk
 
     def wait(self, posted: Any, stream: Stream) -> None:

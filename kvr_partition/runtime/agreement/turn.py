@@ -181,6 +181,11 @@ class Turn:
         """What another rank, or this one, has failed of."""
         return None if self.of is None else self.of.failure
 
+    def settle(self, device: torch.device, peer: int) -> None:
+        """Wait for what is enqueued on the current stream of a CUDA device, see `wait_for_device`."""
+        if device.type == "cuda":
+            self.wait_for_device(torch.cuda.current_stream(device).record_event(), peer)
+
     def wait_for_device(self, event: torch.cuda.Event, peer: int) -> None:
         """Wait for an event of a CUDA stream, but not for one that a rank which failed will never let happen.
 

@@ -196,18 +196,19 @@ class LinkMemory:
                 return self.empty
             whole = self.empty((total,), dtype=torch.uint8)
             block = self._blocks[whole.data_ptr()]
-        at = 0
+        parts = iter(whole.split([_aligned(size) for size in sizes if size]))
 
         def piece(shape: Sequence[int], *, dtype: torch.dtype, device: torch.device | None = None) -> torch.Tensor:
-            nonlocal at
             nbytes = torch.Size(shape).numel() * dtype.itemsize
             if nbytes == 0:
                 return self.empty(shape, dtype=dtype)
-            part = whole[at : at + nbytes].view(dtype).view(tuple(shape))
-            at += _aligned(nbytes)
+            part: torch.Tensor = next(parts)
+            # Each step on a tensor takes microseconds, for each layer, while the device has nothing to do.
+            part = (part if part.shape[0] == nbytes else part[:nbytes]).view(dtype).view(tuple(shape))
+            pointer = part.data_ptr()
             with self._lock:
-                self._parts[part.data_ptr()] = block
-                block.tensors.append(part.data_ptr())
+                self._parts[pointer] = block
+                block.tensors.append(pointer)
             return part
 
         return piece

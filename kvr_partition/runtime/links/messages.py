@@ -35,8 +35,13 @@ class PlannedLinks:
 
     def _plan(self, slots: Sequence[Slot]) -> None:
         self._slots = slots
-        self._receives = [receives(self.partition, self.rank, slot.window, self.topology) for slot in slots]
-        self._sends = [sends(self.partition, self.rank, slot.window, self.topology) for slot in slots]
+        # Once for all layers that see as far: devices have nothing to do meanwhile.
+        of = self.partition, self.rank
+        windows = {slot.window for slot in slots}
+        into = {window: receives(*of, window, self.topology) for window in windows}
+        out = {window: sends(*of, window, self.topology) for window in windows}
+        self._receives = [into[slot.window] for slot in slots]
+        self._sends = [out[slot.window] for slot in slots]
         if self.limits.noise:
             self._foreign = torch.zeros(self.limits.noise, dtype=torch.uint8, device=slots[0].rows.device)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from kvr_partition.runtime.links.messages import Messages
-from kvr_partition.runtime.links.plan import Hop
+from kvr_partition.runtime.links.plan import Hop, Slot
 
 
 class NcclWire:
@@ -26,8 +26,9 @@ class NcclWire:
         self._messages = messages
         self._stream: torch.cuda.Stream | None = None
 
-    def post(self, layer: int, hop: Hop, rows: torch.Tensor) -> Any:
-        """Have rows received in place; returns what `wait` takes."""
+    def post(self, layer: int, hop: Hop, slot: Slot) -> Any:
+        """Have rows received in their place in a slot; returns what `wait` takes."""
+        rows = slot.at(hop.piece)
         with torch.cuda.stream(self._receiving()):
             rows.record_stream(torch.cuda.current_stream())
             return self._messages.receive(layer, hop, rows)

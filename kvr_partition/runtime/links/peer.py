@@ -357,7 +357,7 @@ class PeerWire:
             if rows.scratch is not None:
                 self._scratch = peers.address(rows, rows.scratch)
 
-    def post(self, layer: int, hop: Hop, rows: torch.Tensor) -> Any:
+    def post(self, layer: int, hop: Hop, slot: Slot) -> Any:
         """Nothing is to be done for rows to come; returns the flag that they come with."""
         return self._peers.flag(layer, hop.piece.chunk, self._chunks)
 

@@ -47,9 +47,7 @@ def time_pairs(
         if watch is not None:
             watch.begin([into] * repeats)
         posted = [
-            (hop, wires[hop.peer].post(layer, hop, rows[hop.piece.chunk : hop.piece.chunk + 1]))
-            for layer in range(repeats)
-            for hop in into
+            (hop, wires[hop.peer].post(layer, hop, slot)) for layer, slot in enumerate(slots) for hop in into
         ]
         turn.exchange(b"")  # nobody begins before all are there
         spans: dict[tuple[int, int], list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {}

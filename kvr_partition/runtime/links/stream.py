@@ -18,8 +18,8 @@ class Wire(Protocol):
     A stream is a ``torch.cuda.Stream``. What `send` puts on it has left once the stream comes to what follows.
     """
 
-    def post(self, layer: int, hop: Hop, rows: torch.Tensor) -> Any:
-        """Have rows received in place; returns what `wait` takes."""
+    def post(self, layer: int, hop: Hop, slot: Slot) -> Any:
+        """Have rows received in their place in a slot; returns what `wait` takes."""
 
     def wait(self, posted: Any, stream: Any) -> None:
         """Have a stream wait for rows."""
@@ -94,11 +94,14 @@ class StreamLinks(PlannedLinks):
     _posted: list[list[tuple[Hop, Any]]] = field(init=False, default_factory=list)
     _used: dict[int, Any] = field(init=False, default_factory=dict)
     _arrived: Any = field(init=False, default=None)
+    _compute: Any = field(init=False, default=None)
+    """The stream of the model's own work. Asking for it takes longer than what is then put there."""
     _spans: list[list[tuple[Any, Any]]] = field(init=False, default_factory=list)
 
     def start(self, slots: Sequence[Slot]) -> None:
         self._plan(slots)
         self._spans = [[] for _ in slots]
+        self._compute = self.streams.current()
         if self.watch is not None:
             self.watch.begin(self._receives)
         peers = {hop.peer for by_chunk in self._sends for hops in by_chunk.values() for hop in hops}
@@ -107,14 +110,12 @@ class StreamLinks(PlannedLinks):
         for peer in sorted(peers):
             # Nothing may be sent before what is under way on the rows now.
             self._used[peer] = self.streams.to(peer)
-            self._used[peer].wait_stream(self.streams.current())
+            self._used[peer].wait_stream(self._compute)
         for layer, hops in enumerate(self._receives):
             if self._noisy(layer) == self.rank - 1:
                 assert self._foreign is not None
                 self.wires[self.rank - 1].post_foreign(layer, self._foreign)
-            self._posted.append(
-                [(hop, self.wires[hop.peer].post(layer, hop, slots[layer].at(hop.piece))) for hop in hops]
-            )
+            self._posted.append([(hop, self.wires[hop.peer].post(layer, hop, slots[layer])) for hop in hops])
 
     def kv_ready(self, layer: int) -> None:
         self._check()
@@ -126,7 +127,7 @@ class StreamLinks(PlannedLinks):
         sends = self._sends[layer]
         own = sends.get(self.rank, ())
         if own:
-            ready = self.streams.current().record_event()
+            ready = self._compute.record_event()
             for hop in own:
                 self._used[hop.peer].wait_event(ready)
                 self._send(layer, hop)
@@ -137,11 +138,10 @@ class StreamLinks(PlannedLinks):
 
     def wait_prefix(self, layer: int) -> None:
         self._check()
-        stream = self.streams.current()
-        before = stream.record_event()
+        before = self._compute.record_event()
         for hop, posted in self._posted[layer]:
-            self.wires[hop.peer].wait(posted, stream)
-        self._arrived = stream.record_event()
+            self.wires[hop.peer].wait(posted, self._compute)
+        self._arrived = self._compute.record_event()
         if self.watch is not None:
             self.watch.waits(layer, before, self._arrived)
 
