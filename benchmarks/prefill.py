@@ -34,7 +34,7 @@ from kvr_partition.runtime.kernels.plans import SHORTEST_PIECE
 from kvr_partition.search import SearchResult
 from kvr_partition.search.beliefs import Beliefs
 from profiler import Candidate, MeasurementLog, RankGroup, SamplingPlan, Session
-from profiler.session import Silent
+from profiler.listener import Silent
 
 FEW = SamplingPlan(warmup=1, least=3, most=3)
 """For guesses and searches; what is compared is sampled again."""

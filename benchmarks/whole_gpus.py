@@ -21,20 +21,32 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvr_partition.cli.options import model_folder
+import msgspec
+from msgspec.structs import replace
+
+from benchmarks.prefill import certified, compare
+from kvr_partition.cli.options import model_folder, parse_bytes, parse_rate
 from kvr_partition.errors import KVRError
 from kvr_partition.loading import load_table
+from kvr_partition.machine.cost import LinkCost
+from kvr_partition.machine.solve import best_split
 from kvr_partition.measurement import median
 from kvr_partition.partition import Partition
-from profiler import Candidate, MeasurementLog, RankGroup, SamplingPlan
+from kvr_partition.table import Lookup
+from profiler import Candidate, MeasurementLog, RankGroup, SamplingPlan, Session
+from profiler.calibrate import machine_of_log
 
 CONTEXTS = "4096,16384,65536,131072"
-SHORT = "1024,2048"
+COMPARED = "4096,16384,32768,65536"
+"""One of them was not searched, so that KVR-P has something to predict."""
+OTHERS = ("llama-7b", "llama-3.1-8b")
+SHORT = (1024, 2048)
+VERIFIED = 4096
 HELD = "10GB/s"
 FOREIGN = "16MB"
 """A layer, on one link, at that rate."""
@@ -54,129 +66,158 @@ def steps(options: argparse.Namespace) -> list[Step]:
     model, out = options.model, options.out
     ranks = ["--ranks", str(options.ranks), "--backend", options.backend, "--dtype", options.dtype]
     ours = [sys.executable, "-m", "kvr_partition"]
-    this = [
-        sys.executable, "-m", "benchmarks.whole_gpus", "--model", model, "--out", str(out), *ranks,
-        "--context", str(options.context), "--prompts", str(options.prompts),
-    ]  # fmt: skip
-    table = f"{out}/search/table.json"
-    shares = [1.3 - 0.6 * at / options.ranks for at in range(options.ranks)]
-    uneven = str(Partition.from_fractions(shares, 4096))
 
-    def command(name: str, limit_s: float, *words: str, form: bool = True) -> Step:
-        json_form = ["--format", "json"] if form else []
-        return Step(name, [*ours, *words[:1], "--model", model, *ranks, *words[1:], *json_form], limit_s)
+    def command(name: str, limit_s: float, *words: str, of: str = model) -> Step:
+        return Step(name, [*ours, words[0], "--model", of, *ranks, *words[1:]], limit_s)
 
-    def search(name: str, limit_s: float, contexts: str, *words: str) -> Step:
+    def compared(name: str, limit_s: float, contexts: str, methods: str) -> Step:
+        files = ["--table", f"{out}/search/table.json", "--log", f"{out}/{name}.jsonl", "--format", "json"]
+        asked = ["--no-verify", "--samples", str(options.samples), "--methods", methods]
+        return command(name, limit_s, "compare", "--context", contexts, *asked, *files)
+
+    def verify(name: str, of: str, links: str, methods: str) -> Step:
+        asked = ["--context", str(VERIFIED), "--partition", str(uneven(VERIFIED, options.ranks))]
         return command(
-            name, limit_s, "search", "--contexts", contexts, "--out", f"{out}/{name}", *words, form=False
+            name, 90, "verify", *asked, "--methods", methods, "--links", links, "--format", "json", of=of
         )
 
-    def compare(name: str, limit_s: float, contexts: str, *words: str) -> Step:
-        log = ["--no-verify", "--samples", str(options.samples), "--log", f"{out}/{name}.jsonl"]
-        return command(name, limit_s, "compare", "--context", contexts, *log, *words)
-
-    every = "kvr-chain,kvr-fanout,tsp,tsp-causal,zigzag,tp"
     most = "stock,single,tsp-causal,zigzag,kvr-e,kvr-s,kvr-p,other,bound"
-    held = ["--bandwidth", HELD]
+    both = "kvr-chain,kvr-fanout"
+    this = ["--model", model, "--out", str(out), "--context", str(options.context), *ranks]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(options.ranks), "-m"]
     return [
         Step("doctor", [*ours, "doctor", "--format", "json"], 120),
-        search("search", 420, options.contexts),
-        compare("compare", 150, "4096,16384", "--table", table),
-        compare("compare-32768", 120, "32768", "--table", table, "--methods", most),
-        compare("compare-65536", 240, "65536", "--table", table, "--methods", most),
-        compare("compare-131072", 240, "131072", "--table", table, "--methods", most),
-        search("search-short", 90, SHORT),
-        compare("compare-short", 60, SHORT, "--table", f"{out}/search-short/table.json", "--methods", most),
-        search("search-held", 120, "16384", *held),
-        compare(
-            "compare-held", 90, "16384", "--table", f"{out}/search-held/table.json", *held, "--noise", FOREIGN,
-            "--methods", "tsp-causal,zigzag,kvr-e,kvr-s,other,bound",
-        ),
-        command("verify-peer", 120, "verify", "--context", "4096", "--partition", uneven, "--methods", every),
-        command(
-            "verify-nccl", 90, "verify", "--context", "4096", "--partition", uneven, "--methods",
-            "kvr-chain,kvr-fanout", "--links", "nccl",
-        ),
+        command("search", 420, "search", "--contexts", options.contexts, "--out", f"{out}/search"),
+        compared("compare", 200, options.compared, f"{most},tsp,tp"),
+        compared("compare-131072", 180, "131072", most),
+        Step("together", [sys.executable, "-m", "benchmarks.whole_gpus", "--part", *this], 300),
+        verify("verify-nccl", model, "nccl", both),
+        *(verify(f"verify-{of}", of, "peer", both) for of in OTHERS if of != model),
+        *(verify(f"verify-{of}-nccl", of, "nccl", both) for of in OTHERS if of != model),
         Step(
             "context-parallel",
             [
-                sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(options.ranks), "-m",
-                "benchmarks.context_parallel", "--model", model, "--contexts", "4096,16384", "--dtype",
+                *torchrun, "benchmarks.context_parallel", "--model", model, "--contexts", "4096,16384", "--dtype",
                 options.dtype, "--samples", str(options.samples), "--out", f"{out}/context-parallel.json",
             ],
             180,
         ),
-        Step("splits", [*this, "--part", "splits"], 120),
-        Step("soak", [*this, "--part", "soak"], 150),
-        Step("kill", [*this, "--part", "kill"], 90),
     ]  # fmt: skip
+
+
+def uneven(context: int, ranks: int) -> Partition:
+    """Chunks that get shorter, as good splits have them."""
+    return Partition.from_fractions([1.3 - 0.6 * at / ranks for at in range(ranks)], context)
 
 
 # ------------------------------------------------------------------------------------ parts with their own ranks
 
 
-def group_of(options: argparse.Namespace, log: MeasurementLog | None = None) -> RankGroup:
-    """Ranks as the commands have them."""
-    return RankGroup(
-        model_folder(options.model), options.ranks, backend=options.backend, dtype=options.dtype, log=log,
-        timeout_s=60,
-    )  # fmt: skip
+@dataclass
+class Parts:
+    """What needs ranks of its own, one part after another on the same ones.
 
+    Attributes:
+        options: of this script.
+        group: the ranks, as the commands have them.
+        log: of everything that is timed.
+    """
 
-def splits(options: argparse.Namespace) -> dict[str, Any]:
-    """Splits that no search proposed, beside what it found; a schedule can be held against them."""
-    draw, context = random.Random(1), options.context
-    table = load_table(options.out / "search" / "table.json")
-    best = table.lookup(context, ranks=options.ranks).partition
-    shares = [[size * draw.uniform(0.75, 1.25) for size in best.sizes] for _ in range(8)]
-    drawn = [Partition.from_fractions(one, context, quantum=128) for one in shares]
-    with (
-        MeasurementLog(options.out / "splits.jsonl") as log,
-        group_of(options, log) as group,
-    ):
+    options: argparse.Namespace
+    group: RankGroup
+    log: MeasurementLog
+
+    @property
+    def plan(self) -> SamplingPlan:
+        """Of what is compared."""
+        return SamplingPlan(1, min(6, self.options.samples), self.options.samples, 0.01)
+
+    def verify(self) -> dict[str, Any]:
+        """Every method that runs here against one rank."""
+        return certified(self.group, VERIFIED, set())
+
+    def short(self) -> dict[str, Any]:
+        """Where splitting begins to pay: a search, then all methods side by side."""
+        session = Session(self.group, self.log, SHORT)
+        session.run()
+        return {str(context): self._beside(context, session.table.lookup(context)) for context in SHORT}
+
+    def _beside(self, context: int, found: Lookup) -> dict[str, Any]:
+        even = Partition.even(context, self.group.ranks)
+        named = [
+            ("stock", Candidate.stock(context)),
+            ("single", Candidate.single(context)),
+            ("TSP causal", Candidate.even("tsp-causal", context, self.group.ranks)),
+            ("zigzag", Candidate.even("zigzag", context, self.group.ranks)),
+            ("KVR-E", Candidate("kvr", even)),
+            ("KVR-S", Candidate("kvr", found.partition)),
+            ("TTFT(p) of KVR-S", Candidate("bound", found.partition)),
+        ]
+        return compare(self.group, named, self.plan, f"short/{context}", 0)
+
+    def splits(self) -> dict[str, Any]:
+        """Splits that no search proposed, beside what it found; a schedule can be held against them."""
+        draw, context = random.Random(1), self.options.context
+        best = self._found(context)
+        shares = [[size * draw.uniform(0.75, 1.25) for size in best.sizes] for _ in range(8)]
+        drawn = [Partition.from_fractions(one, context, quantum=128) for one in shares]
         candidates = [Candidate("kvr", one) for one in [best, *drawn]]
-        found = group.measure_many(candidates, plan=SamplingPlan(1, 5, 5), purpose=f"splits/{context}")
-    return {"context": context, "splits": [{"sizes": one.sizes, "ttft_s": one.ttft_s} for one in found]}
+        found = self.group.measure_many(candidates, plan=SamplingPlan(1, 5, 5), purpose=f"splits/{context}")
+        return {"context": context, "splits": [{"sizes": one.sizes, "ttft_s": one.ttft_s} for one in found]}
 
+    def _found(self, context: int) -> Partition:
+        table = load_table(self.options.out / "search" / "table.json")
+        return table.lookup(context, ranks=self.options.ranks).partition
 
-def soak(options: argparse.Namespace) -> dict[str, Any]:
-    """Prompts of mixed lengths in a row: what memory, and a prompt of always the same length, do meanwhile."""
-    draw = random.Random(2)
-    fixed = Candidate("kvr", Partition.even(options.context // 4, options.ranks))
-    told = []
-    with group_of(options) as group:
-        group.plan_ahead(options.context)
-        for turn in range(options.prompts):
-            tokens = draw.randrange(options.ranks * 16, options.context)
-            cuts = Partition.from_fractions([draw.uniform(0.5, 1.5) for _ in range(options.ranks)], tokens)
-            group.sample(Candidate("kvr", cuts))
+    def held(self) -> dict[str, Any]:
+        """Links held to a bandwidth, and disturbed at that: splits solved for such links."""
+        context, group = self.options.context, self.group
+        with MeasurementLog(self.options.out / "search" / "measurements.jsonl") as log:
+            machine = machine_of_log(log, next(iter(log.provenance.values())))
+        bandwidth = parse_rate(HELD)
+        solved = {
+            topology: best_split(
+                context, group.ranks, replace(machine, link=LinkCost.of(bandwidth), topology=topology), 128
+            )
+            for topology in ("chain", "fanout")
+        }
+        group.hold_links(bandwidth)
+        try:
+            named = [
+                ("TSP causal", Candidate.even("tsp-causal", context, group.ranks)),
+                ("zigzag", Candidate.even("zigzag", context, group.ranks)),
+                ("KVR-E", Candidate("kvr-fanout", Partition.even(context, group.ranks))),
+                ("KVR-S of free links", Candidate("kvr-fanout", self._found(context))),
+                ("KVR solved, chain", Candidate("kvr-chain", solved["chain"])),
+                ("KVR solved, fan-out", Candidate("kvr-fanout", solved["fanout"])),
+                ("TTFT(p) of solved", Candidate("bound", solved["fanout"])),
+            ]
+            foreign = int(parse_bytes(FOREIGN, "foreign traffic"))
+            return {"bandwidth": HELD, "noise": FOREIGN, **compare(group, named, self.plan, "held", foreign)}
+        finally:
+            group.hold_links(None)
+
+    def soak(self) -> dict[str, Any]:
+        """Prompts of mixed lengths in a row: what memory, and a prompt of always the same length, do meanwhile."""
+        draw, ranks, context = random.Random(2), self.options.ranks, self.options.context
+        fixed = Candidate("kvr", Partition.even(context // 4, ranks))
+        told = []
+        self.group.plan_ahead(context)
+        for turn in range(self.options.prompts):
+            tokens = draw.randrange(ranks * 16, context)
+            cuts = Partition.from_fractions([draw.uniform(0.5, 1.5) for _ in range(ranks)], tokens)
+            self.group.sample(Candidate("kvr", cuts), cold=True)
             if turn % 10 == 9:
-                samples = [group.sample(fixed).ttft_s for _ in range(3)]
-                told.append({"prompts": turn + 1, "fixed_ttft_s": median(samples), **_memory(group)})
-                print(json.dumps(told[-1]), file=sys.stderr, flush=True)
-    return {"fixed": fixed.partition.sizes, "prompts": options.prompts, "every_10": told}
+                samples = [self.group.sample(fixed).ttft_s for _ in range(3)]
+                told.append({"prompts": turn + 1, "fixed_ttft_s": median(samples), **_memory(self.group)})
+        return {"fixed": fixed.partition.sizes, "prompts": self.options.prompts, "every_10": told}
 
-
-def _memory(group: RankGroup) -> dict[str, Any]:
-    """Of the devices, as their driver tells, and of the ranks' processes."""
-    pages = os.sysconf("SC_PAGE_SIZE")
-    found: dict[str, Any] = {
-        "host_bytes": [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * pages for pid in group.pids]
-    }
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        asked = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-        told = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
-        found["device_mib"] = [int(line) for line in told.split()][: group.ranks]
-    return found
-
-
-def kill(options: argparse.Namespace) -> dict[str, Any]:
-    """A rank killed while the others wait for it: who says what, how soon, and whether a new group starts."""
-    split = Partition.even(options.context, options.ranks)
-    with group_of(options) as group:
+    def kill(self) -> dict[str, Any]:
+        """A rank killed while the others wait for it: who says what, how soon, and whether a new group starts."""
+        group, split = self.group, Partition.even(self.options.context, self.options.ranks)
         group.sample(Candidate("kvr", split))
         before = group.sample(Candidate("kvr", split)).ttft_s
-        victim = group.pids[options.ranks // 2]
+        victim = group.pids[self.options.ranks // 2]
         struck: list[float] = []
 
         def strike() -> None:
@@ -196,18 +237,48 @@ def kill(options: argparse.Namespace) -> dict[str, Any]:
         hand.join()
         again = time.monotonic()
         after = [group.sample(Candidate("kvr", split)).ttft_s for _ in range(3)]
-        ready = time.monotonic()
-    return {
-        "split": split.sizes,
-        "message": message,
-        "told_after_s": ended - struck[0],
-        "new_group_after_s": ready - again,
-        "ttft_before_s": before,
-        "ttft_after_s": after[-1],
+        return {
+            "split": split.sizes,
+            "message": message,
+            "told_after_s": ended - struck[0],
+            "new_group_after_s": time.monotonic() - again,
+            "ttft_before_s": before,
+            "ttft_after_s": after[-1],
+        }
+
+
+PARTS = ("verify", "short", "held", "splits", "soak", "kill")
+
+
+def together(options: argparse.Namespace) -> None:
+    """All parts; those whose files are there are not run again."""
+    left = [part for part in PARTS if not (options.out / f"{part}.json").exists()]
+    with (
+        MeasurementLog(options.out / "together.jsonl") as log,
+        RankGroup(
+            model_folder(options.model), options.ranks, backend=options.backend, dtype=options.dtype, log=log,
+            timeout_s=60,
+        ) as group,
+    ):  # fmt: skip
+        parts = Parts(options, group, log)
+        for part in left:
+            print(part, flush=True)
+            found = {"provenance": msgspec.to_builtins(group.provenance), "figures": getattr(parts, part)()}
+            (options.out / f"{part}.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _memory(group: RankGroup) -> dict[str, Any]:
+    """Of the devices, as their driver tells, and of the ranks' processes."""
+    pages = os.sysconf("SC_PAGE_SIZE")
+    found: dict[str, Any] = {
+        "host_bytes": [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * pages for pid in group.pids]
     }
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        asked = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        told = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+        found["device_mib"] = [int(line) for line in told.split()][: group.ranks]
+    return found
 
-
-PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {"splits": splits, "soak": soak, "kill": kill}
 
 # ------------------------------------------------------------------------------------------------- running them
 
@@ -233,7 +304,7 @@ def run(step: Step, out: Path, left_s: float) -> dict[str, Any]:
                 else:
                     figures.write(line)
 
-        is_json = "json" in step.command or "--part" in step.command
+        is_json = "json" in step.command
         readers = [
             threading.Thread(target=copy, args=(process.stdout, not is_json)),
             threading.Thread(target=copy, args=(process.stderr, True)),
@@ -288,10 +359,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=540, help="of all steps together")
     parser.add_argument("--out", type=Path, default=Path("whole-gpus"))
     parser.add_argument("--archive", type=Path)
-    parser.add_argument("--part", choices=PARTS)
+    parser.add_argument("--compared", default=COMPARED, help="contexts to compare methods on")
+    parser.add_argument("--part", action="store_true", help="run what needs ranks of its own")
     options = parser.parse_args(arguments)
     if options.part:
-        json.dump(PARTS[options.part](options), sys.stdout, indent=1)
+        together(options)
         return
     options.out.mkdir(parents=True, exist_ok=True)
     known = options.out / "steps.json"

@@ -61,8 +61,8 @@ class SamplingPlan:
 
     @classmethod
     def for_backend(cls, backend: str) -> SamplingPlan:
-        """1% on a GPU of one's own, or what ten seconds tell; 5% on a shared CPU."""
-        return cls() if backend == "cpu" else cls(tolerance=0.01, most=40, patience_s=10.0)
+        """1% on a GPU of one's own, or what five seconds tell; 5% on a shared CPU."""
+        return cls() if backend == "cpu" else cls(tolerance=0.01, most=40, patience_s=5.0)
 
     @classmethod
     def at_most(cls, samples: int | None, backend: str) -> SamplingPlan:

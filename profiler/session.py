@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import msgspec
 
@@ -20,6 +19,7 @@ from kvr_partition.machine.cost import FitError
 from kvr_partition.machine.findings import Finding, contradict, findings, worst
 from kvr_partition.machine.machine import Machine
 from kvr_partition.machine.profile import Profile
+from kvr_partition.machine.schedule import simulate
 from kvr_partition.machine.solve import best_split
 from kvr_partition.measurement import Measurement, Sample
 from kvr_partition.methods import METHODS
@@ -30,45 +30,18 @@ from kvr_partition.search.space import default_quantum
 from kvr_partition.table import Entry, PartitionTable
 from kvr_partition.training import Row, measured_row
 from profiler.calibrate import guessed_machine, keep_samples, machine_of_log, measured_machine, time_links
+from profiler.listener import Listener, Silent
 from profiler.measure import Candidate, SamplingPlan
 from profiler.ranks import RankGroup
 from profiler.sizes import profile_chunk_sizes
 from profiler.store import GUESS, MeasurementLog, purpose_of
 
+BUDGET, LEAST_BUDGET, BUDGET_S = 8, 4, 30.0
+"""Partitions that a search measures where nobody says how many: so many, but of those that take long no more than
+fit into so many seconds, and at least a few."""
+
 TRIAL_PATIENCE = 0.3
 """Of the time that is spent on a candidate side by side, for one that the search tries."""
-
-
-class Listener(Protocol):
-    """Told how a session gets on. Work is counted in tokens to read."""
-
-    def doing(self, what: str) -> None:
-        """What is under way now."""
-
-    def say(self, line: str) -> None:
-        """A line worth keeping."""
-
-    def advance(self, work: float) -> None:
-        """That much work is done."""
-
-    def reach(self, done: float) -> None:
-        """Work up to here is done or turned out not to be needed."""
-
-
-class Silent:
-    """A listener that says nothing."""
-
-    def doing(self, what: str) -> None:
-        """Nothing."""
-
-    def say(self, line: str) -> None:
-        """Nothing."""
-
-    def advance(self, work: float) -> None:
-        """Nothing."""
-
-    def reach(self, done: float) -> None:
-        """Nothing."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +85,7 @@ class Session:
         log: where every sample goes at once, and where what it has already is taken from.
         contexts: to search, in tokens, in ascending order.
         past: tokens that every rank has in its cache before the prompt.
-        budget: partitions to measure for each context.
+        budget: partitions to measure for each context; `BUDGET` when None, and fewer where one takes seconds.
         sampler: as in `kvr_partition.search.search`.
         quantum: what boundaries are multiples of; by context and device when None.
         plan: when a median is known well enough; by backend when None. While searching, partitions get
@@ -139,7 +112,7 @@ class Session:
     log: MeasurementLog
     contexts: Sequence[int]
     past: int = 0
-    budget: int = 8
+    budget: int | None = None
     sampler: str = "informed"
     quantum: int | None = None
     plan: SamplingPlan | None = None
@@ -188,7 +161,7 @@ class Session:
 
     def work(self, held_out: Sequence[int] = ()) -> float:
         """What `run` will tell its listener of in all, at most."""
-        searched = sum(self._work_of(context, self.budget) for context in self.contexts)
+        searched = sum(self._work_of(context, self.budget or BUDGET) for context in self.contexts)
         return searched + sum(self._work_of(context, 0) for context in held_out)
 
     def _work_of(self, context: int, budget: int) -> float:
@@ -216,7 +189,7 @@ class Session:
 
         found = self._searched(context, confirm)
         self._keep(context, found)
-        self._finish(context, self.budget)
+        self._finish(context, self.budget or BUDGET)
         even = Candidate("kvr", Partition.even(context, self.group.ranks, past=self.past))
         named = [(METHODS[one.method].title, result) for one, result in finals if one.method != "kvr"]
         named += [("KVR-E", result) for one, result in finals if one == even]
@@ -233,7 +206,7 @@ class Session:
             lambda one: self._measure([Candidate("kvr", one)], purpose, TRIAL_PATIENCE)[0],
             context,
             self.group.ranks,
-            self.budget,
+            self._budget_of(context, machine),
             seeds=lambda: self._seeds(context),
             sampler=WITHOUT_MACHINE if lost else self.sampler,
             machine=machine,
@@ -248,6 +221,14 @@ class Session:
             on_trial=lambda trial: self._tell(context, trial),
             enough=lambda measured: self._contradicted(context, measured),
         )
+
+    def _budget_of(self, context: int, machine: Machine | None) -> int:
+        if self.budget is not None or machine is None:
+            return self.budget or BUDGET
+        assert self.plan is not None
+        split = best_split(context, self.group.ranks, machine.behind(self.past), self.quantum_of(context))
+        each_s = (self.plan.warmup + 1) * simulate(split, machine.behind(self.past)).ttft_s
+        return max(LEAST_BUDGET, min(BUDGET, int(BUDGET_S / each_s)))
 
     def _keep(self, context: int, found: SearchResult) -> None:
         entry = Entry(

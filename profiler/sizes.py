@@ -22,8 +22,9 @@ ENOUGH_S = 3.0
 TOGETHER = 16
 """Sizes that take turns: ranks that record what they do keep only so many recordings."""
 
-FINEST = 64
-"""A quantum more is worth less than what is off otherwise, in a chunk of more than so many of them."""
+FINEST, LARGEST = 64, 128
+"""Quanta of a chunk up to which every size is timed, and up to which any is. In a larger one a quantum more is
+worth less than what is off otherwise, and timing it takes the longest."""
 
 MARGIN, LEAST_MARGIN = 0.15, 2
 """Chunks of a good split may be so much larger or smaller than those of a guess: a share, and quanta at least."""
@@ -63,7 +64,7 @@ def profile_chunk_sizes(
 def likely_sizes(machine: Machine, contexts: Sequence[int], ranks: int, quantum: int) -> tuple[int, ...]:
     """Multiples of the quantum that chunks may have in good splits of these contexts, and of any between them.
 
-    From `FINEST` quanta on every other one, from twice as many on every fourth, and so on.
+    From `FINEST` quanta on every other one, and none beyond `LARGEST`.
 
     Args:
         machine: what chunks cost, about.
@@ -77,8 +78,8 @@ def likely_sizes(machine: Machine, contexts: Sequence[int], ranks: int, quantum:
     most = max(best_split(max(contexts), ranks, smooth, quantum).sizes)
     low = max(1, math.floor(min(least * (1 - MARGIN), least - LEAST_MARGIN * quantum) / quantum))
     high = math.ceil(max(most * (1 + MARGIN), most + LEAST_MARGIN * quantum) / quantum)
-    each = range(low, min(high, max(contexts) // quantum) + 1)
-    return tuple(at * quantum for at in each if at % (1 << (at // FINEST).bit_length()) == 0)
+    each = range(low, min(high, max(contexts) // quantum, LARGEST) + 1)
+    return tuple(at * quantum for at in each if at < FINEST or at % 2 == 0)
 
 
 def time_sizes(
