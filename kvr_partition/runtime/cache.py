@@ -292,11 +292,14 @@ class RunaheadCache(Cache):
 
     Attributes:
         prefilling: while a prefill runs, called as ``(layer, index, keys, values)`` in place of the
-            layer's own update, with the same result; keys and values are None when they are in their place.
+            layer's own `RunaheadLayer.append`, with the same result; keys and values are None when they are in
+            their place.
     """
 
     def __init__(self, layers: Sequence[RunaheadLayer | None]) -> None:
-        self.prefilling: Callable[[Any, int, torch.Tensor | None, torch.Tensor | None], Any] | None = None
+        self.prefilling: Callable[[Any, int, torch.Tensor | None, torch.Tensor | None], tuple[int, int]] | None = (
+            None
+        )
         super().__init__(layers=[DummyLayer() if layer is None else layer for layer in layers])
 
     @classmethod
@@ -362,7 +365,7 @@ class RunaheadCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._stored(layer_idx, key_states, value_states)
+        return self._seen(layer_idx, *self._stored(layer_idx, key_states, value_states))
 
     def place(self, layer_idx: int, tokens: int) -> list[Place]:
         """Where a layer's keys and values of the next tokens are to be put; of one prompt."""
@@ -372,14 +375,19 @@ class RunaheadCache(Cache):
 
     def placed(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         """What `update` returns, when keys and values have been put in their `place`."""
+        return self._seen(layer_idx, *self.put(layer_idx))
+
+    def put(self, layer_idx: int) -> tuple[int, int]:
+        """The same as rows, for attention that needs no views of them."""
         return self._stored(layer_idx, None, None)
 
-    def _stored(
-        self, index: int, keys: torch.Tensor | None, values: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _seen(self, index: int, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        store = self.layers[index].store  # type: ignore[union-attr]
+        return store.keys(start, end), store.values(start, end)
+
+    def _stored(self, index: int, keys: torch.Tensor | None, values: torch.Tensor | None) -> tuple[int, int]:
         layer: Any = self.layers[index]
         if self.prefilling is not None:
-            seen: tuple[torch.Tensor, torch.Tensor] = self.prefilling(layer, index, keys, values)
-            return seen
-        start, end = layer.append(keys, values)
-        return layer.store.keys(start, end), layer.store.values(start, end)
+            return self.prefilling(layer, index, keys, values)
+        rows: tuple[int, int] = layer.append(keys, values)
+        return rows

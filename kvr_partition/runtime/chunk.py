@@ -172,23 +172,23 @@ class _ChunkRun:
 
     def store_and_wait(
         self, layer: RunaheadLayer, index: int, keys: torch.Tensor | None, values: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[int, int]:
         """Cache depth: the model's attention gets everything the chunk can see, once it is there."""
         start, end = layer.append(keys, values)
         self._hand_over(index)
         self._wait(layer, index)
-        return layer.store.keys(start, end), layer.store.values(start, end)
+        return start, end
 
     def store_own(
         self, layer: RunaheadLayer, index: int, keys: torch.Tensor | None, values: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[int, int]:
         """Attention depth: the model's attention gets the chunk itself; `attend` fetches the prefix."""
         before = layer.get_seq_length()
         _, end = layer.append(keys, values)
         own = end - (layer.get_seq_length() - before)
         self._hand_over(index)
         self._current = (layer, index)
-        return layer.store.keys(own, end), layer.store.values(own, end)
+        return own, end
 
     def attend(
         self,

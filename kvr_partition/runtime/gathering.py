@@ -313,11 +313,11 @@ class _GatherLayer(RunaheadLayer):
             at += part.tokens
         return places
 
-    def complete(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All ranks' rows are in place: an ordinary layer from here on. Returns keys and values of all."""
+    def complete(self) -> tuple[int, int]:
+        """All ranks' rows are in place: an ordinary layer from here on. Returns which rows those are."""
         self._length = self._filled = self.context
         self.gathered = True
-        return self.store.keys(0, self.context), self.store.values(0, self.context)
+        return 0, self.context
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         # Dense: the chunk is masked against the whole context, later tokens included.
@@ -359,7 +359,7 @@ class _GatherRun:
 
     def _gather(
         self, layer: _GatherLayer, index: int, keys: torch.Tensor | None, values: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[int, int]:
         at = 0
         for part in self._parts if keys is not None and values is not None else ():
             until = at + part.tokens

@@ -303,6 +303,8 @@ class _Run:
     static: _Static
     add_prefix: AddPrefix | None = None
     hidden: torch.Tensor | None = None
+    _views: tuple[torch.Tensor, ...] = ()
+    """Queries, what attention makes of them, and its log-sum-exp: of every layer the same, and made once."""
     forwards: list[tuple[Any, Callable[..., Any]]] = field(default_factory=list)
 
     def layer(self, index: int, layer: FusedLayer, hidden: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
@@ -317,14 +319,14 @@ class _Run:
         cache: RunaheadCache = given[layer.cache]
         for place in cache.place(attention.index, tokens):
             place.rows.copy_(static.kv[place.first : place.last])
-        keys, values = cache.placed(attention.index)
-        query = static.heads(static.query[:tokens], attention.dim)
         window = cache.layers[attention.index].kv.window  # type: ignore[union-attr]
+        query, attended, lse = self._views
         if self.add_prefix is not None and (window is None or self.size <= window):
+            cache.put(attention.index)
             recorded.attention.replay()
-            attended = static.heads(recorded.attended[:tokens], attention.dim)
-            self.add_prefix(attended, recorded.lse[:, :, :tokens], query, self.by.scale)
+            self.add_prefix(attended, lse, query, self.by.scale)
         else:
+            keys, values = cache.placed(attention.index)
             mask = given.get("attention_mask")
             recorded.attended[:tokens].copy_(attention.attend(query, keys, values, mask, given))
         if index == len(self.by.layers) - 1:
@@ -341,6 +343,12 @@ class _Run:
         static.cos[:tokens].copy_(angles[0].reshape(-1, angles[0].shape[-1]))
         static.sin[:tokens].copy_(angles[1].reshape(-1, angles[1].shape[-1]))
         self.hidden = static.hidden[:tokens][None]
+        recorded, dim = self.by.sizes[self.size], _attention(self.by.layers[0]).dim
+        self._views = (
+            static.heads(static.query[:tokens], dim),
+            static.heads(recorded.attended[:tokens], dim),
+            recorded.lse[:, :, :tokens],
+        )
 
 
 def can_record(device: torch.device) -> bool:
