@@ -37,7 +37,6 @@ from kvr_partition.machine.cost import LinkCost
 from kvr_partition.machine.solve import best_split
 from kvr_partition.measurement import median
 from kvr_partition.partition import Partition
-from kvr_partition.table import Lookup
 from profiler import Candidate, MeasurementLog, RankGroup, SamplingPlan, Session
 from profiler.calibrate import machine_of_log
 
@@ -46,6 +45,8 @@ COMPARED = "4096,16384,32768,65536"
 """One of them was not searched, so that KVR-P has something to predict."""
 OTHERS = ("llama-7b", "llama-3.1-8b")
 SHORT = (1024, 2048)
+RIVALS = {16384: 12, 65536: 4}
+"""Contexts, and how often each method has its turn."""
 VERIFIED = 4096
 HELD = "10GB/s"
 FOREIGN = "16MB"
@@ -136,24 +137,43 @@ class Parts:
         """Every method that runs here against one rank."""
         return certified(self.group, VERIFIED, set())
 
+    def rivals(self) -> dict[str, Any]:
+        """The split that won once more, among those that it is held against, and over a chain as well."""
+        figures = {}
+        for context, turns in RIVALS.items():
+            found = self._found(context)
+            named = [
+                *self._beside(context, found),
+                ("KVR-S, chain", Candidate("kvr-chain", found)),
+                ("TTFT(p) of KVR-S", Candidate("bound", found)),
+            ]
+            plan = SamplingPlan(1, turns, turns)
+            figures[str(context)] = compare(self.group, named, plan, f"rivals/{context}", 0)
+        return figures
+
     def short(self) -> dict[str, Any]:
         """Where splitting begins to pay: a search, then all methods side by side."""
         session = Session(self.group, self.log, SHORT)
         session.run()
-        return {str(context): self._beside(context, session.table.lookup(context)) for context in SHORT}
+        figures = {}
+        for context in SHORT:
+            found = session.table.lookup(context).partition
+            named = [
+                *self._beside(context, found),
+                ("TSP causal", Candidate.even("tsp-causal", context, self.group.ranks)),
+                ("KVR-E", Candidate("kvr", Partition.even(context, self.group.ranks))),
+                ("TTFT(p) of KVR-S", Candidate("bound", found)),
+            ]
+            figures[str(context)] = compare(self.group, named, self.plan, f"short/{context}", 0)
+        return figures
 
-    def _beside(self, context: int, found: Lookup) -> dict[str, Any]:
-        even = Partition.even(context, self.group.ranks)
-        named = [
+    def _beside(self, context: int, found: Partition) -> list[tuple[str, Candidate]]:
+        return [
             ("stock", Candidate.stock(context)),
             ("single", Candidate.single(context)),
-            ("TSP causal", Candidate.even("tsp-causal", context, self.group.ranks)),
             ("zigzag", Candidate.even("zigzag", context, self.group.ranks)),
-            ("KVR-E", Candidate("kvr", even)),
-            ("KVR-S", Candidate("kvr", found.partition)),
-            ("TTFT(p) of KVR-S", Candidate("bound", found.partition)),
+            ("KVR-S", Candidate("kvr", found)),
         ]
-        return compare(self.group, named, self.plan, f"short/{context}", 0)
 
     def splits(self) -> dict[str, Any]:
         """Splits that no search proposed, beside what it found; a schedule can be held against them."""
@@ -199,8 +219,8 @@ class Parts:
 
     def soak(self) -> dict[str, Any]:
         """Prompts of mixed lengths in a row: what memory, and a prompt of always the same length, do meanwhile."""
-        draw, ranks, context = random.Random(2), self.options.ranks, self.options.context
-        fixed = Candidate("kvr", Partition.even(context // 4, ranks))
+        draw, ranks, context = random.Random(2), self.options.ranks, self.options.context // 2
+        fixed = Candidate("kvr", Partition.even(context // 2, ranks))
         told = []
         self.group.plan_ahead(context)
         for turn in range(self.options.prompts):
@@ -247,7 +267,7 @@ class Parts:
         }
 
 
-PARTS = ("verify", "short", "held", "splits", "soak", "kill")
+PARTS = ("verify", "rivals", "short", "held", "splits", "soak", "kill")
 
 
 def together(options: argparse.Namespace) -> None:

@@ -61,15 +61,16 @@ class SamplingPlan:
 
     @classmethod
     def for_backend(cls, backend: str) -> SamplingPlan:
-        """1% on a GPU of one's own, or what five seconds tell; 5% on a shared CPU."""
-        return cls() if backend == "cpu" else cls(tolerance=0.01, most=40, patience_s=5.0)
+        """1% on a GPU of one's own, or what three seconds tell; 5% on a shared CPU."""
+        return cls() if backend == "cpu" else cls(tolerance=0.01, most=40, patience_s=3.0)
 
     @classmethod
     def at_most(cls, samples: int | None, backend: str) -> SamplingPlan:
-        """The same with no more than so many samples; where nobody says, with 8 on a CPU."""
+        """The same with no more than so many samples, however long they take; where nobody says, with 8 on a CPU."""
         plan = cls.for_backend(backend)
         most = samples or (8 if backend == "cpu" else plan.most)
-        return replace(plan, most=most, least=min(plan.least, most))
+        patience_s = plan.patience_s if samples is None else math.inf
+        return replace(plan, most=most, least=min(plan.least, most), patience_s=patience_s)
 
     def precise(self, seconds: Sequence[float]) -> bool:
         """Whether these samples are enough."""

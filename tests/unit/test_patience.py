@@ -49,3 +49,8 @@ def test_nobody_sits_out_on_a_cpu() -> None:
 @pytest.mark.parametrize("backend", ["cuda", "sm"])
 def test_gpus_have_a_patience(backend: str) -> None:
     assert SamplingPlan.at_most(None, backend).patience_s < 60
+
+
+def test_who_says_how_many_samples_gets_them() -> None:
+    count, _ = taken(SamplingPlan.at_most(7, "cuda"), {LONG: 100.0})
+    assert count == {LONG: 8}
