@@ -6,6 +6,8 @@ ended in ``<out>/steps.json``. Steps that ended well are skipped when the script
 limit is stopped and left for the next time, and after each of them everything is in ``<archive>``.
 
     python -m benchmarks.whole_gpus --ranks 4 --steps doctor,search,compare --out whole --archive whole.tar.gz
+
+What they say together is written by ``python -m benchmarks.whole_gpus_figures``.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import optuna
 from msgspec.structs import replace
 
 from benchmarks.prefill import certified, compare
@@ -383,6 +386,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--part", action="store_true", help="run what needs ranks of its own")
     options = parser.parse_args(arguments)
     if options.part:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
         together(options)
         return
     options.out.mkdir(parents=True, exist_ok=True)

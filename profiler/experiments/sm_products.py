@@ -4,7 +4,7 @@ cuBLAS chooses a kernel for the whole GPU. On an eighth of its SMs the same kern
 what another one reaches, and which one it is changes with every 128 rows: uneven chunks would be measured as slow
 for a reason that ranks of whole GPUs do not have. Telling cuBLAS how many SMs there are makes its choice no
 better, and the fastest on a group alone is not the fastest when all groups share the memory and the power
-(docs/performance.md has the figures). So a few of its candidates are timed on all groups at once.
+(docs/sm-partitions.md has the figures). So a few of its candidates are timed on all groups at once.
 """
 
 from __future__ import annotations
