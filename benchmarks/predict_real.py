@@ -93,7 +93,7 @@ def main() -> None:
             told = _told(group, max(contexts) + options.past, log, few, options.profile)
             began = time.monotonic()
             told = profile_chunk_sizes(group, told, dict.fromkeys([*contexts, *held_out], options.quantum), log)
-            print(f"  {len(told.cost.steps)} sizes timed in {time.monotonic() - began:.1f} s", flush=True)
+            print(f"  {len(told.cost.size_effects)} sizes timed in {time.monotonic() - began:.1f} s", flush=True)
 
         def confirmed(context: int, splits: Sequence[Partition]) -> list[Measurement]:
             candidates = [Candidate("kvr", split) for split in splits]
@@ -210,8 +210,8 @@ class Replayed:
 
 def _untold(row: Row) -> Row:
     """The same, but told nothing of chunk sizes."""
-    told = msgspec.structs.replace(row.told, cost=msgspec.structs.replace(row.told.cost, steps=()))
-    return msgspec.structs.replace(row, told=told)
+    told = msgspec.structs.replace(row.prior, cost=msgspec.structs.replace(row.prior.cost, size_effects=()))
+    return msgspec.structs.replace(row, prior=told)
 
 
 def _over(one: Measurement, searched: Measurement) -> dict[str, float]:

@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--one-rank", default="4096,16384,32768", help="contexts; empty for none")
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--bandwidth", help="compare at this rate as well, like 10GB/s")
-    parser.add_argument("--noise", default="0", help="foreign traffic per layer at that rate, like 16MB")
+    parser.add_argument("--noise", default="0", help="background traffic per layer at that rate, like 16MB")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--quantum", type=int, default=128)
     parser.add_argument("--skip", default="", help="methods to leave out, like tp")

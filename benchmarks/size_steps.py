@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
-from kvr_partition.machine.cost import ChunkCost, steps_of
+from kvr_partition.machine.cost import ChunkCost, size_effects_of
 from kvr_partition.measurement import median
 from profiler import MeasurementLog
-from profiler.sizes import with_steps
+from profiler.sizes import with_size_effects
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "h100-sxm"
 
@@ -43,11 +43,11 @@ def explained(log_file: str, sizes_file: str | None) -> dict[str, Any]:
     """Standard deviations of what is left, as shares."""
     with MeasurementLog(DATA / log_file) as log:
         found = [one for one in log.measurements() if one.ok and one.method == "kvr"]
-        told = dict(with_steps(ChunkCost(0.0, 1.0, 0.0, 0.0), log).steps)
+        told = dict(with_size_effects(ChunkCost(0.0, 1.0, 0.0, 0.0), log).size_effects)
     if sizes_file is not None:
         document = json.loads((DATA / sizes_file).read_text())
         seconds = document["seconds"]["0"].items()
-        told = dict(steps_of([(int(size), min(sum(one) for one in rounds)) for size, rounds in seconds]))
+        told = dict(size_effects_of([(int(size), min(sum(one) for one in rounds)) for size, rounds in seconds]))
     times = [
         (at, rank, size, start, median([sample.ranks[rank].compute_s for sample in one.samples]))
         for at, one in enumerate(found)

@@ -57,15 +57,15 @@ class Rugged:
         self._noise = random.Random(f"noise {ranks} {seed}")
         # The order of a 7B model on one GPU that all ranks share.
         cost = ChunkCost(1e-3, 2.8e-5 * ranks, 1.9e-9 * ranks, 2.2e-9 * ranks, 0.3)
-        self.told = Machine(cost, 32, 16384, link=LinkCost.of(2e12, 1e-5))
+        self.prior = Machine(cost, 32, 16384, link=LinkCost.of(2e12, 1e-5))
         true = ChunkCost.of_terms(term * (1 + draw.uniform(-0.15, 0.15)) for term in cost.terms)
-        self.smooth = replace(self.told, cost=true)
+        self.smooth = replace(self.prior, cost=true)
         sizes = range(QUANTUM, CONTEXT + 1, QUANTUM)
         steps = tuple((size, math.exp(draw.gauss(0.0, STEPS))) for size in sizes)
-        self.truth = replace(self.told, cost=replace(true, steps=steps))
+        self.truth = replace(self.prior, cost=replace(true, size_effects=steps))
         if profiled:
             timed = tuple((size, step * math.exp(draw.gauss(0.0, PROFILE_NOISE))) for size, step in steps)
-            self.told = replace(self.told, cost=replace(cost, steps=timed))
+            self.prior = replace(self.prior, cost=replace(cost, size_effects=timed))
         self.measured = 0
 
     def measure(self, partition: Partition) -> Measurement:
@@ -105,7 +105,7 @@ def race(ranks: int, seed: int, kind: str, budget: int) -> dict[str, Any]:
         CONTEXT,
         ranks,
         budget,
-        machine=land.told,
+        machine=land.prior,
         quantum=QUANTUM,
         confirm=lambda splits: [land.measure(one) for one in splits],
     )
@@ -129,9 +129,9 @@ def predicted(ranks: int, seed: int, budget: int, profiled: bool) -> list[dict[s
     land = Rugged(ranks, seed, profiled)
     rows = []
     for context in SEARCHED:
-        found = search(land.measure, context, ranks, budget, machine=land.told, quantum=QUANTUM)
+        found = search(land.measure, context, ranks, budget, machine=land.prior, quantum=QUANTUM)
         trials = tuple(one.measurement for one in found.trials)
-        told = land.told.filed(ranks)
+        told = land.prior.filed(ranks)
         rows.append(
             Row("simulated", "a GPU", "a model", None, "chain", ranks, context, 0, told, found.best.sizes, trials)
         )

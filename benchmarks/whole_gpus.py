@@ -52,7 +52,7 @@ RIVALS = {16384: 12, 65536: 4}
 """Contexts, and how often each method has its turn."""
 VERIFIED = 4096
 HELD = "10GB/s"
-FOREIGN = "16MB"
+BACKGROUND = "16MB"
 """A layer, on one link, at that rate."""
 
 
@@ -215,8 +215,8 @@ class Parts:
                 ("KVR solved, fan-out", Candidate("kvr-fanout", solved["fanout"])),
                 ("TTFT(p) of solved", Candidate("bound", solved["fanout"])),
             ]
-            foreign = int(parse_bytes(FOREIGN, "foreign traffic"))
-            return {"bandwidth": HELD, "noise": FOREIGN, **compare(group, named, self.plan, "held", foreign)}
+            background = int(parse_bytes(BACKGROUND, "background traffic"))
+            return {"bandwidth": HELD, "noise": BACKGROUND, **compare(group, named, self.plan, "held", background)}
         finally:
             group.hold_links(None)
 

@@ -29,7 +29,7 @@ from profiler.calibrate import machine_of_log
 
 
 class Key(NamedTuple):
-    """What samples are of: their purpose without the run behind it, method, chunks, foreign traffic of a layer."""
+    """What samples are of; the purpose is without its run, the noise that of a layer."""
 
     purpose: str
     method: str

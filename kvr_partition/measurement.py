@@ -65,7 +65,7 @@ class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The run in the measurement log whose provenance these samples have."""
     failure: Failure | None = None
     noise: int = 0
-    """Bytes of foreign traffic in each layer, on one random link between neighbours."""
+    """Bytes of background traffic in each layer, on one random link between neighbours."""
     past: int = 0
     """Tokens that every rank had in its cache before."""
 

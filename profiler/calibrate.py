@@ -18,7 +18,7 @@ from kvr_partition.provenance import Provenance
 from profiler.measure import Candidate
 from profiler.models import Operations
 from profiler.ranks import RankGroup
-from profiler.sizes import with_steps
+from profiler.sizes import with_size_effects
 from profiler.store import GUESS, ChunkLine, KeptKV, LinkLine, MeasurementLog, OperationsLine
 
 LEAST_SAMPLES, MOST_SAMPLES = 3, 7
@@ -211,7 +211,7 @@ def _guess(group: RankGroup, cost: ChunkCost) -> Machine:
     )
 
 
-def _alone_speed(log: MeasurementLog) -> float:
+def _solo_speedup(log: MeasurementLog) -> float:
     """How much faster the first rank is while all others are idle; 1 where nothing was timed alone."""
     ratios = []
     before: ChunkLine | None = None
@@ -270,7 +270,7 @@ def guessed_machine_of_log(
     if not guesses:
         raise FitError("neither one rank nor an even split was timed to guess costs from")
     cost = _guessed_cost(counted, guesses[-1], origin.backend, origin.ranks)
-    return _machine_of(log, origin, with_steps(cost, log))
+    return _machine_of(log, origin, with_size_effects(cost, log))
 
 
 def _guessed_cost(counted: Operations | OperationsLine, found: Measurement, backend: str, ranks: int) -> ChunkCost:
@@ -303,10 +303,10 @@ def machine_of_log(log: MeasurementLog, origin: Provenance) -> Machine:
             raise
         return guessed_machine_of_log(log, origin, log.operations)
     return replace(
-        _machine_of(log, origin, with_steps(cost, log)),
+        _machine_of(log, origin, with_size_effects(cost, log)),
         link=link,
         speeds=rank_speeds(log, origin.ranks),
-        alone_speed=_alone_speed(log),
+        solo_speedup=_solo_speedup(log),
     )
 
 
@@ -352,7 +352,7 @@ def measured_machine(
         speeds=rank_speeds(log, group.ranks),
         topology="fanout" if group.topology == "fanout" else "chain",
         overlap=group.resolved_depth == "attention",
-        alone_speed=_alone_speed(log),
+        solo_speedup=_solo_speedup(log),
     )
 
 

@@ -118,10 +118,10 @@ class Ranks:
             raise
         self._ready = [reply for reply in replies if isinstance(reply, messages.Ready)]
         if len({ready.layers for ready in self._ready}) > 1:
-            told = "; ".join(f"rank {rank} {ready.layers}" for rank, ready in enumerate(self._ready))
+            text = "; ".join(f"rank {rank} {ready.layers}" for rank, ready in enumerate(self._ready))
             self.close()
             raise UnsupportedError(
-                f"ranks differ in the layers they can run: {told}; give all the same packages, or take "
+                f"ranks differ in the layers they can run: {text}; give all the same packages, or take "
                 "layers 'stock'"
             )
         if self.backend == "cuda":

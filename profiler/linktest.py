@@ -128,7 +128,7 @@ def _rank(folder: Path, rank: int, ranks: int, name: str) -> dict[str, Any]:
     setup = links_of(None, device)
     agreement = agreement_of(None)
     pairs = [(low, high) for low in range(ranks) for high in range(low + 1, ranks)]
-    told = {
+    pairs_found = {
         (low, high): {
             "from": low,
             "to": high,
@@ -142,13 +142,13 @@ def _rank(folder: Path, rank: int, ranks: int, name: str) -> dict[str, Any]:
         for nbytes in (SMALL, LARGE if device.type == "cuda" else LARGE_ON_HOST):
             for times in _timed(agreement, device, [pair], nbytes).values():
                 took = median(times[len(times) // 2 :])
-                told[pair].update({"latency_s": took} if nbytes == SMALL else {"bandwidth": nbytes / took})
+                pairs_found[pair].update({"latency_s": took} if nbytes == SMALL else {"bandwidth": nbytes / took})
     large = LARGE if device.type == "cuda" else LARGE_ON_HOST
     for pair, times in _timed(agreement, device, pairs, large).items():
-        told[pair]["bandwidth_together"] = large * len(times) / sum(times)
+        pairs_found[pair]["bandwidth_together"] = large * len(times) / sum(times)
     held = [one for middle in range(1, ranks - 1) if (one := _held(agreement, device, middle, folder)) is not None]
     agreement.barrier()
-    return {"pairs": list(told.values()), "held": held}
+    return {"pairs": list(pairs_found.values()), "held": held}
 
 
 def _timed(

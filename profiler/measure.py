@@ -14,7 +14,7 @@ from profiler.store import MeasurementLine, MeasurementLog, SampleLine
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """What is timed: a method, the chunks it runs with, and bytes of foreign traffic in each layer."""
+    """What is timed: a method, the chunks it runs with, and bytes of background traffic in each layer."""
 
     method: str
     partition: Partition

@@ -80,13 +80,13 @@ def check_fits(shape: Shape, partition: Partition, weights: int, memory: int, to
         needs = [(f"rank {rank}", shape.kv(end), shape.working(size)) for rank, (size, end) in enumerate(chunks)]
     who, kv, working = max(needs, key=lambda need: need[1] + need[2])
     if weights + kv + working > memory:
-        told = ", ".join(
+        text = ", ".join(
             f"{what} {size / 2**30:.1f}" for what, size in (("weights", weights), ("KV", kv), ("working", working))
         )
         plural = "need" if together else "needs"
         raise UnsupportedError(
             f"context {partition.context} does not fit: {who} {plural} up to "
-            f"{(weights + kv + working) / 2**30:.1f} GiB ({told}), and the GPU has {memory / 2**30:.1f}; use a "
+            f"{(weights + kv + working) / 2**30:.1f} GiB ({text}), and the GPU has {memory / 2**30:.1f}; use a "
             "shorter context, a smaller batch or a half-precision dtype"
             + ("" if together else ", or more ranks if chunks are what takes it")
         )

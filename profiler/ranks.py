@@ -41,7 +41,7 @@ class RankGroup(Ranks):
             links. Once ranks run it tells which one that is.
         links: between GPUs: ``"peer"``, ``"nccl"`` or ``"auto"``, the best kind that each pair of ranks has.
         bandwidth: bytes per second that each link is held to; None for what it can.
-        noise_seed: of the choice of links that foreign traffic disturbs.
+        noise_seed: of the choice of links that background traffic disturbs.
         profile: what to simulate; for backend ``"simulate"`` only.
         timeout_s: seconds a single request, or starting up, may take.
 

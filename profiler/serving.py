@@ -88,10 +88,10 @@ class Server:
 
 def failed(error: BaseException, rank: int, phase: str) -> messages.Failed:
     """The answer that an error makes."""
-    told = as_rank_error(error, rank, phase)
-    kind = "start" if phase == "start" and told.kind in ("error", "lost") else told.kind
+    failed = as_rank_error(error, rank, phase)
+    kind = "start" if phase == "start" and failed.kind in ("error", "lost") else failed.kind
     return messages.Failed(
-        kind, str(told), "".join(traceback.format_exception(error)), told.phase or phase, told.rank
+        kind, str(failed), "".join(traceback.format_exception(error)), failed.phase or phase, failed.rank
     )
 
 

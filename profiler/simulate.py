@@ -20,7 +20,7 @@ class Simulated:
     Args:
         profile: what chunks, ranks and links cost.
         topology: how KV travels with method ``"kvr"``.
-        noise_seed: of the links that foreign traffic disturbs.
+        noise_seed: of the links that background traffic disturbs.
     """
 
     def __init__(self, profile: Profile, topology: str, noise_seed: int) -> None:
@@ -40,7 +40,7 @@ class Simulated:
             case messages.TimeChunk(chunk=chunk, prefix=prefix, alone=alone, layers=layers):
                 machine = self._profile.machine()
                 share = 1.0 if layers is None else layers / machine.layers
-                timed, eased = (1, machine.alone_speed) if alone else (ranks, 1.0)
+                timed, eased = (1, machine.solo_speedup) if alone else (ranks, 1.0)
                 first = machine.cost.kv_share * machine.cost.smooth.parts(chunk, 0).tokens
                 return [
                     messages.ChunkDone(

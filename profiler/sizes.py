@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from msgspec.structs import replace
 
-from kvr_partition.machine.cost import LEAST_STEP, ChunkCost, steps_of
+from kvr_partition.machine.cost import LEAST_STEP, ChunkCost, size_effects_of
 from kvr_partition.machine.machine import Machine
 from kvr_partition.machine.solve import best_split
 from profiler.ranks import RankGroup
@@ -30,7 +30,7 @@ MARGIN, LEAST_MARGIN = 0.15, 2
 """Chunks of a good split may be so much larger or smaller than those of a guess: a share, and quanta at least."""
 
 LEAST_SIZES = 5
-"""Sizes that a smooth cost, which steps are told from, is fitted to, at least."""
+"""Sizes, at least, that a smooth cost is fitted to; size effects are what it leaves."""
 
 
 def profile_chunk_sizes(
@@ -40,7 +40,7 @@ def profile_chunk_sizes(
     log: MeasurementLog,
     on_chunk: Callable[[int], None] | None = None,
 ) -> Machine:
-    """A machine with the steps of all chunk sizes that good splits of some contexts may have, timed.
+    """A machine with the effects of all chunk sizes that good splits of some contexts may have, timed.
 
     The same machine where kernels take single rows, or every quantum is too fine to matter to them.
 
@@ -58,7 +58,7 @@ def profile_chunk_sizes(
         return machine
     sizes = likely_sizes(machine, list(coarse), group.ranks, min(coarse.values()))
     time_sizes(group, sizes, log, on_chunk)
-    return replace(machine, cost=with_steps(machine.cost, log))
+    return replace(machine, cost=with_size_effects(machine.cost, log))
 
 
 def likely_sizes(machine: Machine, contexts: Sequence[int], ranks: int, quantum: int) -> tuple[int, ...]:
@@ -73,7 +73,7 @@ def likely_sizes(machine: Machine, contexts: Sequence[int], ranks: int, quantum:
     Raises:
         PartitionError: a context too short for so many ranks.
     """
-    smooth = replace(machine, past=0, cost=replace(machine.cost, steps=()))
+    smooth = replace(machine, past=0, cost=replace(machine.cost, size_effects=()))
     least = min(best_split(min(contexts), ranks, smooth, quantum).sizes)
     most = max(best_split(max(contexts), ranks, smooth, quantum).sizes)
     low = max(1, math.floor(min(least * (1 - MARGIN), least - LEAST_MARGIN * quantum) / quantum))
@@ -120,8 +120,8 @@ def time_sizes(
                     on_chunk(size)
 
 
-def with_steps(cost: ChunkCost, log: MeasurementLog) -> ChunkCost:
-    """A cost with the steps that `time_sizes` found; as it was where too few sizes were timed."""
+def with_size_effects(cost: ChunkCost, log: MeasurementLog) -> ChunkCost:
+    """A cost with the size effects that `time_sizes` found; unchanged where too few sizes were timed."""
     times: dict[int, list[float]] = {}
     for line in log.chunks:
         if line.layers is not None and not line.warmup:
@@ -130,4 +130,4 @@ def with_steps(cost: ChunkCost, log: MeasurementLog) -> ChunkCost:
     if len(times) < LEAST_SIZES:
         return cost
     # Whatever disturbs so short a run only makes it longer.
-    return replace(cost, steps=steps_of([(size, min(taken)) for size, taken in times.items()]))
+    return replace(cost, size_effects=size_effects_of([(size, min(taken)) for size, taken in times.items()]))

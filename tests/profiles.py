@@ -19,7 +19,7 @@ COST = ChunkCost(1e-3, 2e-5, 2e-9, 1.5e-9, 0.25)
 LINKS = (LinkCost.of(2e9, 1e-4), LinkCost.of(1e9, 2e-4))
 
 
-MACHINE = Machine(COST, 3, 512, link=LINKS, speeds=(1.0, 1.25, 1.0), alone_speed=1.25)
+MACHINE = Machine(COST, 3, 512, link=LINKS, speeds=(1.0, 1.25, 1.0), solo_speedup=1.25)
 
 
 def profile_of(folder: Path, **changes: Any) -> Profile:

@@ -47,6 +47,6 @@ def rugged_row(context: int, truth: Machine) -> Row:
         context=context,
         sizes=best.sizes,
         trials=tuple(trials),
-        told=LANDS[4].told.filed(3),
+        prior=LANDS[4].prior.filed(3),
         truth=LANDS[4].truth.filed(3),
     )

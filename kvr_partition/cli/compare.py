@@ -67,7 +67,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--partition", metavar="SIZES", help="also time this split, like 9728/6656")
     add_past(group)
     group.add_argument("--methods", help=f"only these, comma-separated: {', '.join(NAMES)}")
-    group.add_argument("--noise", metavar="BYTES", help="time all again under foreign traffic, like 16MB a layer")
+    group.add_argument(
+        "--noise", metavar="BYTES", help="time all again under background traffic, like 16MB a layer"
+    )
     group.add_argument("--no-verify", action="store_true", help="do not verify the methods first")
     group.add_argument("--samples", type=int, help="most samples per method (default 8 on CPU, 40 on GPU)")
     group.add_argument("--log", metavar="FILE", help="append every sample to this measurement log")

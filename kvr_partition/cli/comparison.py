@@ -18,7 +18,7 @@ class Comparison:
 
     Attributes:
         named: what each method is shown as, and its measurement.
-        noisy: the same under foreign traffic, where that was timed.
+        noisy: the same under background traffic, where that was timed.
         ranks: of the group.
         shared: whether the ranks share one GPU, so that all of them together are what single has alone.
         windows: of each layer that keeps KV.

@@ -109,9 +109,9 @@ def _show(options: argparse.Namespace, group: RankGroup, profile: Profile) -> No
         carries = "" if link is None or not link.seconds_per_byte else f"{1e-9 / link.seconds_per_byte:.3g} GB/s"
         rows.append([str(rank), f"{speed:.3f}", "" if link is None else f"{link.latency_s * 1e6:.3g} µs", carries])
     print_table(["rank", "speed", "latency to the next", "bandwidth"], rows)
-    if cost.steps:
-        low, high = (f"{size} tokens {factor - 1:+.1%}" for size, factor in _extremes(cost.steps))
-        print(f"\nAgainst a smooth cost, chunk sizes take {low} to {high} ({len(cost.steps)} timed)")
+    if cost.size_effects:
+        low, high = (f"{size} tokens {factor - 1:+.1%}" for size, factor in _extremes(cost.size_effects))
+        print(f"\nAgainst a smooth cost, chunk sizes take {low} to {high} ({len(cost.size_effects)} timed)")
     print(f"\nWritten to {options.out}. Next:")
     print(f"  kvr-partition compare --context {options.context} --ranks {group.ranks} "
           f"--dtype {group.dtype} --backend simulate --profile {options.out}")  # fmt: skip

@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--partition", metavar="SIZES", help="the split, like 300/212; even if not given")
     add_past(group)
     group.add_argument("--methods", default="kvr", help="comma-separated; default kvr (see compare)")
-    group.add_argument("--noise", metavar="BYTES", default="0", help="foreign traffic per layer, like 1MB")
+    group.add_argument("--noise", metavar="BYTES", default="0", help="background traffic per layer, like 1MB")
     group.add_argument("--out", metavar="FOLDER", help="write a certificate per method there")
     add_ranks(parser)
     add_output(parser)

@@ -54,7 +54,7 @@ def first_ranks(machine: Machine, ranks: int) -> Machine:
         speeds=machine.speeds[:ranks],
         link=link[: ranks - 1] if isinstance(link, tuple) else link,
         # What sharing costs was timed with all of them at work.
-        alone_speed=machine.alone_speed if ranks == len(machine.speeds) else 1.0,
+        solo_speedup=machine.solo_speedup if ranks == len(machine.speeds) else 1.0,
     )
 
 
@@ -75,9 +75,9 @@ def advise(machine: Machine, context: int, ranks: int, quantum: int = 1) -> Advi
         options += [Option(name, count, gathering_ttft(name, context, count, few)) for name in GATHERING]
         for method in METHODS.values():
             if method.topology is not None:
-                told = replace(few, topology=method.topology)
-                split = best_split(context, count, told, quantum=quantum)
-                options.append(Option(method.name, count, simulate(split, told).ttft_s, split))
+                over = replace(few, topology=method.topology)
+                split = best_split(context, count, over, quantum=quantum)
+                options.append(Option(method.name, count, simulate(split, over).ttft_s, split))
     return Advice(context, tuple(options), *_choose(options))
 
 

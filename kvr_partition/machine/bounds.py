@@ -38,8 +38,10 @@ def gathering_ttft(method: GatheringMethod, context: int, ranks: int, machine: M
     now = [0.0] * ranks
     for layer in range(machine.layers):
         met = max(now[rank] + before[rank] for rank in range(ranks))
-        foreign = machine.noise if noisy_link(layer, ranks, machine.noise, machine.noise_seed) is not None else 0
-        gathered = met + (slowest.seconds(carried + foreign) if ranks > 1 else 0.0)
+        background = (
+            machine.noise if noisy_link(layer, ranks, machine.noise, machine.noise_seed) is not None else 0
+        )
+        gathered = met + (slowest.seconds(carried + background) if ranks > 1 else 0.0)
         now = [gathered + after[rank] for rank in range(ranks)]
         total = now[0] if method == "zigzag" else now[-1]
     return total
@@ -64,7 +66,7 @@ def _zigzag(chunk: float, rank: int, ranks: int, machine: Machine) -> tuple[floa
     pieces = [
         cost.smooth.parts(half, machine.past + at * half, machine.dense) for at in (rank, 2 * ranks - 1 - rank)
     ]
-    return cost.parts(chunk, 0).tokens, sum(piece.own + piece.prefix for piece in pieces) * cost.step(chunk)
+    return cost.parts(chunk, 0).tokens, sum(piece.own + piece.prefix for piece in pieces) * cost.size_effect(chunk)
 
 
 _WORK: dict[GatheringMethod, Callable[[float, int, int, Machine], tuple[float, float]]] = {

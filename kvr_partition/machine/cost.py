@@ -89,7 +89,7 @@ class ChunkCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
     """Time of a chunk with causal attention: own block half a square, prefix a rectangle.
 
     ``seconds(c, s) = fixed + per_token·c + per_own_pair·c²/2 + per_prefix_pair·c·s``, every term ≥ 0, times the
-    step of ``c``, if it has one. Files keep it as it is.
+    size effect of ``c``, where it has one. Files keep it as it is, size effects under the name ``steps``.
     """
 
     fixed_s: float
@@ -99,7 +99,7 @@ class ChunkCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
     # A default that files show all the same.
     kv_share: float = msgspec.field(default_factory=float)
     """Share of the fixed and per-token time that a layer spends before its KV is ready to be sent."""
-    steps: tuple[tuple[int, float], ...] = ()
+    size_effects: tuple[tuple[int, float], ...] = msgspec.field(default=(), name="steps")
     """Chunks of exactly so many tokens, in order, and how many times as long as the terms say they take.
 
     Kernels cut rows into tiles and tiles into waves, which fits some sizes better than their neighbours.
@@ -112,21 +112,21 @@ class ChunkCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
 
     @classmethod
     def of_terms(cls, terms: Iterable[float]) -> ChunkCost:
-        """A cost of such `terms`, without steps."""
+        """A cost of such `terms`, without size effects."""
         fixed, token, own_pair, prefix_pair, kv_share = map(float, terms)
         return cls(fixed, token, own_pair, prefix_pair, kv_share)
 
     @property
     def smooth(self) -> ChunkCost:
-        """The same without steps."""
+        """The same without size effects."""
         return self.of_terms(self.terms)
 
     @property
     def wrong(self) -> str | None:
         """Why no chunk can cost that, or None."""
         terms = (self.fixed_s, self.per_token_s, self.per_own_pair_s, self.per_prefix_pair_s)
-        sizes = [size for size, _ in self.steps]
-        if sizes != sorted(set(sizes)) or any(size < 1 or factor <= 0 for size, factor in self.steps):
+        sizes = [size for size, _ in self.size_effects]
+        if sizes != sorted(set(sizes)) or any(size < 1 or factor <= 0 for size, factor in self.size_effects):
             return "steps need sizes that grow, and factors above 0"
         if min(terms) < 0 or max(terms[1:]) == 0 or not 0 <= self.kv_share < 1:
             return "its cost must not be negative, must grow with the chunk, and kv_share lies in [0, 1)"
@@ -139,31 +139,31 @@ class ChunkCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
             chunk, prefix: tokens of the chunk and before it.
             dense: whether every pair of the own block is computed and masked, rather than the causal ones.
         """
-        step = self.step(chunk)
+        effect = self.size_effect(chunk)
         return Parts(
-            (self.fixed_s + self.per_token_s * chunk) * step,
-            self.per_own_pair_s * chunk * chunk * (1.0 if dense else 0.5) * step,
-            self.per_prefix_pair_s * chunk * prefix * step,
+            (self.fixed_s + self.per_token_s * chunk) * effect,
+            self.per_own_pair_s * chunk * chunk * (1.0 if dense else 0.5) * effect,
+            self.per_prefix_pair_s * chunk * prefix * effect,
         )
 
     def seconds(self, chunk: float, prefix: float, dense: bool = False) -> float:
         """Time in seconds of ``chunk`` tokens behind ``prefix`` tokens; see `parts`."""
         return float(sum(self.parts(chunk, prefix, dense)))
 
-    def step(self, chunk: Any) -> Any:
+    def size_effect(self, chunk: Any) -> Any:
         """What the terms are multiplied by for a chunk of so many tokens, or for each of an array."""
         if not hasattr(chunk, "shape"):
-            return next((factor for size, factor in self.steps if size == chunk), 1.0)
+            return next((factor for size, factor in self.size_effects if size == chunk), 1.0)
         import numpy as np
 
-        if not self.steps:
+        if not self.size_effects:
             return np.ones_like(chunk)
-        sizes, factors = (np.array(column) for column in zip(*self.steps, strict=True))
+        sizes, factors = (np.array(column) for column in zip(*self.size_effects, strict=True))
         at = np.searchsorted(sizes, chunk).clip(max=len(sizes) - 1)
         return np.where(sizes[at] == chunk, factors[at], 1.0)
 
     def chunk_for(self, seconds: float, prefix: float) -> float:
-        """The largest chunk, in tokens and not rounded, that takes no longer than ``seconds``, steps left out."""
+        """The largest chunk, in tokens, not rounded, that takes at most ``seconds`` without size effects."""
         spare = seconds - self.fixed_s
         if spare <= 0:
             return 0.0
@@ -241,8 +241,8 @@ def multiples(chunk: Array, prefix: Array, dense: bool = False) -> Array:
     return np.stack([np.ones_like(chunk), chunk, own, chunk * prefix], axis=-1)
 
 
-def steps_of(timed: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
-    """`ChunkCost.steps` from what chunks of several sizes take behind the same prefix.
+def size_effects_of(timed: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    """`ChunkCost.size_effects` from what chunks of several sizes take behind the same prefix.
 
     Args:
         timed: ``(tokens, seconds)`` of each size, of the whole model or of some layers.

@@ -77,18 +77,18 @@ def findings(
     Args:
         machine: what it ran on. One without links says nothing.
         chunks_timed: whether the machine's costs were timed here; a guess of them says nothing about slow ranks.
-        noise_seed: of the choice of links that foreign traffic disturbs.
+        noise_seed: of the choice of links that background traffic disturbs.
     """
     partition = measurement.partition
     known = machine.link != FREE_LINK
     if not known or not measurement.ok or not method_of(measurement.method).splits or partition.ranks < 2:
         return []
-    told = replace(machine, past=partition.past, noise=measurement.noise, noise_seed=noise_seed)
-    told = replace(told, topology=method_of(measurement.method).topology or told.topology)
-    alone = simulate(partition, told)
+    as_run = replace(machine, past=partition.past, noise=measurement.noise, noise_seed=noise_seed)
+    as_run = replace(as_run, topology=method_of(measurement.method).topology or as_run.topology)
+    alone = simulate(partition, as_run)
     samples = measurement.samples[:_MOST_SAMPLES]
-    expected = [_as_computed(sample, told, alone, measurement) for sample in samples]
-    found = _waits(samples, expected, told)
+    expected = [_as_computed(sample, as_run, alone, measurement) for sample in samples]
+    found = _waits(samples, expected, as_run)
     if chunks_timed:
         found += _slow_ranks(samples, alone)
     if not found:
@@ -121,16 +121,16 @@ def contradict(found: Sequence[Sequence[Finding]], least: int = 2) -> str | None
     return None
 
 
-def _as_computed(sample: Sample, told: Machine, alone: Timeline, measurement: Measurement) -> Timeline:
+def _as_computed(sample: Sample, as_run: Machine, alone: Timeline, measurement: Measurement) -> Timeline:
     """The schedule of ranks that compute what they did in one sample."""
     speeds = tuple(
-        planned.compute_s / (ran.compute_s * told.slowness(rank)) if ran.compute_s > 0 else 1.0
+        planned.compute_s / (ran.compute_s * as_run.slowness(rank)) if ran.compute_s > 0 else 1.0
         for rank, (planned, ran) in enumerate(zip(alone.ranks, sample.ranks, strict=True))
     )
-    return simulate(measurement.partition, replace(told, speeds=speeds, alone_speed=1.0))
+    return simulate(measurement.partition, replace(as_run, speeds=speeds, solo_speedup=1.0))
 
 
-def _waits(samples: Sequence[Sample], expected: Sequence[Timeline], told: Machine) -> list[Finding]:
+def _waits(samples: Sequence[Sample], expected: Sequence[Timeline], as_run: Machine) -> list[Finding]:
     """The first rank that waits longer than its links explain, and why; those after it wait for it."""
     ranks = len(samples[0].ranks)
     for rank in range(1, ranks):
@@ -142,7 +142,7 @@ def _waits(samples: Sequence[Sample], expected: Sequence[Timeline], told: Machin
         if min(left) < max(SHARE * ttft, LEAST_S):
             continue
         over, share = median(left), median(left) / ttft
-        slow = _slow_link(rank, samples, expected, told, share)
+        slow = _slow_link(rank, samples, expected, as_run, share)
         if rank == 1 and slow is not None:
             return [slow]  # it has nothing to pass on that its link could stand behind
         first = [
@@ -175,10 +175,10 @@ def _long_wait(rank: int, over: float, share: float) -> Finding:
 
 
 def _slow_link(
-    rank: int, samples: Sequence[Sample], expected: Sequence[Timeline], told: Machine, share: float
+    rank: int, samples: Sequence[Sample], expected: Sequence[Timeline], as_run: Machine, share: float
 ) -> Finding | None:
     """The link to a rank, if what is sent before it takes far longer than it was timed at."""
-    sources = [rank - 1] if told.topology == "chain" else list(range(rank))
+    sources = [rank - 1] if as_run.topology == "chain" else list(range(rank))
     ratios = {
         source: min(
             sample.ranks[source].transfer_s / timeline.ranks[source].transfer_s
@@ -193,7 +193,7 @@ def _slow_link(
     source = max(ratios, key=ratios.__getitem__)
     if ratios[source] < SLOW_LINK:
         return None
-    timed = 1 / told.link_between(source, rank).seconds_per_byte
+    timed = 1 / as_run.link_between(source, rank).seconds_per_byte
     return Finding(
         "link",
         f"link {source}→{rank} delivers {_rate(timed / ratios[source])}, was timed at {_rate(timed)}: "

@@ -26,9 +26,10 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         overlap: whether a rank attends to its own block before the prefix has arrived (attention depth).
         dense: whether every pair is computed and masked, as in the paper, rather than causal ones only.
         past: tokens that every rank has in its cache already, where no partition says so itself.
-        noise, noise_seed: foreign traffic, as in `runtime.links.LinkLimits`.
-        alone_speed: of a rank while all others are idle, relative to ``speeds``, which are those of all ranks at
-            work at once. Ranks on one GPU share its power and memory; 1 for ranks that share nothing.
+        noise, noise_seed: background traffic, as in `runtime.links.LinkLimits`.
+        solo_speedup: speed of a rank while all others are idle, relative to ``speeds``, which are those of all
+            ranks at work at once; ``alone_speed`` in files. Ranks on one GPU share its power and memory; 1 for
+            ranks that share nothing.
     """
 
     cost: ChunkCost
@@ -43,7 +44,7 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     past: int = 0
     noise: int = 0
     noise_seed: int = 0
-    alone_speed: float = msgspec.field(default_factory=lambda: 1.0)
+    solo_speedup: float = msgspec.field(default_factory=lambda: 1.0, name="alone_speed")
 
     def slowness(self, rank: int) -> float:
         """How many times as long as ``cost`` a rank takes."""
@@ -65,14 +66,14 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
 
     def filed(self, ranks: int) -> Machine:
         """As files keep it: a speed for each of so many ranks, a link from each to the next, and no past."""
-        steps = tuple((int(size), float(factor)) for size, factor in self.cost.steps)
+        steps = tuple((int(size), float(factor)) for size, factor in self.cost.size_effects)
         return Machine(
-            msgspec.structs.replace(self.cost.smooth, steps=steps),
+            msgspec.structs.replace(self.cost.smooth, size_effects=steps),
             self.layers,
             self.entry_bytes,
             tuple(LinkCost(float(one.latency_s), float(one.seconds_per_byte)) for one in self.links(ranks)),
             tuple(float(1 / self.slowness(rank)) for rank in range(ranks)),
             self.topology,
             self.overlap,
-            alone_speed=float(self.alone_speed),
+            solo_speedup=float(self.solo_speedup),
         )

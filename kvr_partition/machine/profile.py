@@ -47,7 +47,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         cost: of a chunk on a rank of speed 1.
         speeds: of each rank.
         links: from each rank to the next.
-        alone_speed: as in `Machine`.
+        solo_speedup: as in `Machine`.
     """
 
     schema: str
@@ -60,7 +60,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     links: tuple[LinkCost, ...]
     chunk_samples: tuple[ChunkSample, ...]
     link_samples: tuple[LinkSample, ...]
-    alone_speed: float = 1.0
+    solo_speedup: float = msgspec.field(default=1.0, name="alone_speed")
 
     @classmethod
     def of(
@@ -84,7 +84,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             kept.links(provenance.ranks),
             chunks,
             links,
-            kept.alone_speed,
+            kept.solo_speedup,
         )
 
     def machine(self, topology: Literal["chain", "fanout"] = "chain", bandwidth: float | None = None) -> Machine:
@@ -98,7 +98,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             self.speeds,
             topology,
             self.provenance.depth == "attention",
-            alone_speed=self.alone_speed,
+            solo_speedup=self.solo_speedup,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -130,7 +130,7 @@ def load_profile(path: str | os.PathLike[str]) -> Profile:
         raise refuse(f"{ranks} ranks are joined by {ranks - 1} links, not {len(profile.links)}")
     if any(link.latency_s < 0 or link.seconds_per_byte < 0 for link in profile.links):
         raise refuse("a link cannot take less than no time")
-    if not profile.alone_speed >= 1:
+    if not profile.solo_speedup >= 1:
         raise refuse("a rank alone cannot be slower than beside others")
     if profile.layers < 1 or profile.entry_bytes < 1 or profile.context < ranks:
         raise refuse("layers, entry_bytes and context must be positive")

@@ -80,7 +80,7 @@ _BATCH = 2048
 """Partitions simulated together: enough to hide Python's part, few enough to stay in the cache."""
 
 
-def ease(sizes: Any, machine: Machine) -> Array:
+def contention(sizes: Any, machine: Machine) -> Array:
     """What ranks' times are multiplied by because others are idle now and then, of many partitions; ``[n]``.
 
     Between all at work and one alone it falls with the share of time that ranks are idle.
@@ -92,16 +92,16 @@ def ease(sizes: Any, machine: Machine) -> Array:
         return np.ones(len(table))
     run = _Run(table, machine)
     run.play()
-    return run.ease()
+    return run.contention()
 
 
 def _shared(machine: Machine, sizes: Array) -> bool:
     """Whether some of these ranks are faster while others are idle."""
-    return machine.alone_speed != 1 and sizes.shape[1] > 1
+    return machine.solo_speedup != 1 and sizes.shape[1] > 1
 
 
 def _played(sizes: Array, machine: Machine, keep: bool = False) -> _Run:
-    run = _Run(sizes, machine, keep, ease(sizes, machine) if _shared(machine, sizes) else None)
+    run = _Run(sizes, machine, keep, contention(sizes, machine) if _shared(machine, sizes) else None)
     run.play()
     return run
 
@@ -109,7 +109,9 @@ def _played(sizes: Array, machine: Machine, keep: bool = False) -> _Run:
 class _Run:
     """The schedule itself, for ``n`` partitions at once; times are arrays ``[n]``."""
 
-    def __init__(self, sizes: Array, machine: Machine, keep: bool = False, ease: Array | None = None) -> None:
+    def __init__(
+        self, sizes: Array, machine: Machine, keep: bool = False, contention: Array | None = None
+    ) -> None:
         import numpy as np
 
         self.ranks = sizes.shape[1]
@@ -120,8 +122,8 @@ class _Run:
         starts = machine.past + np.cumsum(chunks, axis=0) - chunks
         cost, layers = machine.cost, machine.layers
         slow = np.array([machine.slowness(rank) for rank in range(self.ranks)])[:, None] / layers
-        if ease is not None:
-            slow = slow * ease
+        if contention is not None:
+            slow = slow * contention
         work, own, prefix = (part * slow for part in cost.parts(chunks, starts, machine.dense))
         self.before_kv = work * cost.kv_share
         self.before_wait = own if machine.overlap else np.zeros_like(own)
@@ -146,13 +148,13 @@ class _Run:
         result: Array = self.now[-1]
         return result
 
-    def ease(self) -> Array:
+    def contention(self) -> Array:
         """See `ease`."""
         computed = self.machine.layers * (self.before_kv + self.before_wait + self.after_wait).sum(axis=0)
         idle = 1 - computed / (self.ranks * self.now.max(axis=0))
         # While slow links keep everybody waiting, more than all but one are idle.
         others: Array = (idle / (1 - 1 / self.ranks)).clip(0, 1)
-        return 1 - others * (1 - 1 / self.machine.alone_speed)
+        return 1 - others * (1 - 1 / self.machine.solo_speedup)
 
     def _layer(self, layer: int) -> None:
         import numpy as np

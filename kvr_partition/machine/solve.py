@@ -139,7 +139,7 @@ def best_order(
     if links is None and not isinstance(machine.link, LinkCost):
         raise PartitionError("links that differ must be told from each device to each other: give links=")
 
-    def told(order: tuple[int, ...]) -> Machine:
+    def in_order(order: tuple[int, ...]) -> Machine:
         hops = machine.link
         if links is not None:
             hops = tuple(links[before][after] for before, after in itertools.pairwise(order))
@@ -151,7 +151,7 @@ def best_order(
 
     def roughly(order: tuple[int, ...]) -> float:
         if order not in known:
-            one = told(order)
+            one = in_order(order)
             split = balanced(one.cost, context, devices, past=one.past, speeds=one.speeds)
             known[order] = float(ttft([split.sizes], one)[0])
         return known[order]
@@ -172,8 +172,8 @@ def best_order(
                 best = near
     found = []
     for order in sorted(known, key=lambda order: (known[order], order))[:_FINALISTS]:
-        split = best_split(context, devices, told(order), quantum=quantum)
-        found.append(Ordered(order, split, simulate(split, told(order)).ttft_s))
+        split = best_split(context, devices, in_order(order), quantum=quantum)
+        found.append(Ordered(order, split, simulate(split, in_order(order)).ttft_s))
     return min(found, key=lambda one: one.ttft_s)
 
 

@@ -38,7 +38,7 @@ class GroupGather:
     """All-gather over a process group, or a backend of one.
 
     A bandwidth limit is that of a ring: every link carries the rows of all ranks but one, so the slowest
-    link, the one with foreign traffic, holds all ranks up.
+    link, the one with background traffic, holds all ranks up.
     """
 
     def __init__(self, group: Any, limits: LinkLimits = NO_LIMITS) -> None:
@@ -53,13 +53,13 @@ class GroupGather:
         tokens = [sum(end - start for start, end in runs) for runs in owned]
         self.sent_bytes += tokens[self.rank] * entry * (self.ranks - 1)
         noisy = self._limits.noisy_link(layer, self.ranks)
-        foreign = [] if noisy is None else self._foreign(layer, noisy, rows.device)
+        background = [] if noisy is None else self._background(layer, noisy, rows.device)
         # The link to the next rank carries everyone's rows but the next rank's own.
         carried = (sum(tokens) - tokens[(self.rank + 1) % self.ranks]) * entry
         self._hold(carried + (0 if noisy is None else self._limits.noise), rows.device)
         for runs in zip(*owned, strict=True):
             self._gather_runs(rows, list(runs))
-        for work in foreign:
+        for work in background:
             work.wait()
 
     def _gather_runs(self, rows: torch.Tensor, runs: Runs) -> None:
@@ -85,7 +85,7 @@ class GroupGather:
         elif seconds:
             time.sleep(seconds)
 
-    def _foreign(self, layer: int, link: int, device: torch.device) -> list[dist.Work]:
+    def _background(self, layer: int, link: int, device: torch.device) -> list[dist.Work]:
         if self.rank not in (link, link + 1):
             return []
         message = torch.zeros(self._limits.noise, dtype=torch.uint8, device=device)

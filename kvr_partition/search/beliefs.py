@@ -36,8 +36,8 @@ class Beliefs:
     measured: tuple[Measurement, ...]
     _process: Any
     _offset: float
-    _step_spread: float = 0.0
-    _met: tuple[int, ...] = ()
+    _size_effect_spread: float = 0.0
+    _measured_sizes: tuple[int, ...] = ()
 
     @classmethod
     def after(cls, machine: Machine, context: int, measurements: Sequence[Measurement]) -> Beliefs:
@@ -68,7 +68,7 @@ class Beliefs:
             process.fit(_places(sizes), residual - offset)
             if best is None or process.log_marginal_likelihood_value_ > best[0].log_marginal_likelihood_value_:
                 best = process, offset
-        return cls(found.machine, context, timed, best[0], best[1], found.step_spread, found.met)
+        return cls(found.machine, context, timed, best[0], best[1], found.size_effect_spread, found.measured_sizes)
 
     def ttft_s(self, sizes: Any) -> tuple[Array, Array]:
         """Expected TTFT in seconds of partitions ``[n, ranks]``, and its relative uncertainty."""
@@ -79,16 +79,16 @@ class Beliefs:
         if self._process is None:
             return simulated, np.full(len(table), TERM_SPREAD)
         shift, spread = self._process.predict(_places(table), return_std=True)
-        if self._step_spread:
-            unknown = ~np.isin(table, self._met).all(axis=1)
-            spread = np.hypot(spread, self._step_spread * unknown)
+        if self._size_effect_spread:
+            unknown = ~np.isin(table, self._measured_sizes).all(axis=1)
+            spread = np.hypot(spread, self._size_effect_spread * unknown)
         return simulated * self.surprised(table) * np.exp(shift + self._offset), spread
 
     def surprised(self, sizes: Any) -> Array:
-        """By what factor chunk sizes that were never met delay partitions ``[n, ranks]``, as one has to expect."""
+        """Factor by which chunk sizes that were never measured are expected to delay partitions ``[n, ranks]``."""
         import numpy as np
 
-        factors: Array = np.exp(self._step_spread * surprise(sizes, self._met))
+        factors: Array = np.exp(self._size_effect_spread * expected_maximum(sizes, self._measured_sizes))
         return factors
 
     def ranked(self) -> list[Measurement]:
@@ -99,24 +99,24 @@ class Beliefs:
         return [self.measured[at] for at in expected.argsort(kind="stable")]
 
 
-def surprise(sizes: Any, met: Iterable[int]) -> Array:
-    """How much later the slowest of some ranks is than expected, if sizes that were never met have steps.
+def expected_maximum(sizes: Any, measured_sizes: Iterable[int]) -> Array:
+    """Expected maximum of the size effects of a partition's ranks, where some sizes were never measured.
 
-    Ranks of a good split are equally fast, as far as one knows; of those whose sizes are a surprise the one that
-    likes its size the least then sets the pace. Ranks of the same size share their surprise, and ranks without
-    one are no faster than expected: one rank of an unknown size can only delay the others.
+    Ranks of a good split are expected to take equally long. The rank with the largest unknown size effect then
+    sets the pace. Ranks of one size share its effect. Ranks of measured sizes take what is expected, so that an
+    unknown size can only delay the others.
 
     Args:
         sizes: of partitions, ``[n, ranks]``.
-        met: chunk sizes whose steps are known.
+        measured_sizes: chunk sizes whose effects are known.
 
     Returns:
-        ``[n]``, in standard deviations of a step.
+        ``[n]``, in standard deviations of a size effect.
     """
     import numpy as np
 
     table = np.asarray(sizes, dtype=float)
-    unknown = ~np.isin(table, list(met))
+    unknown = ~np.isin(table, list(measured_sizes))
     ordered = np.sort(np.where(unknown, table, -1.0), axis=1)
     different = (np.diff(ordered, axis=1, prepend=-1.0) > 0).sum(axis=1)
     alone, beside = _largest(table.shape[1])

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from kvr_partition.machine.cost import ChunkCost, LinkCost, multiples
 from kvr_partition.machine.machine import Machine
-from kvr_partition.machine.schedule import ease, ttft
+from kvr_partition.machine.schedule import contention, ttft
 from kvr_partition.measurement import Measurement, median
 
 if TYPE_CHECKING:
@@ -28,20 +28,20 @@ TERM_SPREAD, SPEED_SPREAD, LINK_SPREAD, SHARE_SPREAD = 0.2, 0.15, 0.5, 0.25
 DRIFT_SPREADS = (0.0, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
 STEP_SPREADS = (0.0, 0.01, 0.02, 0.04, 0.08)
 SCATTER_SPREADS = (0.0, 0.01, 0.02, 0.04)
-"""What is tried of how far the whole machine drifts, chunks of a size are off alike, and all else scatters."""
+"""Grids of relative spreads: of the whole machine's drift, of size effects, and of all else."""
 
 TOLD_WEIGHTS, USUAL_WEIGHT, WEIGHT_SPREAD = (0.0, 0.25, 0.5, 0.75, 1.0), 0.5, 0.35
-"""What is tried of how much of the steps that were told shows in a prefill; what is usual, and how far others are.
+"""Grid of exponents applied to profiled size effects; the usual exponent, and its prior's standard deviation.
 
-Ranks that share a GPU get into each other's way otherwise when all take the same chunk at once.
+Prefills show less than profiles do: ranks that share a GPU disturb each other when all run the same chunk at once.
 """
 
 USUAL_DRIFT, USUAL_SCATTER, USUAL_STEP = 3.0, 2.0, 0.05
-"""A machine drifts and scatters from one measurement to the next by so many times what it does from one sample to
-the next, usually; and steps, as a share, are of that order."""
+"""Usual drift and scatter between measurements, as multiples of those between samples; usual size effects, as a
+share."""
 
 MOST_TIMES = 200
-"""Times of ranks that the spreads are told from, about."""
+"""Rank times, at most about so many, that spreads are estimated from."""
 
 LEAST_USUAL = 0.01
 """However little a few samples differ, as a share."""
@@ -69,14 +69,14 @@ class Corrected:
     Attributes:
         machine: the one that best explains how long ranks computed and links carried.
         drift: of each measurement the logarithm of how much slower the whole machine was than on average.
-        step_spread: how far, as a share, chunks of one size are off from what was told of their size.
-        met: the chunk sizes that were measured, whose steps are known.
+        size_effect_spread: how far, as a share, chunks of one size are off from what was told of their size.
+        measured_sizes: the chunk sizes that were measured, whose steps are known.
     """
 
     machine: Machine
     drift: tuple[float, ...]
-    step_spread: float = 0.0
-    met: tuple[int, ...] = ()
+    size_effect_spread: float = 0.0
+    measured_sizes: tuple[int, ...] = ()
 
 
 def corrected(machine: Machine, measurements: Sequence[Measurement]) -> Corrected:
@@ -94,13 +94,15 @@ def corrected(machine: Machine, measurements: Sequence[Measurement]) -> Correcte
     told = _with_links(found.machine, timed)
     known = dict(zip(map(id, timed), found.drift, strict=True))
     drift = tuple(known.get(id(one), 0.0) for one in measurements)
-    return Corrected(_with_kv_share(told, timed, found.drift), drift, found.step_spread, found.met)
+    return Corrected(
+        _with_kv_share(told, timed, found.drift), drift, found.size_effect_spread, found.measured_sizes
+    )
 
 
 def _with_steps(machine: Machine, weight: float) -> Machine:
     """The same, with so much of its steps."""
-    steps = tuple((size, factor**weight) for size, factor in machine.cost.steps)
-    return replace(machine, cost=replace(machine.cost, steps=steps))
+    steps = tuple((size, factor**weight) for size, factor in machine.cost.size_effects)
+    return replace(machine, cost=replace(machine.cost, size_effects=steps))
 
 
 def _with_costs(machine: Machine, timed: Sequence[Measurement]) -> Corrected:
@@ -120,7 +122,7 @@ def _with_costs(machine: Machine, timed: Sequence[Measurement]) -> Corrected:
     ranks = sizes.shape[1]
     slowness = np.log([machine.slowness(rank) for rank in range(ranks)])
     all_known = np.log(took) - slowness - np.log(_eases(timed, machine))[:, None]
-    told_steps = np.log(cost.step(sizes))
+    told_steps = np.log(cost.size_effect(sizes))
     different, which = np.unique(sizes, return_inverse=True)
     which = which.reshape(sizes.shape)
 
@@ -166,7 +168,7 @@ def _with_costs(machine: Machine, timed: Sequence[Measurement]) -> Corrected:
         _, spreads, weight = best
     cost_terms, slow, drift, steps = solved(all_known - weight * told_steps, spreads)
     fixed, token, own_pair, prefix_pair = (float(one) for one in prices * np.exp(cost_terms))
-    factors = dict(_with_steps(machine, weight).cost.steps)
+    factors = dict(_with_steps(machine, weight).cost.size_effects)
     for size, step in zip(map(int, different), steps, strict=False):
         factors[size] = factors.get(size, 1.0) * math.exp(step)
     told = replace(
@@ -319,7 +321,7 @@ def _eases(timed: Sequence[Measurement], machine: Machine) -> Array:
     """`schedule.ease` of each of these partitions, each behind its own past."""
     import numpy as np
 
-    return np.array([ease([one.sizes], replace(machine, past=one.past))[0] for one in timed])
+    return np.array([contention([one.sizes], replace(machine, past=one.past))[0] for one in timed])
 
 
 def _bytes_sent(machine: Machine, sizes: Sequence[int], rank: int) -> list[tuple[float, LinkCost]]:

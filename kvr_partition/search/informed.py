@@ -153,7 +153,7 @@ class InformedSampler(PartitionSampler):
         generator = np.random.default_rng((self._seed or 0, len(measured)))
         centres = [solved.boundaries[1:-1], *(one.partition.boundaries[1:-1] for one in ranked[:3])]
         sizes = self._around(centres, context, generator)
-        if beliefs.machine.cost.steps and len(sizes):
+        if beliefs.machine.cost.size_effects and len(sizes):
             sizes = np.unique(np.concatenate([sizes, self._exchanged(beliefs, sizes)]), axis=0)
         fresh = np.array([tuple(row) not in taken for row in sizes.tolist()], dtype=bool)
         sizes = sizes[fresh]
@@ -173,11 +173,11 @@ class InformedSampler(PartitionSampler):
         return self._partition(sizes[at])
 
     def _solved(self, beliefs: Beliefs) -> Partition:
-        """The best split of a machine, and of its steps where sizes are told to have any."""
+        """The best split of a smooth machine; and with its size effects, where it has any."""
         assert self._space is not None
         space, machine = self._space, beliefs.machine
         found = best_split(space.context, len(space.ranges) + 1, machine, quantum=space.quantum)
-        if not machine.cost.steps or space.context % space.quantum:
+        if not machine.cost.size_effects or space.context % space.quantum:
             return found
         return local_search(found, space.quantum, machine, beliefs.surprised, self._inside)
 
@@ -185,7 +185,7 @@ class InformedSampler(PartitionSampler):
         """Partitions of chunk sizes that go well, on the way from the best of these."""
         assert self._space is not None
         best = sizes[int(beliefs.ttft_s(sizes)[0].argmin())]
-        known = [size for size, _ in beliefs.machine.cost.steps]
+        known = [size for size, _ in beliefs.machine.cost.size_effects]
         return descent(best, self._space.quantum, lambda rows: beliefs.ttft_s(rows)[0], known, self._inside)
 
     def _partition(self, sizes: Any) -> Partition:

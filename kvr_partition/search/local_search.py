@@ -36,7 +36,7 @@ def local_search(
     """
     import numpy as np
 
-    known = [size for size, _ in machine.cost.steps]
+    known = [size for size, _ in machine.cost.size_effects]
 
     def seconds(rows: Sizes) -> Array:
         return ttft(rows, machine) * delayed(rows)
@@ -54,7 +54,7 @@ def descent(
 ) -> Sizes:
     """The partitions passed on the way, ``[n, ranks]``; the last is the best.
 
-    Where chunk sizes have steps, moving a boundary a little says nothing about moving it a little more, and a move
+    With size effects, moving a boundary a little says nothing about moving it a little more, and a move
     that is good for one rank is bad for its neighbour: any two ranks may exchange one, two or four quanta, or what
     brings one of them to a size that is known.
 

@@ -40,7 +40,7 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         hardware, model, bandwidth, topology, ranks: where; ``bandwidth`` in bytes per second is what links were
             held to, or None.
         context, past: of what.
-        told: what was known of costs before anything was searched.
+        prior: what was known of costs before anything was searched.
         sizes: the best partition found.
         trials: every measurement that led to it.
         truth: of a simulated row, what it was measured on.
@@ -56,7 +56,7 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ranks: int
     context: int
     past: int
-    told: Machine
+    prior: Machine = msgspec.field(name="told")
     sizes: tuple[int, ...]
     trials: tuple[Measurement, ...]
     truth: Machine | None = None
@@ -100,7 +100,7 @@ def _believed(row: Row) -> tuple[Beliefs, float]:
     """What a measured row's trials lead to expect, and of the best partition."""
     from kvr_partition.search.beliefs import Beliefs
 
-    beliefs = Beliefs.after(row.told.behind(row.past), row.context, row.trials)
+    beliefs = Beliefs.after(row.prior.behind(row.past), row.context, row.trials)
     solved = best_split(row.context, row.ranks, beliefs.machine)
     known = [row.sizes, solved.sizes, *(one.sizes for one in row.trials if one.ok)]
     return beliefs, float(beliefs.ttft_s(known)[0].min())
@@ -108,7 +108,7 @@ def _believed(row: Row) -> tuple[Beliefs, float]:
 
 def measured_row(
     provenance: Provenance,
-    told: Machine,
+    prior: Machine,
     trials: Sequence[Measurement],
     sizes: tuple[int, ...],
     bandwidth: float | None = None,
@@ -131,7 +131,7 @@ def measured_row(
         ranks=provenance.ranks,
         context=context,
         past=past,
-        told=told.filed(provenance.ranks),
+        prior=prior.filed(provenance.ranks),
         sizes=sizes,
         trials=tuple(trials),
         provenance=provenance,
@@ -186,7 +186,7 @@ def load_dataset(path: str | os.PathLike[str]) -> Dataset:
             raise FileFormatError(
                 f"{os.fspath(path)}: rows[{index}] has sizes that are no partition of its context"
             )
-        links = row.told.link
-        if not isinstance(links, tuple) or len(links) != row.ranks - 1 or len(row.told.speeds) != row.ranks:
+        links = row.prior.link
+        if not isinstance(links, tuple) or len(links) != row.ranks - 1 or len(row.prior.speeds) != row.ranks:
             raise FileFormatError(f"{os.fspath(path)}: rows[{index}] tells of another number of ranks")
     return found

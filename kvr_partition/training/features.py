@@ -42,14 +42,14 @@ class Query:
     """What is to be predicted: a context and past on a machine, and what is known of its costs."""
 
     machine: MachineKey
-    told: Machine
+    prior: Machine
     context: int
     past: int
 
     @classmethod
     def of(cls, row: Row) -> Query:
         """What a row is the answer to."""
-        return cls(row.machine, row.told, row.context, row.past)
+        return cls(row.machine, row.prior, row.context, row.past)
 
     @property
     def ranks(self) -> int:
@@ -66,16 +66,16 @@ def features(query: Query) -> Array:
     """``[boundaries, features]`` in the order of `NAMES`."""
     import numpy as np
 
-    told, ranks, context, past = query.told, query.ranks, query.context, query.past
-    cost, links = told.cost, told.links(ranks)
+    prior, ranks, context, past = query.prior, query.ranks, query.context, query.past
+    cost, links = prior.cost, prior.links(ranks)
     tokens, *pairs = cost.smooth.parts(context, past)
     attention = sum(pairs)
     work = tokens + attention + cost.fixed_s * (ranks - 1)
     slowest = max(link.seconds_per_byte for link in links)
-    carried = context * told.entry_bytes * told.layers * slowest
-    mean_speed = sum(told.speeds) / ranks
+    carried = context * prior.entry_bytes * prior.layers * slowest
+    mean_speed = sum(prior.speeds) / ranks
     mean_link = sum(link.seconds_per_byte for link in links) / len(links)
-    so_far = list(itertools.accumulate(speed / mean_speed / ranks for speed in told.speeds))
+    so_far = list(itertools.accumulate(speed / mean_speed / ranks for speed in prior.speeds))
     rows = []
     for at in range(ranks - 1):
         place = (at + 1) / ranks
@@ -90,11 +90,11 @@ def features(query: Query) -> Array:
                 cost.kv_share,
                 query.past_share,
                 so_far[at] - place,
-                told.speeds[at] / mean_speed - 1,
-                told.speeds[at + 1] / mean_speed - 1,
+                prior.speeds[at] / mean_speed - 1,
+                prior.speeds[at + 1] / mean_speed - 1,
                 links[at].seconds_per_byte / mean_link - 1 if mean_link else 0.0,
-                float(told.overlap),
-                float(told.topology == "fanout"),
+                float(prior.overlap),
+                float(prior.topology == "fanout"),
             ]
         )
     return np.array(rows)

@@ -126,7 +126,7 @@ def _grid(regressor: Any, rows: Sequence[Row], quantum: int | None) -> Grid:
     unit = common_quantum(rows) if quantum is None else quantum
 
     def asked(context: int, share: float) -> Query:
-        return Query(first.machine, first.told, context, round(share / (1 - share) * context))
+        return Query(first.machine, first.prior, context, round(share / (1 - share) * context))
 
     every = range(contexts[0], contexts[-1] + 1, unit)
     whole = (

@@ -13,7 +13,7 @@ from kvr_partition.errors import OutOfRangeError
 from kvr_partition.machine.cost import LEAST_STEP, ChunkCost
 from kvr_partition.machine.machine import Machine
 from kvr_partition.partition import Partition
-from kvr_partition.search.beliefs import surprise
+from kvr_partition.search.beliefs import expected_maximum
 from kvr_partition.search.correction import corrected
 from kvr_partition.search.local_search import local_search
 from kvr_partition.training.dataset import MachineKey, Row
@@ -82,21 +82,21 @@ class Interpolation(_Smooth):
         return [one + weight * (other - one) for one, other in zip(low.cuts, high.cuts, strict=True)]
 
 
-def _in_steps(
+def _with_size_effects(
     cuts: Sequence[float],
     query: Query,
     quantum: int,
     machine: Machine,
-    met: Iterable[int] = (),
-    step_spread: float = 0.0,
+    measured_sizes: Iterable[int] = (),
+    size_effect_spread: float = 0.0,
 ) -> tuple[int, ...] | None:
-    """The best chunks where single sizes have steps, near some boundaries; None where none have."""
-    if not machine.cost.steps or quantum < LEAST_STEP or query.context % quantum:
+    """The best chunks near some boundaries, given size effects; None where no size has any."""
+    if not machine.cost.size_effects or quantum < LEAST_STEP or query.context % quantum:
         return None
     import numpy as np
 
     def delayed(sizes: Any) -> Array:
-        factors: Array = np.exp(step_spread * surprise(sizes, met))
+        factors: Array = np.exp(size_effect_spread * expected_maximum(sizes, measured_sizes))
         return factors
 
     start = Partition.from_cuts(cuts, query.context, quantum)
@@ -110,10 +110,10 @@ class CostModel:
         return self
 
     def cuts(self, query: Query) -> Sequence[float]:
-        return solved(query.told.behind(query.past), query.context, query.ranks)
+        return solved(query.prior.behind(query.past), query.context, query.ranks)
 
     def sizes(self, query: Query, quantum: int) -> tuple[int, ...] | None:
-        return _in_steps(self.cuts(query), query, quantum, query.told.behind(query.past))
+        return _with_size_effects(self.cuts(query), query, quantum, query.prior.behind(query.past))
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,9 @@ class _Learnt:
     """What measurements of a machine said: its machine, and by how much that differs from what was told.
 
     Attributes:
-        machine: without steps, which boundaries are not solved with: other contexts have other sizes.
-        steps: of chunk sizes, as told or as measured.
-        met, step_spread: the sizes that were measured, and how far others may be off.
+        machine: without size effects. Boundaries are solved without: other contexts have other sizes.
+        size_effects: profiled, or from measured prefills.
+        measured_sizes, size_effect_spread: the sizes that were measured, and how far others may be off.
     """
 
     key: MachineKey
@@ -131,26 +131,28 @@ class _Learnt:
     terms: tuple[float, ...]
     """Logarithms, of the four cost terms and of ``kv_share``."""
     link: float
-    steps: tuple[tuple[int, float], ...]
-    met: tuple[int, ...]
-    step_spread: float
+    size_effects: tuple[tuple[int, float], ...]
+    measured_sizes: tuple[int, ...]
+    size_effect_spread: float
 
     @classmethod
     def of(cls, key: MachineKey, rows: Sequence[Row]) -> _Learnt:
-        told = rows[0].told
-        learnt = corrected(told, [trial for row in rows for trial in row.trials if trial.ok])
-        steps = learnt.machine.cost.steps
+        prior = rows[0].prior
+        learnt = corrected(prior, [trial for row in rows for trial in row.trials if trial.ok])
+        effects = learnt.machine.cost.size_effects
         found = replace(learnt.machine, cost=learnt.machine.cost.smooth)
         ranks = key[4]
         links = [
             _log_ratio(
-                found.link_between(at, at + 1).seconds_per_byte, told.link_between(at, at + 1).seconds_per_byte
+                found.link_between(at, at + 1).seconds_per_byte, prior.link_between(at, at + 1).seconds_per_byte
             )
             for at in range(ranks - 1)
         ]
-        pairs = zip(found.cost.terms, told.cost.terms, strict=True)
+        pairs = zip(found.cost.terms, prior.cost.terms, strict=True)
         terms = tuple(_log_ratio(*pair) for pair in pairs)
-        return cls(key, found, terms, sum(links) / len(links), steps, learnt.met, learnt.step_spread)
+        return cls(
+            key, found, terms, sum(links) / len(links), effects, learnt.measured_sizes, learnt.size_effect_spread
+        )
 
 
 def _log_ratio(value: float, base: float) -> float:
@@ -189,16 +191,18 @@ class Corrected:
         if learnt is None:
             return None
         machine = self.machine(query)
-        stepped = replace(machine, cost=replace(machine.cost, steps=learnt.steps))
-        return _in_steps(self.cuts(query), query, quantum, stepped, learnt.met, learnt.step_spread)
+        stepped = replace(machine, cost=replace(machine.cost, size_effects=learnt.size_effects))
+        return _with_size_effects(
+            self.cuts(query), query, quantum, stepped, learnt.measured_sizes, learnt.size_effect_spread
+        )
 
     def _suggested(self, query: Query) -> Machine:
         hardware, model, bandwidth, _, _ = query.machine
         there = [one for one in self._learnt.values() if one.key[0] == hardware]
         same = [one for one in there if one.key[1] == model] or there
         links = [one.link for one in there if one.key[2] == bandwidth]
-        told = query.told
-        cost, link = told.cost, told.link
+        prior = query.prior
+        cost, link = prior.cost, prior.link
         if same:
             factors = [math.exp(sum(logs) / len(same)) for logs in zip(*(one.terms for one in same), strict=True)]
             terms = [term * factor for term, factor in zip(cost.terms, factors, strict=True)]
@@ -206,7 +210,7 @@ class Corrected:
         if links and isinstance(link, tuple):
             factor = math.exp(sum(links) / len(links))
             link = tuple(replace(one, seconds_per_byte=one.seconds_per_byte * factor) for one in link)
-        return replace(told, cost=cost, link=link)
+        return replace(prior, cost=cost, link=link)
 
 
 class Residual(_Smooth):
@@ -280,7 +284,7 @@ class Regression(_Smooth):
 
     def _base(self, query: Query) -> Sequence[float]:
         if self._on_cost_model:
-            return solved(query.told.behind(query.past), query.context, query.ranks)
+            return solved(query.prior.behind(query.past), query.context, query.ranks)
         return places(query.ranks)
 
 

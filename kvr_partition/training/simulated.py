@@ -71,7 +71,7 @@ class Landscape:
     model: str
     bandwidth: float
     ranks: int
-    told: Machine
+    prior: Machine
     truth: Machine
 
 
@@ -113,29 +113,29 @@ def _landscape(shape: Shape, hardware: str, bandwidth: float, ranks: int, seed: 
         tuple(LinkCost.of(one * link_off, 2e-5 * link_off) for one in rates),
         tuple(speeds),
     )
-    told = replace(
+    prior = replace(
         truth,
         cost=cost,
         link=tuple(LinkCost.of(one, 2e-5) for one in rates),
         speeds=tuple(speed * draw.gauss(1.0, NOISE / math.sqrt(PROFILED)) for speed in speeds),
     )
-    return Landscape(hardware, shape.name, bandwidth, ranks, told, truth)
+    return Landscape(hardware, shape.name, bandwidth, ranks, prior, truth)
 
 
 def searched_row(land: Landscape, context: int, past: int = 0, budget: int = 8, seed: int = 0) -> Row:
     """A search of one context on a landscape, measured with noise, and the row it makes."""
     draw = random.Random(f"{land.hardware} {land.model} {land.bandwidth} {land.ranks} {context} {past} {seed}")
-    told, truth = replace(land.told, past=past), replace(land.truth, past=past)
+    prior, truth = replace(land.prior, past=past), replace(land.truth, past=past)
     quantum = default_quantum(context, land.ranks)
     even = Partition.even(context, land.ranks, past=past)
-    sampler = InformedSampler(Space.around([Seed("even", even)], quantum, WIDE), told, seed=seed)
+    sampler = InformedSampler(Space.around([Seed("even", even)], quantum, WIDE), prior, seed=seed)
     trials: list[Measurement] = []
     while len(trials) < budget:
         partition = sampler.next(trials)
         if partition is None:
             break
         trials.append(_measured(partition, truth, draw))
-    best = Beliefs.after(told, context, trials).ranked()[0].partition
+    best = Beliefs.after(prior, context, trials).ranked()[0].partition
     solved = best_split(context, land.ranks, truth)
     return Row(
         origin="simulated",
@@ -146,7 +146,7 @@ def searched_row(land: Landscape, context: int, past: int = 0, budget: int = 8, 
         ranks=land.ranks,
         context=context,
         past=past,
-        told=told.filed(land.ranks),
+        prior=prior.filed(land.ranks),
         sizes=best.sizes,
         trials=tuple(trials),
         truth=truth.filed(land.ranks),

@@ -60,7 +60,7 @@ class Replayer:
         self.streams = streams
         self._spare = spare
         self._links: dict[tuple[int, int, bool], Link] = {}
-        self._foreign: torch.Tensor | None = None
+        self._background: torch.Tensor | None = None
 
     def run(self, recording: Recording, limits: LinkLimits) -> ReplayTimes:
         """One replay; of some layers only, whose ranks have no token, it ends when all work is done."""
@@ -110,11 +110,11 @@ class Replayer:
         end.record(link.stream)
         return begin, end
 
-    def foreign(self, nbytes: int) -> torch.Tensor:
-        """Two buffers for foreign traffic, ``[2, nbytes]``."""
-        if self._foreign is None or self._foreign.shape[1] != nbytes:
-            self._foreign = torch.zeros((2, nbytes), dtype=torch.uint8, device="cuda")
-        return self._foreign
+    def background(self, nbytes: int) -> torch.Tensor:
+        """Two buffers for background traffic, ``[2, nbytes]``."""
+        if self._background is None or self._background.shape[1] != nbytes:
+            self._background = torch.zeros((2, nbytes), dtype=torch.uint8, device="cuda")
+        return self._background
 
 
 @dataclass
@@ -134,7 +134,7 @@ class _Replay:
         self.at = [0] * len(self.recording.ranks)
         self.stamps = [[] for _ in self.recording.ranks]
         if self.limits.noise:
-            self.by.foreign(self.limits.noise)
+            self.by.background(self.limits.noise)
 
     def enqueue(self) -> None:
         """Enqueue everything, a layer of each rank in turn, so that nobody runs out of work first."""
@@ -191,7 +191,7 @@ class _Replay:
         ready = torch.cuda.current_stream().record_event()
         if self.limits.noisy_link(layer, len(recording.ranks)) == rank:
             with message(self.by.link(rank, rank + 1, limited), self.limits.noise, self.limits):
-                self._foreign_traffic()
+                self._background_traffic()
         slot = links.slots[layer]
         outgoing = recording.sends(rank, slot.window)
         incoming = recording.receives(rank, slot.window)
@@ -240,7 +240,7 @@ class _Replay:
         link = self.by.link(-1, rank, limited)
         for event in ready:
             link.stream.wait_event(event)
-        # The slowest link of the ring, the one with foreign traffic, holds all ranks up.
+        # The slowest link of the ring, the one with background traffic, holds all ranks up.
         noisy = self.limits.noisy_link(layer, len(gathers)) is not None
         rows = own.rows[layer]
         pulls = []
@@ -252,11 +252,11 @@ class _Replay:
         carried = sum(target.nbytes for target, _ in pulls)
         with message(link, carried + (self.limits.noise if noisy else 0), self.limits):
             if noisy:
-                self._foreign_traffic()
+                self._background_traffic()
             for target, from_ in pulls:
                 target.copy_(from_, non_blocking=True)
         torch.cuda.current_stream().wait_event(link.stream.record_event())
 
-    def _foreign_traffic(self) -> None:
-        foreign = self.by.foreign(self.limits.noise)
-        foreign[1].copy_(foreign[0], non_blocking=True)
+    def _background_traffic(self) -> None:
+        background = self.by.background(self.limits.noise)
+        background[1].copy_(background[0], non_blocking=True)

@@ -29,9 +29,9 @@ def folder(tmp_path: Path) -> Path:
     write_folder(tmp_path / "mrope", "llama-gqa", rope_scaling={"type": "mrope", "mrope_section": [2, 2, 4]})
     write_folder(tmp_path / "small", "llama-gqa", vocab_size=200)
     write_tokenizer(tmp_path / "small")
-    foreign = tmp_path / "foreign"
-    foreign.mkdir()
-    (foreign / "thesis.tex").write_text("precious")
+    background = tmp_path / "background"
+    background.mkdir()
+    (background / "thesis.tex").write_text("precious")
     return tmp_path
 
 
@@ -58,7 +58,7 @@ CASES = [
     ("search --model llama --contexts 64 --depth deep", 1, "unknown depth 'deep'"),
     ("search --model llama --contexts 64 --ranks 1", 1, "--ranks must be at least 2"),
     ("search --model llama --contexts 64 --budget 0", 1, "--budget must be at least 1"),
-    ("search --model llama --contexts 64 --out foreign", 1, "foreign holds something else than a search"),
+    ("search --model llama --contexts 64 --out background", 1, "background holds something else than a search"),
     ("search --model llama --contexts 64 --out table.json", 1, "table.json is a file; name a folder with --out"),
     ("search --ranks two", 2, "invalid int value: 'two'"),
     ("compare --model llama --context 64 --partition 40/25", 2, "40/25 sum to 65, not to the context of 64"),
@@ -95,7 +95,7 @@ CASES = [
 @pytest.mark.parametrize(("arguments", "code", "says"), CASES, ids=[case[0] or "nothing" for case in CASES])
 def test_one_line_says_what_is_wrong(folder: Path, arguments: str, code: int, says: str) -> None:
     assert says in one_error(program(*arguments.split(), cwd=folder), code)
-    assert (folder / "foreign" / "thesis.tex").read_text() == "precious"
+    assert (folder / "background" / "thesis.tex").read_text() == "precious"
 
 
 def test_a_prompt_answers_no_question_of_a_folder(folder: Path) -> None:

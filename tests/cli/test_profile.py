@@ -142,11 +142,11 @@ def rugged(folder: Path, spread: float) -> Machine:
 
 
 def test_a_profile_says_which_sizes_kernels_like(tmp_path: Path) -> None:
-    true = dict(rugged(tmp_path, 0.02).cost.steps)
+    true = dict(rugged(tmp_path, 0.02).cost.size_effects)
     done = run(f"profile {ON} --context 12288 --out mine.json", tmp_path)
     assert done.returncode == 0, done.stderr
     profile = load_profile(tmp_path / "mine.json")
-    found = dict(profile.cost.steps)
+    found = dict(profile.cost.size_effects)
     assert {one.chunk for one in profile.chunk_samples if one.layers} == set(found)
     assert min(found) <= 12288 // 4 // 3
     assert max(found) >= 12288 // 3
@@ -170,12 +170,12 @@ def test_a_search_where_kernels_like_some_sizes_tells_a_predictor_of_all(tmp_pat
     done = run("train out --method corrected --out my.json --dataset rows.json --quiet", tmp_path)
     assert done.returncode == 0, done.stderr
     for row in load_dataset(tmp_path / "rows.json").rows:
-        assert {size for size, _ in row.told.cost.steps} == timed
+        assert {size for size, _ in row.prior.cost.size_effects} == timed
     predictor = load(tmp_path / "my.json")
     assert isinstance(predictor, PartitionPredictor)
     for context in (7680, 9216, 10752):
         predicted = predictor.predict(context).partition
-        smooth = replace(machine, cost=replace(machine.cost, steps=()))
+        smooth = replace(machine, cost=replace(machine.cost, size_effects=()))
         balanced = best_split(context, 3, smooth, quantum=128)
         assert simulate(predicted, machine).ttft_s < simulate(balanced, machine).ttft_s
 

@@ -35,7 +35,7 @@ class Case(msgspec.Struct, frozen=True):
         cost: of a chunk, all layers together.
         layers, entry_bytes, speeds, topology: as in `kvr_partition.machine.machine.Machine`.
         bandwidth: bytes per second each link is held to.
-        noise: bytes of foreign traffic in each layer.
+        noise: bytes of background traffic in each layer.
     """
 
     sizes: tuple[int, ...]

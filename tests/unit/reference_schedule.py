@@ -31,7 +31,7 @@ def finished(partition: Partition, machine: Machine) -> list[float]:
         return rest if machine.overlap else rest + own_block(rank)
 
     def queue(source: int, target: int) -> list[tuple[int, int | None]]:
-        """Messages of a link in their order: (layer, chunk), or None for foreign traffic."""
+        """Messages of a link in their order: (layer, chunk), or None for background traffic."""
         messages: list[tuple[int, int | None]] = []
         for layer in range(layers):
             if target == source + 1 and noisy_link(layer, ranks, machine.noise, machine.noise_seed) == source:

@@ -124,7 +124,7 @@ def test_profiling_a_simulated_machine_finds_its_costs_again(group: RankGroup, t
             told = getattr(found.cost, name) / found.speeds[rank]
             assert told == pytest.approx(getattr(COST, name) / speed, rel=0.01), name
     assert math.prod(found.speeds) == pytest.approx(1)
-    assert found.alone_speed == pytest.approx(MACHINE.alone_speed)
+    assert found.solo_speedup == pytest.approx(MACHINE.solo_speedup)
     assert found.cost.kv_share == pytest.approx(COST.kv_share, rel=0.01)
     assert isinstance(found.link, tuple)
     for link, right in zip(found.link, LINKS, strict=True):

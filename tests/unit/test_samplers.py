@@ -47,7 +47,7 @@ def rugged(seed: int, spread: float) -> tuple[Machine, Machine]:
     sizes = range(STEP_QUANTUM, CONTEXT + 1, STEP_QUANTUM)
     steps = tuple((size, math.exp(draw.normal(0.0, spread))) for size in sizes)
     smooth = replace(FAST, cost=cost)
-    return smooth, replace(smooth, cost=replace(cost, steps=steps))
+    return smooth, replace(smooth, cost=replace(cost, size_effects=steps))
 
 
 STEP_QUANTUM = 64
@@ -106,7 +106,7 @@ def test_what_scatters_from_one_measurement_to_the_next_is_no_step() -> None:
     for scatter, machine, largest in ((0.03, smooth, (0.0, 0.012)), (0.0, truth, (0.03, 0.2))):
         measure = scattering(machine, draw, 0.003, scatter)
         measurements = [measure(Partition(one)) for one in sizes * 2]
-        steps = corrected(FAST, measurements).machine.cost.steps
+        steps = corrected(FAST, measurements).machine.cost.size_effects
         found = max((abs(factor - 1) for _, factor in steps), default=0.0)
         assert largest[0] <= found <= largest[1]
 
@@ -116,14 +116,14 @@ def test_where_the_space_holds_no_partition_there_is_nothing_more_to_propose() -
     measure = scattering(truth, np.random.default_rng(0), 0.003, 0.0)
     sizes = [(2240, 2112, 1984, 1856), (2240, 2048, 2048, 1856), (2304, 2112, 1920, 1856)]
     measurements = [measure(Partition(one)) for one in sizes * 2]
-    assert corrected(FAST, measurements).machine.cost.steps
+    assert corrected(FAST, measurements).machine.cost.size_effects
     narrow = Space(CONTEXT, STEP_QUANTUM, ((3.0, 3.0),) * 3)
     assert InformedSampler(narrow, FAST, seed=0).next(measurements) is None
 
 
 def test_a_step_is_part_of_every_time_that_a_setting_tells() -> None:
-    cost = ChunkCost(0.0, 1e-5, 1e-9, 1e-9, 0.2, steps=((1000, 1.5),))
-    plain, stepped = replace(FAST, cost=replace(cost, steps=())), replace(FAST, cost=cost)
+    cost = ChunkCost(0.0, 1e-5, 1e-9, 1e-9, 0.2, size_effects=((1000, 1.5),))
+    plain, stepped = replace(FAST, cost=replace(cost, size_effects=())), replace(FAST, cost=cost)
     assert cost.seconds(1000, 500) == pytest.approx(1.5 * plain.cost.seconds(1000, 500))
     assert cost.seconds(1001, 500) == plain.cost.seconds(1001, 500)
     one = Partition((1000,))

@@ -81,7 +81,7 @@ def test_it_agrees_with_the_slow_and_obvious_simulation(case: tuple[Partition, M
 @given(cases(), st.floats(1.05, 2))
 @settings(max_examples=50, deadline=None)
 def test_ranks_that_share_hardware_are_faster_while_others_are_idle(
-    case: tuple[Partition, Machine], alone_speed: float
+    case: tuple[Partition, Machine], solo_speedup: float
 ) -> None:
     partition, machine = case
     assume(partition.ranks > 1)
@@ -90,7 +90,7 @@ def test_ranks_that_share_hardware_are_faster_while_others_are_idle(
     busy = sum(rank.compute_s for rank in apart.ranks) / (partition.ranks * end)
     # All at work: as timed. One at work: as fast as alone.
     least = 1 / partition.ranks
-    factor = 1 - (1 - 1 / alone_speed) * min(1, max(0, (1 - busy) / (1 - least)))
+    factor = 1 - (1 - 1 / solo_speedup) * min(1, max(0, (1 - busy) / (1 - least)))
     cost = machine.cost
     eased = ChunkCost(
         cost.fixed_s * factor,
@@ -100,10 +100,10 @@ def test_ranks_that_share_hardware_are_faster_while_others_are_idle(
         cost.kv_share,
     )
     right = simulate(partition, replace(machine, cost=eased)).ttft_s
-    shared = replace(machine, alone_speed=alone_speed)
+    shared = replace(machine, solo_speedup=solo_speedup)
     assert simulate(partition, shared).ttft_s == pytest.approx(right, rel=1e-9)
     assert ttft([partition.sizes], shared)[0] == pytest.approx(right, rel=1e-9)
-    assert 1 / alone_speed - 1e-9 <= factor <= 1
+    assert 1 / solo_speedup - 1e-9 <= factor <= 1
 
 
 def test_many_partitions_at_once_are_each_by_itself() -> None:
@@ -165,7 +165,7 @@ def test_gathering_methods_meet_in_every_layer(ranks: int, bandwidth: float) -> 
 
 
 def test_bounds_and_gathering_count_size_effects_and_dense_attention_as_a_schedule_does() -> None:
-    stepped = replace(MACHINE, cost=replace(COST, steps=((2048, 0.9), (4096, 1.2))), past=512)
+    stepped = replace(MACHINE, cost=replace(COST, size_effects=((2048, 0.9), (4096, 1.2))), past=512)
     for machine in (stepped, replace(stepped, dense=True)):
         alone = simulate(Partition((4096,), past=512), machine).ttft_s
         assert bounds(4096, 1, machine).single_s == pytest.approx(alone)

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from kvr_partition import Partition
 from kvr_partition.errors import FileFormatError, UnsupportedError
-from kvr_partition.machine.cost import ChunkCost, LinkCost, steps_of
+from kvr_partition.machine.cost import ChunkCost, LinkCost, size_effects_of
 from kvr_partition.machine.machine import Machine
 from kvr_partition.machine.profile import Profile, load_profile
 from kvr_partition.machine.schedule import simulate
@@ -26,7 +26,7 @@ from kvr_partition.machine.solve import best_split
 from kvr_partition.runtime import probe
 from kvr_partition.runtime.chunk import chunk_cache, run_chunk
 from kvr_partition.runtime.links.plan import NoLinks
-from kvr_partition.search.beliefs import surprise
+from kvr_partition.search.beliefs import expected_maximum
 from kvr_partition.search.correction import corrected
 from kvr_partition.training.dataset import Row
 from kvr_partition.training.evaluation import decoded
@@ -44,7 +44,7 @@ from profiler.sizes import (
     likely_sizes,
     profile_chunk_sizes,
     time_sizes,
-    with_steps,
+    with_size_effects,
 )
 from tests.landscapes import measured
 from tests.models import ALL, build, provenance, write_folder
@@ -56,7 +56,7 @@ SMOOTH = ChunkCost(1e-3, 2e-5, 2e-9, 1.5e-9, 0.25)
 def stepped(spread: float = 0.04, quantum: int = 128) -> ChunkCost:
     draw = random.Random(1)
     steps = tuple((size, math.exp(draw.gauss(0.0, spread))) for size in range(quantum, 16385, quantum))
-    return replace(SMOOTH, steps=steps)
+    return replace(SMOOTH, size_effects=steps)
 
 
 @pytest.fixture
@@ -99,11 +99,11 @@ def test_a_model_is_run_up_to_a_layer_and_left_as_it_was(name: str) -> None:
 
 def test_steps_are_what_a_smooth_cost_does_not_explain() -> None:
     sizes = range(256, 3072, 128)
-    assert [factor for _, factor in steps_of([(size, SMOOTH.seconds(size, 0)) for size in sizes])] == (
+    assert [factor for _, factor in size_effects_of([(size, SMOOTH.seconds(size, 0)) for size in sizes])] == (
         pytest.approx([1.0] * len(sizes))
     )
     odd = [(size, SMOOTH.seconds(size, 0) / 16 * (1.2 if size == 1024 else 1.0)) for size in reversed(sizes)]
-    found = steps_of(odd)
+    found = size_effects_of(odd)
     assert [size for size, _ in found] == list(sizes)
     assert max(found, key=lambda step: step[1])[0] == 1024
     assert dict(found)[1024] / dict(found)[1152] == pytest.approx(1.2, rel=0.03)
@@ -144,9 +144,9 @@ def test_sizes_are_timed_once_and_kept(gpu_like: RankGroup, tmp_path: Path) -> N
         assert told[len(sizes) * (ROUNDS + 1) :] == [1280] * (ROUNDS + 1)
     with MeasurementLog(tmp_path / "log.jsonl") as log:
         assert {(line.layers, line.prefix, line.alone) for line in log.chunks} == {(LAYERS, 0, False)}
-        found = dict(with_steps(SMOOTH, log).steps)
-        assert with_steps(SMOOTH, log).terms == SMOOTH.terms
-    true = dict(stepped().steps)
+        found = dict(with_size_effects(SMOOTH, log).size_effects)
+        assert with_size_effects(SMOOTH, log).terms == SMOOTH.terms
+    true = dict(stepped().size_effects)
     # The smooth part of so few sizes takes some of it.
     for size in sizes[1:]:
         assert found[size] / found[512] == pytest.approx(true[size] / true[512], rel=0.05)
@@ -155,7 +155,7 @@ def test_sizes_are_timed_once_and_kept(gpu_like: RankGroup, tmp_path: Path) -> N
 def test_few_sizes_tell_nothing(gpu_like: RankGroup, tmp_path: Path) -> None:
     with MeasurementLog(tmp_path / "log.jsonl") as log, gpu_like as group:
         time_sizes(group, [512, 640, 768, 896], log)
-        assert with_steps(SMOOTH, log) == SMOOTH
+        assert with_size_effects(SMOOTH, log) == SMOOTH
 
 
 def test_what_is_told_of_sizes_stands_in_the_log(gpu_like: RankGroup, tmp_path: Path) -> None:
@@ -163,10 +163,10 @@ def test_what_is_told_of_sizes_stands_in_the_log(gpu_like: RankGroup, tmp_path: 
         group.log = log
         assert group.tile_rows == 128
         plain = measured_machine(group, 4096, log)
-        assert not plain.cost.steps
+        assert not plain.cost.size_effects
         machine = profile_chunk_sizes(group, plain, {2048: 128, 4096: 128, 64: 1}, log)
         assert machine.cost.terms == plain.cost.terms
-        assert len(machine.cost.steps) > 5
+        assert len(machine.cost.size_effects) > 5
         assert machine_of_log(log, group.provenance) == machine
         # Timing whole chunks again does not take parts of them for whole.
         assert measured_machine(group, 4096, log) == plain
@@ -197,7 +197,7 @@ def test_a_profile_keeps_steps(gpu_like: RankGroup, tmp_path: Path) -> None:
     plain = replace(profile, cost=SMOOTH)
     assert b"steps" not in msgspec.json.encode(plain)
     for steps in (((256, 1.0), (128, 1.0)), ((128, 1.0), (128, 1.1)), ((128, 0.0),), ((0, 1.0),)):
-        cost = replace(profile.cost, steps=steps)
+        cost = replace(profile.cost, size_effects=steps)
         replace(profile, cost=cost).save(tmp_path / "wrong.json")
         with pytest.raises(FileFormatError, match="steps need sizes that grow, and factors above 0"):
             load_profile(tmp_path / "wrong.json")
@@ -206,7 +206,7 @@ def test_a_profile_keeps_steps(gpu_like: RankGroup, tmp_path: Path) -> None:
 def test_only_a_surprise_that_is_not_shared_delays() -> None:
     met = (100, 200)
     rows = [(100, 200, 200), (100, 200, 300), (300, 300, 300), (400, 300, 300), (100, 300, 400), (300, 400, 500)]
-    known, one_beside, same, two, two_beside, three = surprise(rows, met)
+    known, one_beside, same, two, two_beside, three = expected_maximum(rows, met)
     assert known == 0
     # Expected largest of a normal number and zero, of two and of three normal numbers.
     assert one_beside == pytest.approx(1 / math.sqrt(2 * math.pi), abs=1e-4)
@@ -219,13 +219,13 @@ def test_only_a_surprise_that_is_not_shared_delays() -> None:
 
 def test_predictors_go_by_what_was_told_of_sizes_that_no_search_met() -> None:
     smooth = LANDS[4].truth
-    truth = replace(smooth, cost=replace(smooth.cost, steps=stepped().steps))
+    truth = replace(smooth, cost=replace(smooth.cost, size_effects=stepped().size_effects))
     rows = [rugged_row(context, truth) for context in (3072, 6144)]
     searched = [replace(row, trials=row.trials[:1]) for row in rows]
 
     def told(row: Row) -> Row:
-        cost = replace(row.told.cost, steps=stepped().steps)
-        return replace(row, told=replace(row.told, cost=cost))
+        cost = replace(row.prior.cost, size_effects=stepped().size_effects)
+        return replace(row, prior=replace(row.prior, cost=cost))
 
     def lost(rows: list[Row], method: type[Corrected | CostModel]) -> float:
         regressor = method().fit(rows)
@@ -246,12 +246,12 @@ def test_predictors_go_by_what_was_told_of_sizes_that_no_search_met() -> None:
 
 @pytest.mark.parametrize("shows", [0.0, 0.5, 1.0])
 def test_measurements_say_how_much_of_what_was_told_shows(shows: float) -> None:
-    told_steps = stepped(0.06).steps
+    told_steps = stepped(0.06).size_effects
     smooth = Machine(SMOOTH, 16, 16384, link=LinkCost.of(2e12, 1e-5))
     truth = replace(
-        smooth, cost=replace(SMOOTH, steps=tuple((size, factor**shows) for size, factor in told_steps))
+        smooth, cost=replace(SMOOTH, size_effects=tuple((size, factor**shows) for size, factor in told_steps))
     )
-    told = replace(smooth, cost=replace(SMOOTH, steps=told_steps))
+    told = replace(smooth, cost=replace(SMOOTH, size_effects=told_steps))
     draw = random.Random(4)
     splits = []
     for _ in range(8):
@@ -260,10 +260,10 @@ def test_measurements_say_how_much_of_what_was_told_shows(shows: float) -> None:
     found = corrected(told, [measured(one, truth) for one in splits])
     met = {size for one in splits for size in one.sizes}
     unmet = [(size, factor) for size, factor in told_steps if size not in met and 1024 <= size <= 3072]
-    steps = dict(found.machine.cost.steps)
+    steps = dict(found.machine.cost.size_effects)
     off = [math.log(steps[size]) - shows * math.log(factor) for size, factor in unmet]
     assert max(map(abs, off)) <= 0.26 * max(abs(math.log(factor)) for _, factor in unmet)
-    assert set(found.met) == met
+    assert set(found.measured_sizes) == met
     # Nothing is measured yet: half of it.
-    before = dict(corrected(told, []).machine.cost.steps)
+    before = dict(corrected(told, []).machine.cost.size_effects)
     assert before[2048] == pytest.approx(dict(told_steps)[2048] ** 0.5)

@@ -77,11 +77,11 @@ class Wire:
     def send(self, layer: int, hop: Hop, rows: torch.Tensor, stream: Stream) -> None:
         stream.work.append(("send", (self.rank, self.peer, layer, hop.piece.chunk)))
 
-    def post_foreign(self, layer: int, foreign: torch.Tensor) -> None:
+    def post_background(self, layer: int, background: torch.Tensor) -> None:
         pass
 
-    def send_foreign(self, layer: int, foreign: torch.Tensor, stream: Stream) -> None:
-        stream.work.append(("foreign", layer))
+    def send_background(self, layer: int, background: torch.Tensor, stream: Stream) -> None:
+        stream.work.append(("background", layer))
 
 
 class FakeTurn(Turn):
@@ -190,7 +190,7 @@ def test_a_peer_s_stream_carries_the_documented_order(world: Any) -> None:
             assert sent == sorted(sent, key=lambda one: (one[0], -one[1]))
             assert all(chunk <= rank for _, chunk in sent)
             for at, (kind, layer) in enumerate(stream.work):
-                if kind == "foreign":
+                if kind == "background":
                     later = [what[2] for kind, what in stream.work[at:] if kind == "send"]
                     earlier = [what[2] for kind, what in stream.work[:at] if kind == "send"]
                     assert all(one >= layer for one in later)

@@ -55,12 +55,12 @@ def test_a_row_knows_how_good_any_partition_is() -> None:
 
 def test_measured_searches_become_rows() -> None:
     row = rows()[0]
-    made = measured_row(provenance(ranks=3), LANDS[4].told, row.trials, row.sizes, 1e9)
+    made = measured_row(provenance(ranks=3), LANDS[4].prior, row.trials, row.sizes, 1e9)
     assert (made.origin, made.model, made.context, made.past) == ("measured", "llama", 2048, 0)
-    assert made.told == row.told
+    assert made.prior == row.prior
     assert made.bandwidth == 1e9
     with pytest.raises(PartitionError, match="these trials are of 2"):
-        measured_row(provenance(ranks=3), LANDS[4].told, [*row.trials, *rows()[1].trials], row.sizes)
+        measured_row(provenance(ranks=3), LANDS[4].prior, [*row.trials, *rows()[1].trials], row.sizes)
 
 
 def test_linear_interpolation_is_the_tables() -> None:
@@ -93,7 +93,7 @@ def test_an_unknown_machine_is_taken_to_be_off_as_others_are() -> None:
     others = [row for at in same[:4] for row in rows(at)[1:3]]
     query = Query.of(rows()[2])
     fitted = Corrected().fit(others)
-    truth, told = LANDS[4].truth.cost, LANDS[4].told.cost
+    truth, told = LANDS[4].truth.cost, LANDS[4].prior.cost
     found = fitted.machine(query).cost
     assert abs(found.per_token_s / truth.per_token_s - 1) < max(
         0.05, abs(told.per_token_s / truth.per_token_s - 1)
@@ -121,9 +121,9 @@ def test_features_have_no_units() -> None:
     known = features(query)
     assert known.shape == (2, len(NAMES))
     # The same machine a thousand times as slow, with all costs in proportion, is the same question.
-    cost = query.told.cost
+    cost = query.prior.cost
     slower = replace(
-        query.told,
+        query.prior,
         cost=replace(
             cost,
             fixed_s=cost.fixed_s * 1e3,
@@ -132,10 +132,10 @@ def test_features_have_no_units() -> None:
             per_prefix_pair_s=cost.per_prefix_pair_s * 1e3,
         ),
         link=tuple(
-            replace(link, seconds_per_byte=link.seconds_per_byte * 1e3) for link in query.told.links(query.ranks)
+            replace(link, seconds_per_byte=link.seconds_per_byte * 1e3) for link in query.prior.links(query.ranks)
         ),
     )
-    assert features(dataclasses.replace(query, told=slower)) == pytest.approx(known)
+    assert features(dataclasses.replace(query, prior=slower)) == pytest.approx(known)
 
 
 def test_what_is_left_out_has_not_been_seen() -> None:
@@ -233,7 +233,7 @@ def test_a_predictor_knows_chunk_sizes_that_go_badly() -> None:
     smooth = LANDS[4].truth
     draw = random.Random(6)
     steps = tuple((size, math.exp(draw.gauss(0.0, 0.04))) for size in range(128, 8192, 128))
-    truth = replace(smooth, cost=replace(smooth.cost, steps=steps))
+    truth = replace(smooth, cost=replace(smooth.cost, size_effects=steps))
     searched = [rugged_row(context, truth) for context in (3072, 3456, 3840, 4608, 5376, 6144)]
     trained = train(searched, provenance(ranks=3), method="corrected")
     plain = train(searched, provenance(ranks=3), method="corrected", quantum=16)

@@ -132,7 +132,7 @@ class LinkSetup:
         Args:
             slots: this rank's rows, of each layer.
             near: the other ranks.
-            noise: bytes of foreign traffic.
+            noise: bytes of background traffic.
         """
         rows: list[Rows] = []
         watch = None

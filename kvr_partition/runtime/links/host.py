@@ -48,8 +48,8 @@ class HostLinks(PlannedLinks):
         arrivals: dict[int, list[tuple[int, Hop | None, dist.Work]]] = {}
         for layer, hops in enumerate(self._receives):
             if self._noisy(layer) == self.rank - 1:
-                assert self._foreign is not None
-                work = self._messages.receive_foreign(layer, self.rank - 1, self._foreign)
+                assert self._background is not None
+                work = self._messages.receive_background(layer, self.rank - 1, self._background)
                 arrivals.setdefault(self.rank - 1, []).append((layer, None, work))
             for hop in hops:
                 work = self._messages.receive(layer, hop, slots[layer].at(hop.piece))
@@ -130,7 +130,7 @@ class HostLinks(PlannedLinks):
             self._change.notify_all()
 
     def _outgoing(self) -> dict[int, list[tuple[int, Hop | None]]]:
-        """What is sent to each rank, in order; None stands for foreign traffic."""
+        """What is sent to each rank, in order; None stands for background traffic."""
         out: dict[int, list[tuple[int, Hop | None]]] = {}
         for layer, by_chunk in enumerate(self._sends):
             if self._noisy(layer) == self.rank:
@@ -146,7 +146,7 @@ class HostLinks(PlannedLinks):
     def _send_to(self, peer: int, messages: list[tuple[int, Hop | None]]) -> None:
         free_at = 0.0
         for layer, hop in messages:
-            # Foreign traffic goes ahead of the KV of its layer.
+            # background traffic goes ahead of the KV of its layer.
             wanted = layer, self.rank if hop is None else hop.piece.chunk
             with self._change:
                 self._change.wait_for(partial(self._may_send, wanted))
@@ -158,8 +158,8 @@ class HostLinks(PlannedLinks):
             while (left := free_at - time.perf_counter()) > 0:
                 time.sleep(left)
             if hop is None:
-                assert self._foreign is not None
-                self._messages.send_foreign(layer, peer, self._foreign).wait()
+                assert self._background is not None
+                self._messages.send_background(layer, peer, self._background).wait()
             else:
                 self.sent_bytes += size
                 self._messages.send(layer, hop, self._slots[layer].at(hop.piece)).wait()

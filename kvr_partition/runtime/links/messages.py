@@ -31,7 +31,7 @@ class PlannedLinks:
     _slots: Sequence[Slot] = field(init=False, default=())
     _receives: list[list[Hop]] = field(init=False, default_factory=list)
     _sends: list[dict[int, list[Hop]]] = field(init=False, default_factory=list)
-    _foreign: torch.Tensor | None = field(init=False, default=None)
+    _background: torch.Tensor | None = field(init=False, default=None)
 
     def _plan(self, slots: Sequence[Slot]) -> None:
         self._slots = slots
@@ -43,7 +43,7 @@ class PlannedLinks:
         self._receives = [into[slot.window] for slot in slots]
         self._sends = [out[slot.window] for slot in slots]
         if self.limits.noise:
-            self._foreign = torch.zeros(self.limits.noise, dtype=torch.uint8, device=slots[0].rows.device)
+            self._background = torch.zeros(self.limits.noise, dtype=torch.uint8, device=slots[0].rows.device)
 
     def _noisy(self, layer: int) -> int | None:
         return self.limits.noisy_link(layer, self.partition.ranks)
@@ -77,12 +77,12 @@ class Messages:
         """Receive a piece of a layer in place; returns what is waited for."""
         return self.group.recv([rows], hop.peer, self._tag(layer, hop.piece.chunk))
 
-    def send_foreign(self, layer: int, peer: int, foreign: torch.Tensor) -> Any:
-        """Send foreign traffic ahead of a layer's KV."""
-        return self.group.send([foreign], peer, self._tag(layer, self.ranks))
+    def send_background(self, layer: int, peer: int, background: torch.Tensor) -> Any:
+        """Send background traffic ahead of a layer's KV."""
+        return self.group.send([background], peer, self._tag(layer, self.ranks))
 
-    def receive_foreign(self, layer: int, peer: int, foreign: torch.Tensor) -> Any:
-        """Receive foreign traffic as large as ``foreign``."""
+    def receive_background(self, layer: int, peer: int, background: torch.Tensor) -> Any:
+        """Receive background traffic as large as ``background``."""
         # What arrives is never read; a buffer of its own keeps it from what this rank may be sending.
-        into = torch.empty_like(foreign)
+        into = torch.empty_like(background)
         return self.group.recv([into], peer, self._tag(layer, self.ranks))

@@ -44,15 +44,15 @@ class NcclWire:
             rows.record_stream(stream)
             self._messages.send(layer, hop, rows).wait()
 
-    def post_foreign(self, layer: int, foreign: torch.Tensor) -> None:
-        """Have foreign traffic received, as large as ``foreign``."""
+    def post_background(self, layer: int, background: torch.Tensor) -> None:
+        """Have background traffic received, as large as ``background``."""
         with torch.cuda.stream(self._receiving()):
-            self._messages.receive_foreign(layer, self._peer, foreign)
+            self._messages.receive_background(layer, self._peer, background)
 
-    def send_foreign(self, layer: int, foreign: torch.Tensor, stream: torch.cuda.Stream) -> None:
-        """Send foreign traffic on a stream."""
+    def send_background(self, layer: int, background: torch.Tensor, stream: torch.cuda.Stream) -> None:
+        """Send background traffic on a stream."""
         with torch.cuda.stream(stream):
-            self._messages.send_foreign(layer, self._peer, foreign).wait()
+            self._messages.send_background(layer, self._peer, background).wait()
 
     def _receiving(self) -> torch.cuda.Stream:
         if self._stream is None:

@@ -45,7 +45,7 @@ class Rows(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         segments: handles of the memory they lie in.
         places: for each layer that keeps KV, the number of its segment and the offset in it.
-        scratch: likewise, of what foreign traffic is written to; empty without.
+        scratch: likewise, of what background traffic is written to; empty without.
     """
 
     segments: tuple[bytes, ...] = ()
@@ -134,7 +134,7 @@ class Peers:
 
         Args:
             slots: of each layer that keeps KV; empty on a rank that receives nothing.
-            noise: bytes of foreign traffic.
+            noise: bytes of background traffic.
         """
         memory = self.memory
         scratch = None
@@ -372,12 +372,12 @@ class PeerWire:
         self._peers.push(rows, base + at, stream)
         self._peers.tell(self._peer, self._peers.flag(layer, hop.piece.chunk, self._chunks), stream)
 
-    def post_foreign(self, layer: int, foreign: torch.Tensor) -> None:
+    def post_background(self, layer: int, background: torch.Tensor) -> None:
         """Nothing is to be done for what nobody reads."""
 
-    def send_foreign(self, layer: int, foreign: torch.Tensor, stream: Any) -> None:
-        """Send foreign traffic on a stream."""
-        self._peers.push(foreign, self._scratch, stream)
+    def send_background(self, layer: int, background: torch.Tensor, stream: Any) -> None:
+        """Send background traffic on a stream."""
+        self._peers.push(background, self._scratch, stream)
 
 
 def _watch(of: weakref.ref[Peers], change: threading.Condition) -> None:

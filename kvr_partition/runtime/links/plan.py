@@ -122,7 +122,7 @@ class LinkLimits:
         bandwidth: bytes per second that each directed link carries at most, None for what it can. Between
             processes a message is held back for as long as it would take, and then sent: its real time
             comes on top.
-        noise: bytes of foreign traffic; in each layer one random pair of neighbouring ranks carries a
+        noise: bytes of background traffic; in each layer one random pair of neighbouring ranks carries a
             message of this size, ahead of its KV.
         seed: of the choice of pairs; all ranks must agree on it.
     """
@@ -148,7 +148,7 @@ class LinkLimits:
         return 0.0 if self.bandwidth is None else nbytes / self.bandwidth
 
     def noisy_link(self, layer: int, ranks: int) -> int | None:
-        """The rank whose link to the next one carries foreign traffic in a layer; None without noise."""
+        """The rank whose link to the next one carries background traffic in a layer; None without noise."""
         return noisy_link(layer, ranks, self.noise, self.seed)
 
 
@@ -163,7 +163,7 @@ class Links(Protocol):
     """
 
     sent_bytes: int
-    """Bytes of KV this rank put on the wire; foreign traffic is not counted."""
+    """Bytes of KV this rank put on the wire; background traffic is not counted."""
 
     def start(self, slots: Sequence[Slot]) -> None:
         """Post every receive of the prefill."""

@@ -27,11 +27,11 @@ class Wire(Protocol):
     def send(self, layer: int, hop: Hop, rows: torch.Tensor, stream: Any) -> None:
         """Send rows on a stream."""
 
-    def post_foreign(self, layer: int, foreign: torch.Tensor) -> None:
-        """Have foreign traffic received, as large as ``foreign``, which nobody reads."""
+    def post_background(self, layer: int, background: torch.Tensor) -> None:
+        """Have background traffic received, as large as ``background``, which nobody reads."""
 
-    def send_foreign(self, layer: int, foreign: torch.Tensor, stream: Any) -> None:
-        """Send foreign traffic on a stream."""
+    def send_background(self, layer: int, background: torch.Tensor, stream: Any) -> None:
+        """Send background traffic on a stream."""
 
 
 class Watch(Protocol):
@@ -83,7 +83,7 @@ class Streams:
 class StreamLinks(PlannedLinks):
     """Sends and receives that are ordered by streams, whatever carries them.
 
-    Each peer has a stream of its own. What goes to it is put there in the order of `plan`: foreign traffic, the
+    Each peer has a stream of its own. What goes to it is put there in the order of `plan`: background traffic, the
     rank's own chunk, then what it forwards, nearest chunk first. A message waits for those ahead of it to the same
     peer, and for no other.
     """
@@ -113,17 +113,17 @@ class StreamLinks(PlannedLinks):
             self._used[peer].wait_stream(self._compute)
         for layer, hops in enumerate(self._receives):
             if self._noisy(layer) == self.rank - 1:
-                assert self._foreign is not None
-                self.wires[self.rank - 1].post_foreign(layer, self._foreign)
+                assert self._background is not None
+                self.wires[self.rank - 1].post_background(layer, self._background)
             self._posted.append([(hop, self.wires[hop.peer].post(layer, hop, slots[layer])) for hop in hops])
 
     def kv_ready(self, layer: int) -> None:
         self._check()
         if self._noisy(layer) == self.rank:
-            assert self._foreign is not None
+            assert self._background is not None
             stream = self._used[self.rank + 1]
             self._hold(stream, self.limits.noise)
-            self.wires[self.rank + 1].send_foreign(layer, self._foreign, stream)
+            self.wires[self.rank + 1].send_background(layer, self._background, stream)
         sends = self._sends[layer]
         own = sends.get(self.rank, ())
         if own:
