@@ -46,19 +46,23 @@ def main() -> None:
 def row_of(log_path: Path) -> Row:
     """The search in one log of benchmarks/prefill.py; the best split stands in the file beside it."""
     figures = json.loads(log_path.with_suffix(".json").read_text())["figures"]
-    best = next(one["sizes"] for one in figures["full_bandwidth"]["methods"] if one["method"] == "KVR-S")
+    best = next(figure["sizes"] for figure in figures["full_bandwidth"]["methods"] if figure["method"] == "KVR-S")
     with MeasurementLog(log_path) as log:
         origin = next(iter(log.provenance.values()))
         counted = log.operations or operations(open_model(model_folder(origin.model.name)))
         told = guessed_machine_of_log(log, origin, counted)
         # The log has the topology in the method's name; a search has it in its conditions.
-        trials = [msgspec.structs.replace(one, method="kvr") for one in log.measurements("search") if one.ok]
+        trials = [
+            msgspec.structs.replace(measurement, method="kvr")
+            for measurement in log.measurements("search")
+            if measurement.ok
+        ]
     return measured_row(origin, told, trials, tuple(best))
 
 
 def entry_of(row: Row, rows: Sequence[Row], quantum: int | None) -> Entry:
     """What a table keeps of a search."""
-    found = next(one for one in row.trials if one.sizes == row.sizes)
+    found = next(trial for trial in row.trials if trial.sizes == row.sizes)
     unit = quantum or common_quantum([one for one in rows if one.ranks == row.ranks])
     return Entry(row.context, row.sizes, row.past, found.ttft_s, found.interval_s, len(row.trials), unit)
 

@@ -206,7 +206,9 @@ def measured(name: str, options: argparse.Namespace, each: Callable[[str], None]
             quantum = 128 * max(1, context // 65_536)
             found, _ = searched(group, context, quantum, options.budget)
             asked.append({"context": context, "sizes": found.best.sizes})
-            trials[str(context)] = [{"sizes": one.partition.sizes, "ttft_s": one.ttft_s} for one in found.trials]
+            trials[str(context)] = [
+                {"sizes": trial.partition.sizes, "ttft_s": trial.ttft_s} for trial in found.trials
+            ]
     if options.splits:
         # What a search found before is timed again.
         before = json.loads((options.splits / f"links-{options.ranks}-ranks-{name}.json").read_text())["contexts"]

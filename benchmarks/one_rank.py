@@ -118,7 +118,7 @@ def floor(model: Any, tokens: int, samples: int) -> dict[str, float]:
     linears = [
         module.weight for layer in layers for module in layer.modules() if isinstance(module, torch.nn.Linear)
     ]
-    kv = next(one for one in probe(model).layers if one is not None)
+    kv = next(layer for layer in probe(model).layers if layer is not None)
     config = model.config
     heads = config.num_attention_heads
     query = torch.randn((1, tokens, heads, kv.key_dim), device="cuda", dtype=model.dtype).transpose(1, 2)

@@ -75,7 +75,7 @@ def cold_starts() -> None:
 def regrets() -> None:
     """What each way to predict loses on what was left out: a panel for each kind of group."""
     scores = json.loads((ROOT / "data/simulated/predictor.json").read_text())["scores"]
-    overall = [one for one in scores if one["ranks"] is None]
+    overall = [score for score in scores if score["ranks"] is None]
     groups = list(dict.fromkeys(one["held_out"] for one in overall))
     methods = list(dict.fromkeys(one["method"] for one in overall))[::-1]
     figure, axes = plt.subplots(1, len(groups), figsize=(11, 2.9), sharey=True, sharex=True)
@@ -112,8 +112,8 @@ def regrets_by_ranks() -> None:
     figure, axes = plt.subplots(figsize=(5.2, 2.9))
     for method, shade in (("interpolation", "#c0504d"), ("cost-model", "#d99a3c"), ("corrected", COLOURS["KVR"])):
         found = [
-            one for one in scores
-            if one["method"] == method and one["held_out"] == "context" and one["ranks"] is not None
+            score for score in scores
+            if score["method"] == method and score["held_out"] == "context" and score["ranks"] is not None
         ]  # fmt: skip
         ranks = [one["ranks"] for one in found]
         axes.plot(
@@ -134,9 +134,9 @@ def against_search(
 ) -> None:
     """TTFT over that of the searched split, compared turn by turn, with intervals; files by what they are of."""
     cases = [
-        (f"{what}{one['context']:,} tokens", one["methods"])
+        (f"{what}{held_out['context']:,} tokens", held_out["methods"])
         for what, file in files
-        for one in json.loads((ROOT / "data" / file).read_text())["held_out"]
+        for held_out in json.loads((ROOT / "data" / file).read_text())["held_out"]
     ]
     figure, axes = plt.subplots(figsize=(max(5.2, 1.9 * len(cases)), 2.9))
     shades = {"KVR-P": COLOURS["KVR"], "steps met": "#6a9f58", "interpolated": "#d99a3c", "KVR-E": "#8c8c8c"}

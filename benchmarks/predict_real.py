@@ -109,7 +109,7 @@ def main() -> None:
                 measure, context, options.ranks, options.budget, machine=told, quantum=options.quantum,
                 past=options.past, confirm=lambda splits: confirmed(context, splits),
             )  # fmt: skip
-            trials = [one.measurement for one in found.trials if one.measurement.ok]
+            trials = [trial.measurement for trial in found.trials if trial.measurement.ok]
             best = found.measurement
             entries.append(
                 Entry(
@@ -198,7 +198,7 @@ class Replayed:
         self, candidates: Sequence[Candidate], *, plan: SamplingPlan, purpose: str
     ) -> list[Measurement]:
         """As measured then."""
-        return [self.measure(one.partition, plan=plan, purpose=purpose) for one in candidates]
+        return [self.measure(candidate.partition, plan=plan, purpose=purpose) for candidate in candidates]
 
     def measure(self, partition: Partition, *, plan: SamplingPlan, purpose: str) -> Measurement:
         """As measured then."""

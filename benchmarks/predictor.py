@@ -115,8 +115,15 @@ def main() -> None:
             "tuned": tuned,
             "scores": msgspec.to_builtins(found),
             "cases": [
-                [one.held_out, one.method, *one.row.machine, one.row.context, one.row.past, round(one.regret, 6)]
-                for one in outcomes
+                [
+                    outcome.held_out,
+                    outcome.method,
+                    *outcome.row.machine,
+                    outcome.row.context,
+                    outcome.row.past,
+                    round(outcome.regret, 6),
+                ]
+                for outcome in outcomes
             ],
         }
         options.out.write_text(json.dumps(document, separators=(",", ":")) + "\n")

@@ -56,7 +56,7 @@ def searched(
     found, machine = session.search(context).found, session.machine()
     assert found is not None
     assert machine is not None
-    return found, Beliefs.after(machine, context, [one.measurement for one in found.trials]).machine
+    return found, Beliefs.after(machine, context, [trial.measurement for trial in found.trials]).machine
 
 
 def certified(group: RankGroup, context: int, skipped: set[str]) -> dict[str, Any]:
@@ -283,8 +283,8 @@ def main() -> None:
                 "search": {
                     "stopped": found.stopped,
                     "trials": [
-                        {"sizes": one.partition.sizes, "ttft_s": one.ttft_s, "source": one.source}
-                        for one in found.trials
+                        {"sizes": trial.partition.sizes, "ttft_s": trial.ttft_s, "source": trial.source}
+                        for trial in found.trials
                     ],
                 },
                 "full_bandwidth": compare(group, full, plan, "full-bandwidth", 0),

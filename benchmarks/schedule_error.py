@@ -56,7 +56,7 @@ def main() -> None:
     for ranks in (3, 4, 5):
         errors += error_of([*drawn_cases(ranks, options.cases), *issue_cases(ranks)], ranks, options.repeats)
     worst = max(errors, key=lambda one: abs(one["error"]))
-    middle = statistics.median(abs(one["error"]) for one in errors)
+    middle = statistics.median(abs(error["error"]) for error in errors)
     print(f"error: median {middle:.1%}, at most {worst['error']:+.1%} with {worst['sizes']}")
     latency = latency_of_links()
     print(

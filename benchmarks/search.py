@@ -95,7 +95,7 @@ class Measured:
             return seconds * max(0.5, self._random.gauss(1.0, NOISE))
 
         ranks = tuple(
-            RankTimes(noisy(one.compute_s), noisy(one.wait_s), noisy(one.transfer_s)) for one in timeline.ranks
+            RankTimes(noisy(rank.compute_s), noisy(rank.wait_s), noisy(rank.transfer_s)) for rank in timeline.ranks
         )
         sample = Sample(noisy(timeline.ttft_s), ranks, 0)
         self.asked.append(Measurement("kvr", partition.sizes, (sample,), "cap"))

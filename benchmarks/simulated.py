@@ -87,7 +87,7 @@ def main() -> None:
         best = sorted(swept, key=lambda one: one.ttft_s)[:3]
         finalists = list(dict.fromkeys([found.best, *(one.partition for one in best), Partition.even(context, 2)]))
         again = group.measure_many(
-            [Candidate("kvr", one) for one in finalists],
+            [Candidate("kvr", finalist) for finalist in finalists],
             plan=SamplingPlan(warmup=1, least=3 * options.samples, most=3 * options.samples),
             purpose="final",
         )

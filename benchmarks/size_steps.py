@@ -42,7 +42,9 @@ CASES = (
 def explained(log_file: str, sizes_file: str | None) -> dict[str, Any]:
     """Standard deviations of what is left, as shares."""
     with MeasurementLog(DATA / log_file) as log:
-        found = [one for one in log.measurements() if one.ok and one.method == "kvr"]
+        found = [
+            measurement for measurement in log.measurements() if measurement.ok and measurement.method == "kvr"
+        ]
         told = dict(with_size_effects(ChunkCost(0.0, 1.0, 0.0, 0.0), log).size_effects)
     if sizes_file is not None:
         document = json.loads((DATA / sizes_file).read_text())
@@ -89,10 +91,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     results = [explained(*case) for case in CASES]
-    for one in results:
+    for result in results:
         print(
-            f"{one['log']}, sizes of {one['sizes']}: smooth {one['smooth']:.2%}, told {one['told']:.2%} "
-            f"(weight {one['weight']:.2f}), free {one['free']:.2%}"
+            f"{result['log']}, sizes of {result['sizes']}: smooth {result['smooth']:.2%}, told {result['told']:.2%} "
+            f"(weight {result['weight']:.2f}), free {result['free']:.2%}"
         )
     if options.out:
         document = {"command": " ".join(["python benchmarks/size_steps.py", *sys.argv[1:]]), "cases": results}

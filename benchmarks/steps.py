@@ -80,8 +80,8 @@ class Rugged:
             Sample(
                 noisy(timeline.ttft_s),
                 tuple(
-                    RankTimes(noisy(one.compute_s), noisy(one.wait_s), noisy(one.transfer_s))
-                    for one in timeline.ranks
+                    RankTimes(noisy(rank.compute_s), noisy(rank.wait_s), noisy(rank.transfer_s))
+                    for rank in timeline.ranks
                 ),
                 0,
             )
@@ -107,7 +107,7 @@ def race(ranks: int, seed: int, kind: str, budget: int) -> dict[str, Any]:
         budget,
         machine=land.prior,
         quantum=QUANTUM,
-        confirm=lambda splits: [land.measure(one) for one in splits],
+        confirm=lambda splits: [land.measure(split) for split in splits],
     )
     balanced_s = land.ttft_s(best_split(CONTEXT, ranks, land.smooth, QUANTUM))
     return {
@@ -130,7 +130,7 @@ def predicted(ranks: int, seed: int, budget: int, profiled: bool) -> list[dict[s
     rows = []
     for context in SEARCHED:
         found = search(land.measure, context, ranks, budget, machine=land.prior, quantum=QUANTUM)
-        trials = tuple(one.measurement for one in found.trials)
+        trials = tuple(trial.measurement for trial in found.trials)
         told = land.prior.filed(ranks)
         rows.append(
             Row("simulated", "a GPU", "a model", None, "chain", ranks, context, 0, told, found.best.sizes, trials)
@@ -150,7 +150,7 @@ def predicted(ranks: int, seed: int, budget: int, profiled: bool) -> list[dict[s
                 "interpolated": Partition.from_cuts(interpolation.cuts(query), context, QUANTUM),
             }
         starts = [*splits.values(), best_split(context, ranks, land.smooth, QUANTUM)]
-        best_s = min(float(seconds(descent(np.array(one.sizes), QUANTUM, seconds)[-1:])[0]) for one in starts)
+        best_s = min(float(seconds(descent(np.array(start.sizes), QUANTUM, seconds)[-1:])[0]) for start in starts)
         regret = {name: land.ttft_s(one) / best_s - 1 for name, one in splits.items()}
         results.append({"ranks": ranks, "seed": seed, "context": context, "regret": regret})
     return results
@@ -202,7 +202,11 @@ def main() -> None:
     regrets = []
     for ranks in (2, 4, 8):
         for method in (*KINDS, "interpolated"):
-            mine = [one for one in predictions if one["ranks"] == ranks and method in one["regret"]]
+            mine = [
+                prediction
+                for prediction in predictions
+                if prediction["ranks"] == ranks and method in prediction["regret"]
+            ]
             losses = [one["regret"][method] for one in mine]
             mean, most = sum(losses) / len(losses), max(losses)
             regrets.append({"ranks": ranks, "method": method, "mean": mean, "max": most})

@@ -183,7 +183,7 @@ class Parts:
         draw, context = random.Random(1), self.options.context
         best = self._found(context)
         shares = [[size * draw.uniform(0.75, 1.25) for size in best.sizes] for _ in range(8)]
-        drawn = [Partition.from_fractions(one, context, quantum=128) for one in shares]
+        drawn = [Partition.from_fractions(share, context, quantum=128) for share in shares]
         candidates = [Candidate("kvr", one) for one in [best, *drawn]]
         found = self.group.measure_many(candidates, plan=SamplingPlan(1, 5, 5), purpose=f"splits/{context}")
         return {"context": context, "splits": [{"sizes": one.sizes, "ttft_s": one.ttft_s} for one in found]}

@@ -58,16 +58,16 @@ def row(key: Key, samples: Sequence[Sample]) -> dict[str, Any]:
         "samples": len(samples),
         "ttft_s": median(seconds),
         "interval_s": median_interval(seconds),
-        "compute_s": [median([one.ranks[at].compute_s for one in samples]) for at in ranks],
-        "wait_s": [median([one.ranks[at].wait_s for one in samples]) for at in ranks],
+        "compute_s": [median([sample.ranks[at].compute_s for sample in samples]) for at in ranks],
+        "wait_s": [median([sample.ranks[at].wait_s for sample in samples]) for at in ranks],
     }
 
 
 def scheduled(splits: Sequence[dict[str, Any]], machine: Machine) -> Iterator[dict[str, Any]]:
     """What the schedule says of splits that nothing was fitted to."""
-    for one in splits:
-        said = simulate(Partition(tuple(one["sizes"])), machine).ttft_s
-        yield {**one, "simulated_s": said, "simulated_over_measured": said / one["ttft_s"]}
+    for split in splits:
+        said = simulate(Partition(tuple(split["sizes"])), machine).ttft_s
+        yield {**split, "simulated_s": said, "simulated_over_measured": said / split["ttft_s"]}
 
 
 def answered(

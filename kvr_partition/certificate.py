@@ -57,7 +57,7 @@ class Certificate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def divergence(self) -> Deviation | None:
         """The first deviation beyond rounding: of the lowest layer, then of the lowest rank; None if all hold."""
-        beyond = [one for one in self.deviations if not one.within(self.provenance.dtype)]
+        beyond = [deviation for deviation in self.deviations if not deviation.within(self.provenance.dtype)]
         return min(beyond, key=lambda one: (one.layer is None, one.layer or 0, one.rank), default=None)
 
     @property

@@ -101,16 +101,16 @@ def vllm_config(
         else:
             found = source.lookup(context, ranks=ranks)
         return {"pcp_partition_weights": list(found.partition.fractions)}
-    routes = [one for one in router_table(source).routes if one.past == 0 and ranks in (None, one.ranks)]
-    counts = sorted({one.ranks for one in routes})
+    routes = [route for route in router_table(source).routes if route.past == 0 and ranks in (None, route.ranks)]
+    counts = sorted({route.ranks for route in routes})
     if len(counts) != 1:
         raise OutOfRangeError(
             f"there are partitions for {', '.join(map(str, counts)) or 'no'} ranks; say which with ranks="
         )
-    weights = {one.context: _shares(one.cuts) for one in routes}
+    weights = {route.context: _shares(route.cuts) for route in routes}
     return {
         "pcp_partition_weights": weights[max(weights)],
-        "pcp_partition_weights_by_context": [[one, weights[one]] for one in sorted(weights)],
+        "pcp_partition_weights_by_context": [[context, weights[context]] for context in sorted(weights)],
     }
 
 

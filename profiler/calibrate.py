@@ -266,7 +266,7 @@ def guessed_machine_of_log(
     Raises:
         FitError: the log has nothing to guess from.
     """
-    guesses = [one for one in log.measurements(GUESS) if one.ok]
+    guesses = [measurement for measurement in log.measurements(GUESS) if measurement.ok]
     if not guesses:
         raise FitError("neither one rank nor an even split was timed to guess costs from")
     cost = _guessed_cost(counted, guesses[-1], origin.backend, origin.ranks)
@@ -371,4 +371,4 @@ def _spent_s(log: MeasurementLog, points: Sequence[tuple[int, int]]) -> float:
 
 def _mean(seconds: Sequence[float]) -> float:
     """Geometric, so that speeds multiply to 1."""
-    return math.exp(math.fsum(math.log(one) for one in seconds) / len(seconds))
+    return math.exp(math.fsum(math.log(second) for second in seconds) / len(seconds))

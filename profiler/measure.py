@@ -151,7 +151,7 @@ def measure_interleaved(
     all_series = [_Series(candidate) for candidate in dict.fromkeys(candidates)]
     for turn in range(plan.warmup + plan.most):
         warmup = turn < plan.warmup
-        running = [one for one in all_series if one.failure is None and not one.outlasts(plan)]
+        running = [sery for sery in all_series if sery.failure is None and not sery.outlasts(plan)]
         if not running or (not warmup and all(plan.precise(series.seconds) for series in running)):
             break
         # Back and forth, so that drift within a turn hits the first and the last alike.

@@ -97,7 +97,7 @@ class Rank:
             topology=topology,
             layers=self.chosen.name,
             left=tuple(self.chosen.left_in_short),
-            weights_bytes=sum(one.nbytes for one in self.model.parameters()) if on_cuda else 0,
+            weights_bytes=sum(parameter.nbytes for parameter in self.model.parameters()) if on_cuda else 0,
             memory_bytes=torch.cuda.get_device_properties(self.device).total_memory if on_cuda else 0,
         )
 

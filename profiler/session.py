@@ -182,7 +182,7 @@ class Session:
 
         def confirm(partitions: Sequence[Partition]) -> list[Measurement]:
             self.listener.doing(f"context {context}: the best ones side by side with the baselines")
-            candidates = self._baselines(context) + [Candidate("kvr", one) for one in partitions]
+            candidates = self._baselines(context) + [Candidate("kvr", partition) for partition in partitions]
             measurements = self._measure(candidates, purpose_of("compare", context, self.past))
             finals.extend(zip(candidates, measurements, strict=True))
             return measurements[-len(partitions) :]
@@ -195,7 +195,9 @@ class Session:
         named += [("KVR-E", result) for one, result in finals if one == even]
         named.append(("KVR-S", found.measurement))
         every = [*(trial.measurement for trial in found.trials), *(result for _, result in finals)]
-        return ContextResult(context, found, named, worst(one for each in every for one in self._findings(each)))
+        return ContextResult(
+            context, found, named, worst(finding for each in every for finding in self._findings(each))
+        )
 
     def _searched(self, context: int, confirm: Callable[[Sequence[Partition]], list[Measurement]]) -> SearchResult:
         kind, purpose = check_sampler(self.sampler), purpose_of("search", context, self.past)
@@ -253,7 +255,7 @@ class Session:
             *self._baselines(context),
             Candidate("kvr", Partition.even(context, ranks, past=self.past)),
         ]
-        names = [*(METHODS[one.method].title for one in self._baselines(context)), "KVR-E"]
+        names = [*(METHODS[baseline.method].title for baseline in self._baselines(context)), "KVR-E"]
         try:
             without = self.table.without(context, ranks, self.past)
             candidates.append(Candidate("kvr", without.lookup(context, ranks=ranks, past=self.past).partition))
@@ -262,7 +264,7 @@ class Session:
             self.listener.say(f"  no KVR-P for {context}: {error}")
         measurements = self._measure(candidates, purpose_of("predict", context, self.past))
         self._finish(context, 0)
-        noticed = worst(one for result in measurements for one in self._findings(result))
+        noticed = worst(finding for result in measurements for finding in self._findings(result))
         return ContextResult(context, None, list(zip(names, measurements, strict=True)), noticed)
 
     def quantum_of(self, context: int) -> int:

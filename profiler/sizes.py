@@ -108,7 +108,8 @@ def time_sizes(
         together = longest_first[first : first + TOGETHER]
         for turn in range(1 + ROUNDS):
             of = {
-                size: [one for one in log.chunks if (one.chunk, one.layers) == (size, layers)] for size in together
+                size: [chunk for chunk in log.chunks if (chunk.chunk, chunk.layers) == (size, layers)]
+                for size in together
             }
             known = {size: sum(not line.warmup for line in lines) for size, lines in of.items()}
             spent_s = math.fsum(max(line.seconds) for lines in of.values() for line in lines)

@@ -56,7 +56,9 @@ def _measured(table: PartitionTable, context: int, option: Option) -> float | No
     topology = method_of(option.method).topology
     if topology is None or table.provenance is None or table.provenance.topology != topology:
         return None
-    return next((one.ttft_s for one in table.entries if (one.context, one.ranks) == (context, option.ranks)), None)
+    return next(
+        (entry.ttft_s for entry in table.entries if (entry.context, entry.ranks) == (context, option.ranks)), None
+    )
 
 
 def _as_data(advice: Advice, profile: Profile, table: PartitionTable) -> dict[str, Any]:
@@ -68,13 +70,13 @@ def _as_data(advice: Advice, profile: Profile, table: PartitionTable) -> dict[st
         "beyond_profile": advice.context > profile.context,
         "options": [
             {
-                "method": one.method,
-                "ranks": one.ranks,
-                "predicted_ttft_s": one.ttft_s,
-                "measured_ttft_s": _measured(table, advice.context, one),
-                "sizes": None if one.partition is None else one.partition.sizes,
+                "method": option.method,
+                "ranks": option.ranks,
+                "predicted_ttft_s": option.ttft_s,
+                "measured_ttft_s": _measured(table, advice.context, option),
+                "sizes": None if option.partition is None else option.partition.sizes,
             }
-            for one in advice.options
+            for option in advice.options
         ],
     }
 

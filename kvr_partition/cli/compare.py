@@ -203,7 +203,11 @@ def _noticed(group: RankGroup, measurements: Sequence[Measurement], progress: Pr
     """What measurements show that their schedules do not; nothing where there is nothing to hold them against."""
     from profiler.calibrate import rough_machine
 
-    timed = [one for one in measurements if one.ok and (one.method == "single" or method_of(one.method).splits)]
+    timed = [
+        measurement
+        for measurement in measurements
+        if measurement.ok and (measurement.method == "single" or method_of(measurement.method).splits)
+    ]
     if not any(method_of(one.method).splits for one in timed):
         return []
     base = next((one for one in timed if one.method == "single"), timed[0])
@@ -213,7 +217,9 @@ def _noticed(group: RankGroup, measurements: Sequence[Measurement], progress: Pr
         progress.say(f"  waits are not held against the schedule: {error}")
         return []
     seed = group.noise_seed
-    return worst(one for found in timed for one in findings(found, machine, chunks_timed=False, noise_seed=seed))
+    return worst(
+        finding for found in timed for finding in findings(found, machine, chunks_timed=False, noise_seed=seed)
+    )
 
 
 def _candidates(context: int, asked: _Asked, group: RankGroup, progress: Progress) -> list[tuple[str, Candidate]]:

@@ -135,9 +135,9 @@ def link_lines(links: dict[str, Any]) -> list[str]:
         f"{one['bandwidth'] / 1e9:.3g} GB/s alone, {one['bandwidth_together'] / 1e9:.3g} with all others"
         for one in links["pairs"]
     ]
-    for one in links["held"]:
-        how = "moves" if one["moves"] else "does NOT move"
-        lines.append(f"link     {one['link']} {how} while {one['while']} is held")
+    for link in links["held"]:
+        how = "moves" if link["moves"] else "does NOT move"
+        lines.append(f"link     {link['link']} {how} while {link['while']} is held")
     if "failed" in links:
         lines.append(f"link     could not be tried: {links['failed']}")
     return lines

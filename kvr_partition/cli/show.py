@@ -42,8 +42,8 @@ def print_findings(found: Sequence[tuple[int, Sequence[Finding]]]) -> None:
     if any(findings for _, findings in found):
         print("\nNoticed:")
         for context, findings in found:
-            for one in findings:
-                print(f"  {context:>7}  {one.text}")
+            for finding in findings:
+                print(f"  {context:>7}  {finding.text}")
 
 
 def seconds(value: float) -> str:

@@ -121,7 +121,7 @@ def _show(options: argparse.Namespace, predictor: PartitionPredictor) -> None:
     from kvr_partition.training.predictor import TRUSTED
 
     training = predictor.training
-    overall = [one for one in training.scores if one.ranks is None]
+    overall = [score for score in training.scores if score.ranks is None]
     if overall:
         print("Lost on contexts that were left out, against the best known split:\n")
         print_table(

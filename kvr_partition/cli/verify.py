@@ -110,16 +110,16 @@ def _show(group: RankGroup, certificates: Sequence[Certificate]) -> None:
         print(f"left as it is: {line}")
     print()
     rows = []
-    for one in certificates:
-        worst = max(one.deviations, key=lambda each: each.split, default=None)
+    for certificate in certificates:
+        worst = max(certificate.deviations, key=lambda each: each.split, default=None)
         rows.append(
             [
-                one.method,
-                "/".join(map(str, one.sizes)),
-                "holds" if one.holds else "DIVERGES",
+                certificate.method,
+                "/".join(map(str, certificate.sizes)),
+                "holds" if certificate.holds else "DIVERGES",
                 "" if worst is None else f"{worst.split:.1e}",
                 "" if worst is None else f"{worst.single:.1e}",
-                "same" if one.same_token else "differs",
+                "same" if certificate.same_token else "differs",
             ]
         )
     print_table(
@@ -133,7 +133,7 @@ def _refuse_broken(certificates: Sequence[Certificate]) -> None:
     Raises:
         KVRError: one does not hold.
     """
-    broken = next((one for one in certificates if not one.holds), None)
+    broken = next((certificate for certificate in certificates if not certificate.holds), None)
     if broken is None:
         return
     at = broken.divergence

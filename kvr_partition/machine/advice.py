@@ -83,17 +83,17 @@ def advise(machine: Machine, context: int, ranks: int, quantum: int = 1) -> Advi
 
 def _choose(options: Sequence[Option]) -> tuple[Option, str]:
     fastest = min(options, key=lambda one: one.ttft_s)
-    enough = [one for one in options if one.ttft_s <= fastest.ttft_s * (1 + WORTH_A_RANK)]
+    enough = [option for option in options if option.ttft_s <= fastest.ttft_s * (1 + WORTH_A_RANK)]
     fewest = min(one.ranks for one in enough)
     chosen = min((one for one in enough if one.ranks == fewest), key=lambda one: one.ttft_s)
-    most = max(one.ranks for one in options)
+    most = max(option.ranks for option in options)
     if most == 1:
         return chosen, "there is one rank"
-    best_on_most = min((one for one in options if one.ranks == most), key=lambda one: one.ttft_s)
+    best_on_most = min((option for option in options if option.ranks == most), key=lambda one: one.ttft_s)
     if chosen.ranks == 1:
         change = best_on_most.ttft_s / chosen.ttft_s - 1
         return chosen, f"more ranks are not worth it: on {most}, TTFT changes by {change:+.0%} at best"
-    single = next(one for one in options if one.ranks == 1)
+    single = next(option for option in options if option.ranks == 1)
     gain = f"{single.ttft_s / chosen.ttft_s:.2f}x one rank"
     if chosen.ranks < most:
         change = best_on_most.ttft_s / chosen.ttft_s - 1

@@ -71,7 +71,7 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
             msgspec.structs.replace(self.cost.smooth, size_effects=steps),
             self.layers,
             self.entry_bytes,
-            tuple(LinkCost(float(one.latency_s), float(one.seconds_per_byte)) for one in self.links(ranks)),
+            tuple(LinkCost(float(link.latency_s), float(link.seconds_per_byte)) for link in self.links(ranks)),
             tuple(float(1 / self.slowness(rank)) for rank in range(ranks)),
             self.topology,
             self.overlap,

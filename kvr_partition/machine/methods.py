@@ -75,7 +75,7 @@ def _split(method: str, partition: Partition, ranks: int, machine: Machine) -> S
         sent = [sum(sizes[: rank + 1]) * row for rank in range(ranks - 1)]
     else:
         sent = [sizes[rank] * row * (ranks - 1 - rank) for rank in range(ranks - 1)]
-    return Scheduled(timeline.ttft_s, tuple(RankTimes.of(one) for one in timeline.ranks), (*sent, 0))
+    return Scheduled(timeline.ttft_s, tuple(RankTimes.of(rank) for rank in timeline.ranks), (*sent, 0))
 
 
 _SCHEDULES: dict[str, Callable[[str, Partition, int, Machine], Scheduled] | None] = {

@@ -95,7 +95,7 @@ def best_split(context: int, ranks: int, machine: Machine, quantum: int = 1) -> 
     rounded = Partition.from_fractions(fractions, context, quantum=quantum, past=machine.past)
     # Rounding may cost more than starting from a split that needs none.
     candidates = [rounded, even]
-    found = ttft([one.sizes for one in candidates], machine)
+    found = ttft([candidate.sizes for candidate in candidates], machine)
     return candidates[int(found.argmin())]
 
 

@@ -79,7 +79,7 @@ class runahead_attention:  # noqa: N801 - reads as a statement: with runahead_at
             return
         known = _attention_changes.get(self._model)
         if known is None or any(config._attn_implementation != before for config, before, _ in known):
-            configs = {id(one.config): one.config for one in self._model.modules() if _configured(one)}
+            configs = {id(module.config): module.config for module in self._model.modules() if _configured(module)}
             were = {key: config._attn_implementation for key, config in configs.items()}
             self._model.set_attn_implementation(attention.IMPLEMENTATION)
             _attention_changes[self._model] = [

@@ -46,7 +46,7 @@ class Beliefs:
         from sklearn.gaussian_process import GaussianProcessRegressor
         from sklearn.gaussian_process.kernels import RBF, ConstantKernel
 
-        timed = tuple(one for one in measurements if one.ok)
+        timed = tuple(measurement for measurement in measurements if measurement.ok)
         found = corrected(machine, timed)
         if not timed:
             return cls(found.machine, context, timed, None, 0.0)

@@ -57,7 +57,7 @@ def noise_of(measurement: Measurement) -> float:
     if count < 3:
         return LONE_NOISE / math.sqrt(max(1, count))
     mean = math.fsum(logs) / count
-    variance = math.fsum((one - mean) ** 2 for one in logs) / (count - 1)
+    variance = math.fsum((log - mean) ** 2 for log in logs) / (count - 1)
     # A median of normal samples scatters a quarter more than their mean.
     return max(LEAST_NOISE, 1.25 * math.sqrt(variance / count))
 
@@ -87,13 +87,17 @@ def corrected(machine: Machine, measurements: Sequence[Measurement]) -> Correcte
     one measurement than in another by more than noise, it was the machine, and no cost. Where chunks of the same
     size are off alike whenever they are measured, their sizes have steps.
     """
-    timed = [one for one in measurements if one.ok and len(one.samples[0].ranks) == len(one.sizes)]
+    timed = [
+        measurement
+        for measurement in measurements
+        if measurement.ok and len(measurement.samples[0].ranks) == len(measurement.sizes)
+    ]
     if not timed:
         return Corrected(_with_steps(machine, USUAL_WEIGHT), (0.0,) * len(measurements))
     found = _with_costs(machine, timed)
     told = _with_links(found.machine, timed)
     known = dict(zip(map(id, timed), found.drift, strict=True))
-    drift = tuple(known.get(id(one), 0.0) for one in measurements)
+    drift = tuple(known.get(id(measurement), 0.0) for measurement in measurements)
     return Corrected(
         _with_kv_share(told, timed, found.drift), drift, found.size_effect_spread, found.measured_sizes
     )
@@ -281,7 +285,7 @@ def _with_links(machine: Machine, timed: Sequence[Measurement]) -> Machine:
         links = tuple(scaled(machine.link_between(at, at + 1), logs[at], rates[at]) for at in range(ranks - 1))
         return replace(machine, link=links)
     # A fan-out's times are sums over links; only what all have in common can be told.
-    together = [value for each in logs for value in each], [value for each in rates for value in each]
+    together = [value for log in logs for value in log], [value for each in rates for value in each]
     if isinstance(machine.link, LinkCost):
         return replace(machine, link=scaled(machine.link, *together))
     return replace(machine, link=tuple(scaled(link, *together) for link in machine.link))

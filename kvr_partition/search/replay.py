@@ -25,7 +25,9 @@ class Replay:
     """
 
     def __init__(self, measurements: Iterable[Measurement], method: str = "kvr") -> None:
-        self._known = {one.partition: one for one in measurements if one.method == method}
+        self._known = {
+            measurement.partition: measurement for measurement in measurements if measurement.method == method
+        }
         self.missing: list[Partition] = []
 
     def __call__(self, partition: Partition) -> Measurement:

@@ -205,7 +205,7 @@ class _Study:
                 "past": space.past,
                 "quantum": space.quantum,
                 "ranges": space.ranges,
-                "seeds": [{"name": one.name, "sizes": one.partition.sizes} for one in seeds],
+                "seeds": [{"name": seed.name, "sizes": seed.partition.sizes} for seed in seeds],
             }
         )
         self._study.set_user_attr("begun", begun)
@@ -297,7 +297,7 @@ class _Study:
         return beliefs.ranked() if beliefs is not None else sorted(self._timed(), key=lambda one: one.ttft_s)
 
     def _timed(self) -> list[Measurement]:
-        return [one.measurement for one in self.trials() if one.measurement.ok]
+        return [trial.measurement for trial in self.trials() if trial.measurement.ok]
 
     def _end_interrupted(self) -> None:
         """End trials that a kill left running; those of others that still run are theirs."""

@@ -102,7 +102,7 @@ def _believed(row: Row) -> tuple[Beliefs, float]:
 
     beliefs = Beliefs.after(row.prior.behind(row.past), row.context, row.trials)
     solved = best_split(row.context, row.ranks, beliefs.machine)
-    known = [row.sizes, solved.sizes, *(one.sizes for one in row.trials if one.ok)]
+    known = [row.sizes, solved.sizes, *(trial.sizes for trial in row.trials if trial.ok)]
     return beliefs, float(beliefs.ttft_s(known)[0].min())
 
 
@@ -118,7 +118,7 @@ def measured_row(
     Raises:
         PartitionError: trials of several contexts or pasts, or none.
     """
-    kinds = {(one.partition.context, one.past) for one in trials}
+    kinds = {(trial.partition.context, trial.past) for trial in trials}
     if len(kinds) != 1:
         raise PartitionError(f"a row is one search of one context and past; these trials are of {len(kinds)}")
     context, past = kinds.pop()

@@ -91,7 +91,7 @@ def evaluate(
 def _inside(row: Row, train: Sequence[Row], name: str) -> bool:
     value = GROUPS[name]
     others = [value(one) for one in train if one.machine == row.machine]
-    return any(one < value(row) for one in others) and any(one > value(row) for one in others)
+    return any(other < value(row) for other in others) and any(other > value(row) for other in others)
 
 
 def _losses(
@@ -127,9 +127,9 @@ def decoded(regressor: Regressor, query: Query, quantum: int) -> Partition:
 def scores(outcomes: Sequence[Outcome]) -> list[Score]:
     """Regret by method, by what was held out, and by ranks."""
     found = []
-    for method in dict.fromkeys(one.method for one in outcomes):
-        for held_out in dict.fromkeys(one.held_out for one in outcomes):
-            of_it = [one for one in outcomes if (one.method, one.held_out) == (method, held_out)]
+    for method in dict.fromkeys(outcome.method for outcome in outcomes):
+        for held_out in dict.fromkeys(outcome.held_out for outcome in outcomes):
+            of_it = [outcome for outcome in outcomes if (outcome.method, outcome.held_out) == (method, held_out)]
             if not of_it:
                 continue
             found.append(Score(method, held_out, None, regret([one.regret for one in of_it])))

@@ -46,7 +46,7 @@ def ranked(found: Sequence[Outcome], held_out: str = "context") -> list[str]:
         if one.held_out == held_out:
             losses.setdefault(one.method, []).append(one.regret)
     # Who passes on the hard cases has not won.
-    most = max((len(each) for each in losses.values()), default=0)
+    most = max((len(loss) for loss in losses.values()), default=0)
     order = sorted((name for name, each in losses.items() if len(each) == most), key=lambda one: mean(losses[one]))
     if TRUSTED in order and not _beats(losses[order[0]], losses[TRUSTED]):
         order.remove(TRUSTED)

@@ -161,7 +161,7 @@ def _measured(partition: Partition, truth: Machine, draw: random.Random) -> Meas
         return seconds * max(0.5, draw.gauss(1.0, NOISE))
 
     ranks = tuple(
-        RankTimes(noisy(one.compute_s), noisy(one.wait_s), noisy(one.transfer_s)) for one in timeline.ranks
+        RankTimes(noisy(rank.compute_s), noisy(rank.wait_s), noisy(rank.transfer_s)) for rank in timeline.ranks
     )
     sample = Sample(noisy(timeline.ttft_s), ranks, 0)
     return Measurement("kvr", partition.sizes, (sample,), "cap", past=partition.past)

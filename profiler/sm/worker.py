@@ -161,7 +161,7 @@ class SMWorker:
         if request.alone:
             recording = dataclasses.replace(recording, ranks=recording.ranks[:1])
         self._replayer.run(recording, LinkLimits())
-        return messages.Many(tuple(chunk_done(request, one.result) for one in recording.ranks))
+        return messages.Many(tuple(chunk_done(request, rank.result) for rank in recording.ranks))
 
     def _timed_link(self, request: messages.TimeLink) -> messages.Reply:
         """All links of the chain at once, as in a prefill: they share the memory."""

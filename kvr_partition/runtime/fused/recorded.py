@@ -54,7 +54,7 @@ def recordable(layers: Sequence[FusedLayer], chained: bool) -> bool:
         if not isinstance(attention, FusedAttention) or not isinstance(mlp, FusedMLP):
             return False
         linears = (attention.output, *attention.projections, mlp.gate, mlp.up, mlp.down)
-        if not all(one is None or one.plain for one in linears):
+        if not all(linear is None or linear.plain for linear in linears):
             return False
         shapes.add((_query_width(layer), attention.kv_heads, attention.dim, attention.constants.get("scaling")))
     return chained and len(shapes) == 1

@@ -275,7 +275,7 @@ def release_link_memory(group: dist.ProcessGroup | None = None) -> int:
         setups = [each for key, each in agreement.kept.items() if isinstance(each, LinkSetup)]
         if not setups:
             agreement.barrier()
-        return sum(each.release(turn) for each in setups)
+        return sum(setup.release(turn) for setup in setups)
 
 
 def _memory_of(device: torch.device) -> LinkMemory:

@@ -224,9 +224,9 @@ class LinkMemory:
     def may_be_written(self, rows: Sequence[torch.Tensor], written: Callable[[], bool]) -> None:
         """Keep rows from being taken for something else for as long as ``written`` says that a peer may write."""
         with self._lock:
-            for one in rows:
+            for row in rows:
                 # Rows that were gone on with in place begin where they did, too.
-                block = self._parts.get(one.data_ptr())
+                block = self._parts.get(row.data_ptr())
                 if block is not None:
                     block.written = written
 
