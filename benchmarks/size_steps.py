@@ -93,8 +93,8 @@ def main() -> None:
     results = [explained(*case) for case in CASES]
     for result in results:
         print(
-            f"{result['log']}, sizes of {result['sizes']}: smooth {result['smooth']:.2%}, told {result['told']:.2%} "
-            f"(weight {result['weight']:.2f}), free {result['free']:.2%}"
+            f"{result['log']}, sizes of {result['sizes']}: smooth {result['smooth']:.2%}, "
+            f"told {result['told']:.2%} (weight {result['weight']:.2f}), free {result['free']:.2%}"
         )
     if options.out:
         document = {"command": " ".join(["python benchmarks/size_steps.py", *sys.argv[1:]]), "cases": results}

@@ -186,7 +186,7 @@ def _weight_files(folder: Path, config: Mapping[str, Any]) -> tuple[Path, ...]:
         raise UnsupportedError(
             f"{folder / 'config.json'}: transformers_weights names {named!r}, outside the folder"
         )
-    distributed = next((one.name for one in folder.iterdir() if _DISTRIBUTED_SHARD.fullmatch(one.name)), None)
+    distributed = next((path.name for path in folder.iterdir() if _DISTRIBUTED_SHARD.fullmatch(path.name)), None)
     if distributed is not None:
         raise UnsupportedError(
             f"{folder} is a distributed checkpoint ({distributed}); load it with transformers and save it whole"
@@ -249,7 +249,7 @@ def _stored_shapes(file: Path) -> dict[str, tuple[int, ...]]:
             size = os.fstat(stream.fileno()).st_size
             header = json.loads(stream.read(length)) if 8 + length <= size else None
         stored = {name: one for name, one in header.items() if name != "__metadata__"}  # type: ignore[union-attr]
-        end = 8 + length + max((one["data_offsets"][1] for one in stored.values()), default=0)
+        end = 8 + length + max((tensor["data_offsets"][1] for tensor in stored.values()), default=0)
         shapes = {name: tuple(int(count) for count in one["shape"]) for name, one in stored.items()}
     except OSError as error:
         raise UnsupportedError(f"{file} cannot be read: {error.strerror}") from None

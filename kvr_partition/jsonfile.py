@@ -81,7 +81,7 @@ def upgraded(document: dict[str, Any], schema: str) -> dict[str, Any]:
 def _with_layers(document: Any) -> Any:
     """Before layers could be replaced, all were the model's own: in every provenance, wherever it stands."""
     if isinstance(document, list):
-        return [_with_layers(one) for one in document]
+        return [_with_layers(item) for item in document]
     if not isinstance(document, dict):
         return document
     changed = {name: _with_layers(value) for name, value in document.items()}

@@ -292,8 +292,8 @@ class PartitionPredictor:
         if reason is not None or ranks is None or ranks == 1:
             return Explanation(ranks == 1, reason or "one rank takes all", method, (), None)
         trained = self._grids[ranks].trained
-        below = [one for one in trained if one <= context][-1:]
-        above = [one for one in trained if one >= context][:1]
+        below = [length for length in trained if length <= context][-1:]
+        above = [length for length in trained if length >= context][:1]
         nearest = tuple(dict.fromkeys((*below, *above)))
         known = [
             score.regret
@@ -302,7 +302,7 @@ class PartitionPredictor:
         ]
         # That of this rank count, if it was told apart.
         regret = next(iter(known[::-1]), None)
-        text = " and ".join(str(one) for one in nearest)
+        text = " and ".join(str(length) for length in nearest)
         return Explanation(True, f"searched at {text} tokens" if text else "searched", method, nearest, regret)
 
     def to_json(self) -> bytes:

@@ -145,7 +145,7 @@ def check_memory(group: Ranks, ready: Sequence[messages.Ready], context: int, pa
         shape,
         Partition.even(context, group.ranks, past=past),
         ready[0].weights_bytes,
-        min(one.memory_bytes for one in ready),
+        min(reply.memory_bytes for reply in ready),
         together=group.backend == "sm",
     )
 

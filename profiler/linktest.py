@@ -97,9 +97,9 @@ def tried(devices: list[str], own: int) -> dict[str, Any]:
                 printed = (Path(folder) / f"printed{rank}").read_text(errors="replace")
                 raise RankError(f"rank {rank} could not try its links: {_cause(printed)}")
             found.append(json.loads(path.read_text()))
-    for each in found:
-        if "error" in each:
-            raise RankError(each["error"])
+    for reply in found:
+        if "error" in reply:
+            raise RankError(reply["error"])
     pairs = [pair for each in found for pair in each["pairs"] if max(pair["from"], pair["to"]) < own]
     return {
         "pairs": sorted(pairs, key=lambda pair: (pair["from"], pair["to"])),

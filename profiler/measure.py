@@ -143,7 +143,7 @@ def measure_interleaved(
         on_sample: told of each sample, and whether it was a warm-up.
     """
     if log is not None:
-        known = [log.finished(purpose, one.method, one.partition, one.noise) for one in candidates]
+        known = [log.finished(purpose, asked.method, asked.partition, asked.noise) for asked in candidates]
         found = [measurement for measurement in known if measurement is not None]
         if len(found) == len(candidates):
             return found

@@ -196,7 +196,10 @@ class Session:
         named.append(("KVR-S", found.measurement))
         every = [*(trial.measurement for trial in found.trials), *(result for _, result in finals)]
         return ContextResult(
-            context, found, named, worst(finding for each in every for finding in self._findings(each))
+            context,
+            found,
+            named,
+            worst(finding for measurement in every for finding in self._findings(measurement)),
         )
 
     def _searched(self, context: int, confirm: Callable[[Sequence[Partition]], list[Measurement]]) -> SearchResult:
@@ -384,7 +387,7 @@ class Session:
         self.listener.say(f"  {context:>7} tokens  {trial.partition!s:<24} {time:>12}  {trial.source}")
 
     def _contradicted(self, context: int, measured: Sequence[Measurement]) -> bool:
-        why = contradict([self._findings(one) for one in measured])
+        why = contradict([self._findings(measurement) for measurement in measured])
         if why is not None:
             self.listener.say(
                 f"  context {context}: no more partitions are measured, since what was measured contradicts "
@@ -398,10 +401,10 @@ class Session:
             return []
         seed = self.group.noise_seed
         found = findings(measurement, self._reference, chunks_timed=self._chunks_timed, noise_seed=seed)
-        for one in found:
-            if one.about not in self._said:
-                self._said.add(one.about)
-                self.listener.say(f"  {measurement.partition}: {one.text}")
+        for finding in found:
+            if finding.about not in self._said:
+                self._said.add(finding.about)
+                self.listener.say(f"  {measurement.partition}: {finding.text}")
         return found
 
 
@@ -421,7 +424,7 @@ def rows_of(table: PartitionTable, log: MeasurementLog) -> list[Row]:
     rows = []
     for entry in table.entries:
         searched = log.measurements(purpose_of("search", entry.context, entry.past))
-        trials = [one for one in searched if one.ok]
+        trials = [trial for trial in searched if trial.ok]
         if trials:
             rows.append(measured_row(origin, prior, trials, entry.sizes, bandwidth_of(origin.link)))
     return rows

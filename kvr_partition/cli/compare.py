@@ -208,9 +208,9 @@ def _noticed(group: RankGroup, measurements: Sequence[Measurement], progress: Pr
         for measurement in measurements
         if measurement.ok and (measurement.method == "single" or method_of(measurement.method).splits)
     ]
-    if not any(method_of(one.method).splits for one in timed):
+    if not any(method_of(measurement.method).splits for measurement in timed):
         return []
-    base = next((one for one in timed if one.method == "single"), timed[0])
+    base = next((measurement for measurement in timed if measurement.method == "single"), timed[0])
     try:
         machine = rough_machine(group, base)
     except (FitError, RankError) as error:

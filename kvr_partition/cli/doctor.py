@@ -131,9 +131,9 @@ def link_lines(links: dict[str, Any]) -> list[str]:
     """What was found out about links, in words."""
     titles = {kind.name: kind.title.split(":")[0] for kind in KINDS}
     lines = [
-        f"link     {one['from']}→{one['to']}: {titles[one['kind']]}, {one['latency_s'] * 1e6:.0f} µs, "
-        f"{one['bandwidth'] / 1e9:.3g} GB/s alone, {one['bandwidth_together'] / 1e9:.3g} with all others"
-        for one in links["pairs"]
+        f"link     {pair['from']}→{pair['to']}: {titles[pair['kind']]}, {pair['latency_s'] * 1e6:.0f} µs, "
+        f"{pair['bandwidth'] / 1e9:.3g} GB/s alone, {pair['bandwidth_together'] / 1e9:.3g} with all others"
+        for pair in links["pairs"]
     ]
     for link in links["held"]:
         how = "moves" if link["moves"] else "does NOT move"

@@ -84,8 +84,8 @@ def advise(machine: Machine, context: int, ranks: int, quantum: int = 1) -> Advi
 def _choose(options: Sequence[Option]) -> tuple[Option, str]:
     fastest = min(options, key=lambda one: one.ttft_s)
     enough = [option for option in options if option.ttft_s <= fastest.ttft_s * (1 + WORTH_A_RANK)]
-    fewest = min(one.ranks for one in enough)
-    chosen = min((one for one in enough if one.ranks == fewest), key=lambda one: one.ttft_s)
+    fewest = min(option.ranks for option in enough)
+    chosen = min((option for option in enough if option.ranks == fewest), key=lambda one: one.ttft_s)
     most = max(option.ranks for option in options)
     if most == 1:
         return chosen, "there is one rank"

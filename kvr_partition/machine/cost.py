@@ -187,16 +187,16 @@ class ChunkCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
 
         if len(timed) < 5:
             raise FitError(f"{len(timed)} timed chunks cannot fix four costs; time at least 5")
-        chunks = [one.chunk for one in timed]
+        chunks = [point.chunk for point in timed]
         if max(chunks) < 4 * min(chunks):
             raise FitError(
                 f"chunks of {min(chunks)} to {max(chunks)} tokens are too alike to tell costs apart; "
                 f"add one of {4 * min(chunks)} tokens or more"
             )
-        if len({one.prefix for one in timed}) < 2:
+        if len({point.prefix for point in timed}) < 2:
             raise FitError("every chunk was timed behind the same prefix; add one behind another prefix")
-        seconds = np.array([one.seconds for one in timed])
-        terms = multiples(np.array(chunks, dtype=float), np.array([one.prefix for one in timed], dtype=float))
+        seconds = np.array([point.seconds for point in timed])
+        terms = multiples(np.array(chunks, dtype=float), np.array([point.prefix for point in timed], dtype=float))
         weighted = terms / seconds[:, None]
         scale = np.linalg.norm(weighted, axis=0)
         scaled = weighted / scale
@@ -272,9 +272,9 @@ def _prices(terms: Array) -> Array:
 def _kv_share(timed: Sequence[TimedChunk], fixed: float, token: float) -> float:
     """Share of a layer's fixed and per-token time before its KV is ready; 0 where that was not timed."""
     shares = sorted(
-        one.first_kv_s * one.layers / (fixed + token * one.chunk)
-        for one in timed
-        if one.first_kv_s is not None and fixed + token * one.chunk > 0
+        point.first_kv_s * point.layers / (fixed + token * point.chunk)
+        for point in timed
+        if point.first_kv_s is not None and fixed + token * point.chunk > 0
     )
     # The first layer's KV comes after the embedding as well, so its time can only be too long.
     return min(0.95, shares[len(shares) // 2]) if shares else 0.0

@@ -99,10 +99,10 @@ def findings(
 def worst(found: Iterable[Finding]) -> list[Finding]:
     """Of findings about the same, the worst; in the order in which they first came."""
     kept: dict[tuple[str, int | None, int | None], Finding] = {}
-    for one in found:
-        before = kept.get(one.about)
-        if before is None or one.share > before.share:
-            kept[one.about] = one
+    for finding in found:
+        before = kept.get(finding.about)
+        if before is None or finding.share > before.share:
+            kept[finding.about] = finding
     return list(kept.values())
 
 
@@ -114,10 +114,10 @@ def contradict(found: Sequence[Sequence[Finding]], least: int = 2) -> str | None
         least: so many must; one alone may be an accident.
     """
     against = [one for each in found for one in each if one.kind in CONTRADICTIONS]
-    for one in worst(against):
-        times = sum(other.about == one.about for other in against)
+    for finding in worst(against):
+        times = sum(other.about == finding.about for other in against)
         if times >= max(least, len(found) / 2):
-            return one.text
+            return finding.text
     return None
 
 

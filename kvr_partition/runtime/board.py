@@ -39,7 +39,7 @@ class Board:
         self._bytes = memoryview(self._memory)
         # Counts are read and written as whole words.
         self._words = self._bytes.cast("Q")
-        self._seen = [self._words[self._count_at(one)] for one in range(ranks)]
+        self._seen = [self._words[self._count_at(peer)] for peer in range(ranks)]
 
     @staticmethod
     def create(ranks: int) -> str:

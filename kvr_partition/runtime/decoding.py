@@ -203,7 +203,7 @@ def _repetition(penalty: float, attention_mask: torch.Tensor | None) -> Any:
 
 def _ends(config: Any) -> list[int]:
     end = getattr(config, "eos_token_id", None)
-    return [] if end is None else [int(one) for one in end] if isinstance(end, list | tuple) else [int(end)]
+    return [] if end is None else [int(token) for token in end] if isinstance(end, list | tuple) else [int(end)]
 
 
 def _check_result(model: Any, input_ids: torch.Tensor, result: PrefillResult, max_new_tokens: int) -> torch.Tensor:

@@ -85,8 +85,8 @@ def weights_digest(model: Any) -> int:
             sums.append(_tensor_sum(tensor.detach()))
     digest = hashlib.blake2b("\n".join(names).encode(), digest_size=8)
     by_device: dict[torch.device, list[torch.Tensor]] = {}
-    for each in sums:
-        by_device.setdefault(each.device, []).append(each)
+    for total in sums:
+        by_device.setdefault(total.device, []).append(total)
     for device in sorted(by_device, key=str):
         for value in torch.stack(by_device[device]).tolist():
             digest.update(value.to_bytes(8, "little", signed=True))

@@ -225,7 +225,7 @@ def _probe(model: Any) -> ModelSupport:
     reason = _why_no_attention_depth(model, layers, route)
     unmasked = [layer.window for layer in layers if layer is not None and layer.window not in (None, *masked)]
     # A model that was never asked for a mask makes its own, and what those do cannot be seen.
-    window = min((one for one in unmasked if one is not None), default=None) if masked.asked else None
+    window = min((length for length in unmasked if length is not None), default=None) if masked.asked else None
     return ModelSupport(layers, None if reason else route, reason, window)
 
 

@@ -50,10 +50,10 @@ class Beliefs:
         found = corrected(machine, timed)
         if not timed:
             return cls(found.machine, context, timed, None, 0.0)
-        sizes = np.array([one.sizes for one in timed], dtype=float)
-        took = np.log([one.ttft_s for one in timed]) - found.drift
+        sizes = np.array([measurement.sizes for measurement in timed], dtype=float)
+        took = np.log([measurement.ttft_s for measurement in timed]) - found.drift
         residual = took - np.log(ttft(sizes, found.machine))
-        noise = np.array([noise_of(one) for one in timed])
+        noise = np.array([noise_of(measurement) for measurement in timed])
         # Only what scatters by more than noise would in all likelihood is worth a surface of its own.
         by_chance = float((noise**2).mean()) * (1 + 2 * math.sqrt(2 / max(1, len(timed) - 1)))
         beyond = max(0.0, float(residual.var()) - by_chance)
@@ -95,7 +95,7 @@ class Beliefs:
         """What was measured, the one expected to be fastest first: a lucky sample does not win by itself."""
         if not self.measured:
             return []
-        expected, _ = self.ttft_s([one.sizes for one in self.measured])
+        expected, _ = self.ttft_s([measurement.sizes for measurement in self.measured])
         return [self.measured[at] for at in expected.argsort(kind="stable")]
 
 

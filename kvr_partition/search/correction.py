@@ -115,14 +115,19 @@ def _with_costs(machine: Machine, timed: Sequence[Measurement]) -> Corrected:
 
     cost = machine.cost
     prices = np.array(cost.terms[:4])
-    sizes = np.array([one.sizes for one in timed], dtype=float)
-    pasts = np.array([[one.past] for one in timed], dtype=float)
+    sizes = np.array([measurement.sizes for measurement in timed], dtype=float)
+    pasts = np.array([[measurement.past] for measurement in timed], dtype=float)
     starts = pasts + np.cumsum(sizes, axis=1) - sizes
     terms = multiples(sizes, starts, machine.dense) * prices
-    took = np.array([[_median(one, rank, "compute_s") for rank in range(len(one.sizes))] for one in timed])
+    took = np.array(
+        [
+            [_median(measurement, rank, "compute_s") for rank in range(len(measurement.sizes))]
+            for measurement in timed
+        ]
+    )
     if not (took > 0).all() or not (terms.sum(axis=-1) > 0).all():
         return Corrected(machine, (0.0,) * len(timed))
-    noise = np.array([noise_of(one) for one in timed])[:, None]
+    noise = np.array([noise_of(measurement) for measurement in timed])[:, None]
     ranks = sizes.shape[1]
     slowness = np.log([machine.slowness(rank) for rank in range(ranks)])
     all_known = np.log(took) - slowness - np.log(_eases(timed, machine))[:, None]
@@ -178,9 +183,9 @@ def _with_costs(machine: Machine, timed: Sequence[Measurement]) -> Corrected:
     told = replace(
         machine,
         cost=ChunkCost(fixed, token, own_pair, prefix_pair, cost.kv_share, tuple(sorted(factors.items()))),
-        speeds=tuple(float(one) for one in np.exp(-(slowness + slow))),
+        speeds=tuple(float(speed) for speed in np.exp(-(slowness + slow))),
     )
-    drifted = tuple(float(one) for one in drift) if len(drift) else (0.0,) * len(timed)
+    drifted = tuple(float(share) for share in drift) if len(drift) else (0.0,) * len(timed)
     return Corrected(told, drifted, spreads.step, tuple(map(int, different)))
 
 
@@ -249,13 +254,14 @@ def _likeliest(
         # What is unusual is unlikely, but not impossible.
         return likely - math.fsum(math.log1p(one * one) for one in unusual)
 
-    return max(((evidence(one), one) for one in tried), key=lambda one: one[0])
+    return max(((evidence(spread), spread) for spread in tried), key=lambda one: one[0])
 
 
 def _usual(timed: Sequence[Measurement]) -> float:
     """Relative standard deviation from one sample to the next, in the middle of all measurements, or a bit."""
     samples = [
-        noise_of(one) * math.sqrt(len(one.samples)) / (1.25 if len(one.samples) > 2 else 1) for one in timed
+        noise_of(measurement) * math.sqrt(len(measurement.samples)) / (1.25 if len(measurement.samples) > 2 else 1)
+        for measurement in timed
     ]
     return max(LEAST_USUAL, median(samples))
 
@@ -264,9 +270,9 @@ def _with_links(machine: Machine, timed: Sequence[Measurement]) -> Machine:
     ranks = len(timed[0].sizes)
     logs: list[list[float]] = [[] for _ in range(ranks - 1)]
     rates: list[list[float]] = [[] for _ in range(ranks - 1)]
-    for one in timed:
+    for measurement in timed:
         for rank in range(ranks - 1):
-            took, carried = _median(one, rank, "transfer_s"), _bytes_sent(machine, one.sizes, rank)
+            took, carried = _median(measurement, rank, "transfer_s"), _bytes_sent(machine, measurement.sizes, rank)
             expected = sum(nbytes * link.seconds_per_byte for nbytes, link in carried)
             total = sum(nbytes for nbytes, _ in carried)
             if took > 0 and total > 0:
@@ -298,7 +304,10 @@ def _with_kv_share(machine: Machine, timed: Sequence[Measurement], drift: Sequen
     share = machine.cost.kv_share
     if not 0 < share < 1:
         return machine
-    took, noise = np.log([one.ttft_s for one in timed]) - drift, np.array([noise_of(one) for one in timed])
+    took, noise = (
+        np.log([measurement.ttft_s for measurement in timed]) - drift,
+        np.array([noise_of(measurement) for measurement in timed]),
+    )
     best = None
     for factor in np.exp(np.linspace(-2, 2, 21) * SHARE_SPREAD):
         tried = replace(machine, cost=replace(machine.cost, kv_share=min(0.95, share * float(factor))))
@@ -315,7 +324,7 @@ def _simulated(timed: Sequence[Measurement], machine: Machine) -> Array:
     import numpy as np
 
     times = np.empty(len(timed))
-    for past in {one.past for one in timed}:
+    for past in {measurement.past for measurement in timed}:
         at = [index for index, one in enumerate(timed) if one.past == past]
         times[at] = ttft([timed[index].sizes for index in at], replace(machine, past=past))
     return times
@@ -325,7 +334,9 @@ def _eases(timed: Sequence[Measurement], machine: Machine) -> Array:
     """`schedule.ease` of each of these partitions, each behind its own past."""
     import numpy as np
 
-    return np.array([contention([one.sizes], replace(machine, past=one.past))[0] for one in timed])
+    return np.array(
+        [contention([measurement.sizes], replace(machine, past=measurement.past))[0] for measurement in timed]
+    )
 
 
 def _bytes_sent(machine: Machine, sizes: Sequence[int], rank: int) -> list[tuple[float, LinkCost]]:

@@ -32,15 +32,15 @@ def decided(timed: Sequence[Measurement], beliefs: Beliefs | None = None) -> Mea
         timed: measurements whose samples were taken in turn.
         beliefs: after all earlier measurements.
     """
-    turns = min(len(one.samples) for one in timed)
-    logs = [[math.log(sample.ttft_s) for sample in one.samples[:turns]] for one in timed]
+    turns = min(len(measurement.samples) for measurement in timed)
+    logs = [[math.log(sample.ttft_s) for sample in measurement.samples[:turns]] for measurement in timed]
     usual = [median(turn) for turn in zip(*logs, strict=True)]
     scores = [median([log - middle for log, middle in zip(each, usual, strict=True)]) for each in logs]
     first = scores.index(min(scores))
     behind = [score - scores[first] for score in scores]
     errors = [_standard_error([log - best for log, best in zip(each, logs[first], strict=True)]) for each in logs]
     if beliefs is not None:
-        expected, unsure = beliefs.ttft_s([one.sizes for one in timed])
+        expected, unsure = beliefs.ttft_s([measurement.sizes for measurement in timed])
         for at in range(len(timed)):
             if at != first:
                 before = math.log(expected[at] / expected[first])

@@ -144,14 +144,17 @@ class InformedSampler(PartitionSampler):
         context = self._space.context
         beliefs = Beliefs.after(self._machine, context, measured)
         solved = self._solved(beliefs)
-        taken = {one.sizes for one in measured} | (running or set())
+        taken = {measurement.sizes for measurement in measured} | (running or set())
         ranked = beliefs.ranked()
-        noise = sorted(noise_of(one) for one in ranked)[len(ranked) // 2] if ranked else LONE_NOISE
+        noise = sorted(noise_of(measurement) for measurement in ranked)[len(ranked) // 2] if ranked else LONE_NOISE
         enough = len(ranked) >= max(LEAST_MEASURED, min(MOST_NEEDED, math.ceil((noise / SURE) ** 2)))
         if len(ranked) < LEAST_MEASURED and solved.sizes not in taken:
             return solved
         generator = np.random.default_rng((self._seed or 0, len(measured)))
-        centres = [solved.boundaries[1:-1], *(one.partition.boundaries[1:-1] for one in ranked[:3])]
+        centres = [
+            solved.boundaries[1:-1],
+            *(measurement.partition.boundaries[1:-1] for measurement in ranked[:3]),
+        ]
         sizes = self._around(centres, context, generator)
         if beliefs.machine.cost.size_effects and len(sizes):
             sizes = np.unique(np.concatenate([sizes, self._exchanged(beliefs, sizes)]), axis=0)
@@ -243,7 +246,9 @@ class HierarchicalGridSampler(PartitionSampler):
     def propose(self, study: optuna.Study) -> Partition | None:
         if self._space is None:
             return None
-        return self.next({one.sizes: one.ttft_s for one in measured_in(study)}, running_in(study))
+        return self.next(
+            {measurement.sizes: measurement.ttft_s for measurement in measured_in(study)}, running_in(study)
+        )
 
     def next(
         self, measured: dict[tuple[int, ...], float], running: set[tuple[int, ...]] | None = None

@@ -273,7 +273,7 @@ class _Study:
         Raises:
             RankError: more is wrong than the partition.
         """
-        timed = any(one.measurement.ok for one in self._look()[0].values())
+        timed = any(trial.measurement.ok for trial in self._look()[0].values())
         if failures >= (MAX_FAILURES if timed else MAX_FAILURES_AT_FIRST):
             assert last.failure is not None
             raise RankError(
@@ -319,11 +319,11 @@ class _Study:
         """
         finished = self._study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
         left = [
-            Seed(one.user_attrs.get("source", self._sampler), Partition(one.user_attrs["sizes"], self.space.past))
-            for one in finished
-            if "sizes" in one.user_attrs and not {"measurement", "given_up"} & one.user_attrs.keys()
+            Seed(attrs.get("source", self._sampler), Partition(attrs["sizes"], self.space.past))
+            for attrs in (trial.user_attrs for trial in finished)
+            if "sizes" in attrs and not {"measurement", "given_up"} & attrs.keys()
         ]
-        return next((one for one in (*self.seeds, *left) if one.partition.sizes not in taken), None)
+        return next((seed for seed in (*self.seeds, *left) if seed.partition.sizes not in taken), None)
 
     def _ask(self, given: Seed | None, explore: bool) -> tuple[optuna.Trial, Partition | None]:
         """The next trial, and its partition if there is one worth measuring."""
@@ -438,10 +438,10 @@ def _conclude(
         raise RankError(f"no partition of context {context} on {ranks} ranks could be measured")
     if confirm is None:
         return SearchResult(ranked[0].partition, ranked[0], tuple(trials), (), stopped, space.quantum)
-    finalists = [one.partition for one in ranked[:FINALISTS]]
+    finalists = [measurement.partition for measurement in ranked[:FINALISTS]]
     even = Partition.even(context, ranks, past=space.past)
     confirmed = tuple(confirm(finalists if even in finalists else [even, *finalists]))
-    timed = [one for one in confirmed if one.ok]
+    timed = [measurement for measurement in confirmed if measurement.ok]
     if not timed:
         raise RankError(f"none of the best partitions of context {context} could be measured again")
     best = decided(timed, beliefs)

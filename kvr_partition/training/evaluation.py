@@ -90,7 +90,7 @@ def evaluate(
 
 def _inside(row: Row, train: Sequence[Row], name: str) -> bool:
     value = GROUPS[name]
-    others = [value(one) for one in train if one.machine == row.machine]
+    others = [value(other_row) for other_row in train if other_row.machine == row.machine]
     return any(other < value(row) for other in others) and any(other > value(row) for other in others)
 
 
@@ -101,7 +101,7 @@ def _losses(
     losses: list[float | None] = []
     for row in test:
         # Rounded as a predictor that had been trained on the others would.
-        of_it = [one for one in train if one.machine == row.machine]
+        of_it = [other_row for other_row in train if other_row.machine == row.machine]
         unit = quantum or (common_quantum(of_it) if of_it else 1)
         try:
             partition = decoded(regressor, Query.of(row), unit)
@@ -132,10 +132,10 @@ def scores(outcomes: Sequence[Outcome]) -> list[Score]:
             of_it = [outcome for outcome in outcomes if (outcome.method, outcome.held_out) == (method, held_out)]
             if not of_it:
                 continue
-            found.append(Score(method, held_out, None, regret([one.regret for one in of_it])))
-            counts = sorted({one.row.ranks for one in of_it})
+            found.append(Score(method, held_out, None, regret([outcome.regret for outcome in of_it])))
+            counts = sorted({outcome.row.ranks for outcome in of_it})
             for ranks in counts if len(counts) > 1 else ():
-                losses = [one.regret for one in of_it if one.row.ranks == ranks]
+                losses = [outcome.regret for outcome in of_it if outcome.row.ranks == ranks]
                 found.append(Score(method, held_out, ranks, regret(losses)))
     return found
 
@@ -164,7 +164,9 @@ def tune(
         return {}
 
     def loss(given: Mapping[str, Any]) -> float:
-        losses = [one.regret for one in evaluate(rows, [method], [held_out], {method: given}, jobs, ways=ways)]
+        losses = [
+            outcome.regret for outcome in evaluate(rows, [method], [held_out], {method: given}, jobs, ways=ways)
+        ]
         # The mean decides, the worst cases have a say.
         return sum(losses) / len(losses) + 0.1 * max(losses) if losses else float("inf")
 

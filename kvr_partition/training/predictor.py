@@ -90,10 +90,18 @@ def train(
     if len(places) == 1:
         # The same name can stand for several configurations, which take their time differently.
         places = {
-            (one.model.name, one.model.config_digest, one.dtype, one.depth, one.layers, one.batch) for one in known
+            (
+                origin.model.name,
+                origin.model.config_digest,
+                origin.dtype,
+                origin.depth,
+                origin.layers,
+                origin.batch,
+            )
+            for origin in known
         }
     if len(places) > 1:
-        shown = "; ".join(" ".join(str(one) for one in place) for place in sorted(places, key=repr))
+        shown = "; ".join(" ".join(str(value) for value in place) for place in sorted(places, key=repr))
         raise PartitionError(f"a predictor is for one model on one machine; these rows are of {shown}")
     if method is not None and method not in REGRESSORS:
         raise PartitionError(f"unknown method {method!r}; there are {', '.join(REGRESSORS)}")

@@ -198,18 +198,21 @@ class Corrected:
 
     def _suggested(self, query: Query) -> Machine:
         hardware, model, bandwidth, _, _ = query.machine
-        there = [one for one in self._learnt.values() if one.key[0] == hardware]
-        same = [one for one in there if one.key[1] == model] or there
-        links = [one.link for one in there if one.key[2] == bandwidth]
+        there = [learnt_there for learnt_there in self._learnt.values() if learnt_there.key[0] == hardware]
+        same = [learnt_there for learnt_there in there if learnt_there.key[1] == model] or there
+        links = [learnt_there.link for learnt_there in there if learnt_there.key[2] == bandwidth]
         prior = query.prior
         cost, link = prior.cost, prior.link
         if same:
-            factors = [math.exp(sum(logs) / len(same)) for logs in zip(*(one.terms for one in same), strict=True)]
+            factors = [
+                math.exp(sum(logs) / len(same))
+                for logs in zip(*(learnt_there.terms for learnt_there in same), strict=True)
+            ]
             terms = [term * factor for term, factor in zip(cost.terms, factors, strict=True)]
             cost = ChunkCost(terms[0], terms[1], terms[2], terms[3], min(0.95, terms[4]))
         if links and isinstance(link, tuple):
             factor = math.exp(sum(links) / len(links))
-            link = tuple(replace(one, seconds_per_byte=one.seconds_per_byte * factor) for one in link)
+            link = tuple(replace(hop, seconds_per_byte=hop.seconds_per_byte * factor) for hop in link)
         return replace(prior, cost=cost, link=link)
 
 

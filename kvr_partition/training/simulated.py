@@ -150,7 +150,7 @@ def searched_row(land: Landscape, context: int, past: int = 0, budget: int = 8, 
         sizes=best.sizes,
         trials=tuple(trials),
         truth=truth.filed(land.ranks),
-        best_s=min(simulate(one, truth).ttft_s for one in (best, solved)),
+        best_s=min(simulate(split, truth).ttft_s for split in (best, solved)),
     )
 
 

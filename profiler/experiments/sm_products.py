@@ -264,7 +264,11 @@ class _Call:
         self._library.cublasLtMatmulPreferenceDestroy(preference)
         if answer:
             return []
-        return [Choice(bytes(one.algorithm), self._sms) for one in found[: count.value] if one.state == 0]
+        return [
+            Choice(bytes(candidate.algorithm), self._sms)
+            for candidate in found[: count.value]
+            if candidate.state == 0
+        ]
 
     def run(
         self,

@@ -134,9 +134,11 @@ class Recordings:
         if work.gathers:
             need = partition.ranks * GATHERED_LAYERS * self._place(partition.context)
         elif work.timed is not None:
-            need = sum(partition.ranks * aligned((work.timed.prefix + work.timed.chunk) * one) for one in entry)
+            need = sum(
+                partition.ranks * aligned((work.timed.prefix + work.timed.chunk) * width) for width in entry
+            )
         else:
-            need = sum(aligned(end * one) for one in entry for end in partition.ends)
+            need = sum(aligned(end * width) for width in entry for end in partition.ends)
         if need > self._arena.buffer.numel():
             self._made.clear()
             gc.collect()

@@ -175,7 +175,7 @@ class SMWorker:
             self._rank.synchronize()
             for at, (begin, end) in enumerate(events):
                 took[at].append(begin.elapsed_time(end) / 1e3)
-        return messages.Many((*(messages.LinkDone(tuple(one)) for one in took), messages.LinkDone(())))
+        return messages.Many((*(messages.LinkDone(tuple(seconds)) for seconds in took), messages.LinkDone(())))
 
 
 def _check_finite(recording: Recording) -> None:

@@ -282,14 +282,14 @@ class Agreement:
                     # One that gave up waiting has told its renewal before, and tells it again.
                     if other.renewals >= target:
                         heard[rank] = other
-                if (latest := max(each.renewals for each in heard.values())) > target:
+                if (latest := max(message.renewals for message in heard.values())) > target:
                     target, heard = latest, {rank: each for rank, each in heard.items() if each.renewals == latest}
                     heard[self.rank] = _Renewal(latest, self.number)
                     self.channel.tell("renewal", _encode(heard[self.rank]))
             self._abort_links()
             with self._change:
                 self._renewals = target
-                self.number = max(each.number for each in heard.values())
+                self.number = max(message.number for message in heard.values())
                 self._barriers = 0
                 self._drained.clear()
                 self.exposed.clear()  # nobody tells a renewal before its device has come to an end
@@ -305,8 +305,8 @@ class Agreement:
         if self.channel is None:
             return True
         drained = True
-        for each in self.guarded:
-            drained = each.drain(self.channel.timeout_s) and drained
+        for guard in self.guarded:
+            drained = guard.drain(self.channel.timeout_s) and drained
         if drained:
             self.channel.tell("drained", _encode(self._renewals))
         return drained
@@ -322,8 +322,8 @@ class Agreement:
 
     def _abort_links(self) -> None:
         """Let go of links after a failure, and of what this rank's device waits for."""
-        for each in self.guarded:
-            each.release()
+        for guard in self.guarded:
+            guard.release()
         self._backends.abort()
 
     def links(self, device: torch.device, peers: Sequence[int]) -> Any:

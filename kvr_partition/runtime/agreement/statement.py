@@ -68,9 +68,9 @@ def refused(every: Sequence[Statement]) -> RankError:
 
 def disagreement(every: Sequence[Statement]) -> RankError:
     """The error of ranks that state different things: it names the first item that explains the others."""
-    if any(each.refusal for each in every):
+    if any(statement.refusal for statement in every):
         return refused(every)
-    item = next(item for item in _ITEMS if len({getattr(each, item) for each in every}) > 1)
+    item = next(item for item in _ITEMS if len({getattr(statement, item) for statement in every}) > 1)
     holders: dict[Any, list[int]] = {}
     for rank, each in enumerate(every):
         holders.setdefault(getattr(each, item), []).append(rank)

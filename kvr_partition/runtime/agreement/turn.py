@@ -63,7 +63,7 @@ class Turn:
                 said = text if isinstance(error, KVRError) else f"{type(error).__name__}: {text}"
                 every = self._exchange(Statement(number=self.number, refusal=said))
                 self.open = False
-                if not all(each.refusal for each in every):
+                if not all(statement.refusal for statement in every):
                     raise refused(every) from error
             raise
 
@@ -113,10 +113,10 @@ class Turn:
             every = self._exchange(mine)
             # All compare with the first rank, so that all come to the same end.
             every = [
-                msgspec.structs.replace(each, past_held=every[0].past_held)
-                if same_past(each.past_held, every[0].past_held, mine.dtype)
-                else each
-                for each in every
+                msgspec.structs.replace(statement, past_held=every[0].past_held)
+                if same_past(statement.past_held, every[0].past_held, mine.dtype)
+                else statement
+                for statement in every
             ]
             if any(other != every[0] for other in every):
                 # Nobody runs it, so all are in step; unless they count differently.

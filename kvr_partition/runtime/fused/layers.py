@@ -306,7 +306,7 @@ class FusedLayer:
         if isinstance(attention, OwnAttention):
             return None, attention(normed.view(shape), given)
         batch, tokens = shape[0], shape[1]
-        cos, sin = (one.reshape(-1, one.shape[-1]) for one in given["position_embeddings"])
+        cos, sin = (angle.reshape(-1, angle.shape[-1]) for angle in given["position_embeddings"])
         cache = given[self.cache]
         places = cache.place(attention.index, tokens) if isinstance(cache, RunaheadCache) and batch == 1 else None
         if places is not None:
@@ -316,8 +316,8 @@ class FusedLayer:
             beside = normed.new_empty((normed.shape[0], 2 * attention.kv_heads * attention.dim))
             query = attention.project(normed, cos, sin, [Place.of(0, beside, beside.shape[1] // 2)])
             key, value = (
-                one.unflatten(1, (-1, attention.dim)).unflatten(0, (batch, tokens)).transpose(1, 2)
-                for one in beside.chunk(2, dim=1)
+                half.unflatten(1, (-1, attention.dim)).unflatten(0, (batch, tokens)).transpose(1, 2)
+                for half in beside.chunk(2, dim=1)
             )
             keys, values = cache.update(key, value, attention.index)
         query = query.unflatten(0, (batch, tokens)).transpose(1, 2)

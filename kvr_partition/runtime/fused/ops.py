@@ -59,7 +59,7 @@ def rotate_(
         return
     times = query.shape[0] // cos.shape[0]
     if times > 1:
-        cos, sin = (one.repeat(times, 1) for one in (cos, sin))
+        cos, sin = (angle.repeat(times, 1) for angle in (cos, sin))
     half = query.shape[2] // 2
     weights = (None, None) if norms is None else norms[:2]
     for source, target, weight in zip((query, key), (query, to_key), weights, strict=True):

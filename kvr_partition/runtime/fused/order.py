@@ -118,7 +118,7 @@ def outputs_are_kept(model: Any, layers: list[Any], calls: dict[Any, Call]) -> b
         def forward(hidden: torch.Tensor, *_: Any, **__: Any) -> Any:
             nonlocal kept
             # What the last one returned is read here; whoever called may have it still.
-            kept = kept or any(one() is not None for one in given_back[:-1])
+            kept = kept or any(reference() is not None for reference in given_back[:-1])
             made = 0.5 * hidden + 1
             if index:
                 storage = hidden.untyped_storage()
@@ -141,4 +141,6 @@ def outputs_are_kept(model: Any, layers: list[Any], calls: dict[Any, Call]) -> b
         for there, before in written:
             if (storage := there()) is not None:
                 storage.copy_(before)
-    return kept or any(one() is not None for one in given_back[:-1]) or not bool(logits.isfinite().all())
+    return (
+        kept or any(reference() is not None for reference in given_back[:-1]) or not bool(logits.isfinite().all())
+    )

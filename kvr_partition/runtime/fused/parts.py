@@ -157,7 +157,11 @@ def known_mlp(module: Any, stateful: Collection[int]) -> FusedMLP:
         (None, "fc1", "fc2", False),
         (None, "up_proj", "down_proj", False),
     )
-    fitting = [one for one in names if all(hasattr(module, name) for name in (one[0] or one[1], one[1], one[2]))]
+    fitting = [
+        named
+        for named in names
+        if all(hasattr(module, name) for name in (named[0] or named[1], named[1], named[2]))
+    ]
     if not fitting:
         raise UnknownError(f"{type(module).__name__} is not an MLP as it is known here")
     gate, up, down, joined = fitting[0]
@@ -172,9 +176,11 @@ def known_mlp(module: Any, stateful: Collection[int]) -> FusedMLP:
         joined,
         activation,
     )
-    check_known(module, [one.module for one in (fused.gate, fused.up, fused.down) if one is not None], stateful)
+    check_known(
+        module, [linear.module for linear in (fused.gate, fused.up, fused.down) if linear is not None], stateful
+    )
     rows = _rows(module, fused.up.module.in_features)
-    inner = max(float(one.of(rows).abs().max()) for one in (fused.gate, fused.up) if one is not None)
+    inner = max(float(linear.of(rows).abs().max()) for linear in (fused.gate, fused.up) if linear is not None)
     exactly = _in_higher(module)
     for tried in (rows, *(rows * (large / inner) for large in _LARGE_INNER)):
         found = module(tried[None])[0]
@@ -242,7 +248,7 @@ def known_attention(model: Any, module: Any, calls: dict[Any, Call], stateful: C
     if not (isinstance(angles, tuple) and len(angles) == 2 and angles[0].shape[-1] == kv.key_dim):
         raise UnknownError("it has no rotary embedding of whole heads")
     fused = _put_together(module, index, kv.key_dim, kv.key_heads, support.route)
-    parts = [one.module for one in (*fused.projections, fused.output)]
+    parts = [linear.module for linear in (*fused.projections, fused.output)]
     check_known(module, [*parts, *(fused.norms or ())[:2]], stateful)
     far = torch.linspace(0, (farthest(model) or _FAR) - 1, TOKENS, device=model.device).round().long()
     trial = _Trial(model, module, call, fused, far)
@@ -301,7 +307,7 @@ class _Trial:
         # Angles of any size, as far positions have them; both halves of a rotation turn by the same.
         half = 6.3 * torch.rand((TOKENS, dim // 2), generator=generator, dtype=torch.float64)
         angle = torch.cat([half, half], dim=1)
-        cos, sin = (one.to(rows) for one in (angle.cos(), angle.sin()))
+        cos, sin = (wave.to(rows) for wave in (angle.cos(), angle.sin()))
         heads = (fused.projections[0].module.out_features // dim) - (
             2 * fused.kv_heads if len(fused.projections) == 1 else 0
         )
@@ -385,7 +391,7 @@ def _put_together(module: Any, index: int, dim: int, kv_heads: int, route: Any) 
     norms = None
     if hasattr(module, "q_norm") or hasattr(module, "k_norm"):
         both = [getattr(module, name, None) for name in ("q_norm", "k_norm")]
-        epsilons = [None if one is None else norm_epsilon(one) for one in both]
+        epsilons = [None if norm is None else norm_epsilon(norm) for norm in both]
         if epsilons[0] is None or epsilons[0] != epsilons[1] or both[0].weight.shape != (dim,):  # type: ignore[union-attr]
             raise UnknownError("its norms of queries and keys are not known here")
         norms = (both[0], both[1], epsilons[0])

@@ -235,7 +235,7 @@ class RecordedLayers:
         assert static is not None
         dim = _attention(self.layers[0]).dim
         query, kv = static.heads(static.query[:size], dim), static.kv[:size]
-        key, value = (static.heads(one, dim) for one in kv.chunk(2, dim=1))
+        key, value = (static.heads(half, dim) for half in kv.chunk(2, dim=1))
         output, lse = attend(query, key, value, scale=self.scale, causal=True)
         return output.transpose(1, 2).reshape(size, -1), lse
 

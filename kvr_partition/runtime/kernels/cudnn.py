@@ -42,7 +42,7 @@ def cudnn_parts(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, causal: bool
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The same, unmerged."""
-    query, key, value = (plain_batch_stride(one) for one in (query, key, value))
+    query, key, value = (plain_batch_stride(states) for states in (query, key, value))
     known = CudnnPlans.here()
     pattern = Pattern.of(query, key, value)
     rows, tokens = query.shape[2], key.shape[2]
@@ -85,7 +85,7 @@ def _own(
     if rows < LEAST_PADDED:
         return cuda_flash(query, key, value, scale=scale, causal=True, bias=None)
     planned = rows_planned(rows)
-    key, value = (_padded(one, planned) for one in (key, value))
+    key, value = (_padded(states, planned) for states in (key, value))
     output, lse = plans.cudnn_call(_padded_query(query, planned), key, value, scale, True)
     return output[:, :, :rows], lse[:, :, :rows]
 
@@ -102,7 +102,7 @@ def _rectangle(
     runs, end = split_length(tokens, most + row_step(planned) - 1 - planned)
     parts = []
     for low, high in runs:
-        some, their = (plain_batch_stride(one[:, :, low:high]) for one in (key, value))
+        some, their = (plain_batch_stride(states[:, :, low:high]) for states in (key, value))
         parts.append(plans.cudnn_call(padded, some, their, scale, False))
     if end < tokens:
         rest = key[:, :, end:], value[:, :, end:]

@@ -84,7 +84,8 @@ def _few_rows(
     count = key.shape[2] // SPLIT_TOKENS
     whole = count * SPLIT_TOKENS
     keys, values = (
-        one[:, :, :whole].unflatten(2, (count, SPLIT_TOKENS)).squeeze(0).transpose(0, 1) for one in (key, value)
+        states[:, :, :whole].unflatten(2, (count, SPLIT_TOKENS)).squeeze(0).transpose(0, 1)
+        for states in (key, value)
     )
     outputs, sums = flash_call(query.expand(count, -1, -1, -1), keys, values, scale, False)
     lse = torch.logsumexp(sums, dim=0, keepdim=True)

@@ -53,7 +53,9 @@ class Pattern:
             query.shape[1],
             key.shape[1],
             query.shape[3],
-            tuple(one.stride()[1:] if one.shape[0] == 1 else one.stride() for one in (query, key, value)),
+            tuple(
+                tensor.stride()[1:] if tensor.shape[0] == 1 else tensor.stride() for tensor in (query, key, value)
+            ),
         )
 
     def tensor(self, which: int, tokens: int) -> torch.Tensor:
