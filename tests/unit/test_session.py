@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from kvr_partition import PartitionTable, UnsupportedError
 from kvr_partition.machine.schedule import simulate
 from kvr_partition.machine.solve import best_split
 from profiler import MeasurementLog, RankGroup, SamplingPlan, Session
+from profiler.session import BUDGET, LEAST_BUDGET
 from tests.models import write_folder
 from tests.profiles import MACHINE, profile_of
 
@@ -74,6 +76,24 @@ def test_contexts_are_searched_and_those_held_out_predicted(group: RankGroup, tm
     assert heard.done == total
     assert "context 256: searching" in heard.lines
     assert session.costs_known
+
+
+@pytest.mark.parametrize(
+    ("each_s", "budget", "most"), [(0.01, None, BUDGET), (8.0, None, LEAST_BUDGET), (8.0, 6, 6)]
+)
+def test_what_takes_long_is_searched_with_fewer_partitions(
+    each_s: float, budget: int | None, most: int, tmp_path: Path
+) -> None:
+    factor = each_s / simulate(best_split(512, 3, MACHINE), MACHINE).ttft_s
+    cost = MACHINE.cost.of_terms([*(term * factor for term in MACHINE.cost.terms[:4]), MACHINE.cost.kv_share])
+    folder = write_folder(tmp_path / "llama", "llama-gqa", max_position_embeddings=8192)
+    slow = RankGroup(folder, 3, backend="simulate", profile=replace(profile_of(folder), cost=cost))
+    with MeasurementLog(tmp_path / "log.jsonl") as log, slow:
+        # A sampler that always has something new to offer.
+        session = Session(slow, log, [512], budget=budget, plan=PLAN, sampler="tpe", quantum=1)
+        found = session.search(512).found
+    assert found is not None
+    assert len(found.trials) == most
 
 
 def test_a_session_goes_on_where_its_log_ends(group: RankGroup, tmp_path: Path) -> None:
