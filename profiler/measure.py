@@ -72,6 +72,11 @@ class SamplingPlan:
         patience_s = plan.patience_s if samples is None else math.inf
         return replace(plan, most=most, least=min(plan.least, most), patience_s=patience_s)
 
+    @property
+    def turns(self) -> int:
+        """Warm-ups and samples of a candidate, to estimate work: the most, or the least where time ends it."""
+        return self.warmup + (self.most if math.isinf(self.patience_s) else self.least)
+
     def precise(self, seconds: Sequence[float]) -> bool:
         """Whether these samples are enough."""
         if len(seconds) < self.least or not interval_is_sure(len(seconds)):

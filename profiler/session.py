@@ -167,7 +167,7 @@ class Session:
     def _work_of(self, context: int, budget: int) -> float:
         assert self.plan is not None
         side_by_side = 6 if budget else 4
-        return context * (self.plan.warmup + self.plan.most) * (budget + side_by_side)
+        return context * self.plan.turns * (budget + side_by_side)
 
     def _finish(self, context: int, budget: int) -> None:
         self._reached += self._work_of(context, budget)

@@ -71,7 +71,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--noise", metavar="BYTES", help="time all again under background traffic, like 16MB a layer"
     )
     group.add_argument("--no-verify", action="store_true", help="do not verify the methods first")
-    group.add_argument("--samples", type=int, help="most samples per method (default 8 on CPU, 40 on GPU)")
+    group.add_argument(
+        "--samples", type=int, help="most samples per method (default 8 on CPU; on GPU 40, or as many as take 3 s)"
+    )
     group.add_argument("--log", metavar="FILE", help="append every sample to this measurement log")
     add_ranks(parser)
     add_output(parser)
@@ -126,7 +128,7 @@ def run(options: argparse.Namespace) -> None:
     from profiler.store import MeasurementLog
 
     plan = SamplingPlan.at_most(options.samples, group.backend)
-    work = sum(asked.contexts) * len(asked.wanted) * (2.0 if asked.noise else 1.0) * (plan.warmup + plan.most)
+    work = sum(asked.contexts) * len(asked.wanted) * (2.0 if asked.noise else 1.0) * plan.turns
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(work, options.quiet))
         if options.log:

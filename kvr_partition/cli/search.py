@@ -62,7 +62,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="cut only at multiples of so many tokens (default: fine steps on CPUs, tiles of 128 on GPUs)",
     )
-    group.add_argument("--samples", type=int, help="most samples per candidate (default 8 on CPU, 40 on GPU)")
+    group.add_argument(
+        "--samples",
+        type=int,
+        help="most samples per candidate (default 8 on CPU; on GPU 40, or as many as take 3 s)",
+    )
     group.add_argument("--out", metavar="FOLDER", help="results (default kvr-runs/MODEL-RANKSxBACKEND-DTYPE)")
     group.add_argument(
         "--storage",
