@@ -188,7 +188,7 @@ def timed_links(group: RankGroup) -> tuple[LinkCost, ...]:
 
 
 def rough_machine(group: RankGroup, found: Measurement) -> Machine:
-    """What waits can be held against where no chunk was timed: a guess of costs, and links as they are.
+    """A machine with guessed costs and timed links, to judge waits by where no chunk was timed.
 
     Args:
         found: of one rank, or of all.
@@ -258,7 +258,7 @@ def guessed_machine(group: RankGroup, context: int, measure: Callable[[Candidate
 def guessed_machine_of_log(
     log: MeasurementLog, origin: Provenance, counted: Operations | OperationsLine
 ) -> Machine:
-    """As `guessed_machine` told whoever wrote a log, without ranks.
+    """The guess of `guessed_machine`, anew from a log, without ranks.
 
     Args:
         counted: what the model computes; of a log in which that stands, its own.
@@ -289,7 +289,7 @@ def _guessed_cost(counted: Operations | OperationsLine, found: Measurement, back
 
 
 def machine_of_log(log: MeasurementLog, origin: Provenance) -> Machine:
-    """What a search's log tells of its machine, without ranks; as the search was told, measured or else guessed.
+    """The prior of the search that wrote a log, without ranks: profiled, or else guessed.
 
     Raises:
         FitError: the log has no timed chunks and links, or they do not determine it, and there is no guess.

@@ -26,7 +26,7 @@ LINKS = ("auto", "peer", "nccl")
 
 
 def check_words(group: Ranks) -> None:
-    """Refuse what a group is not told right.
+    """Refuse wrong arguments of a group.
 
     Raises:
         UnsupportedError: a word that is not known, or a number that is too small.

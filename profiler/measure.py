@@ -66,7 +66,7 @@ class SamplingPlan:
 
     @classmethod
     def at_most(cls, samples: int | None, backend: str) -> SamplingPlan:
-        """The same with no more than so many samples, but all of those; where nobody says, with 8 on a CPU."""
+        """The same with at most so many samples, and no limit of time; None: 8 on a CPU, as usual elsewhere."""
         plan = cls.for_backend(backend)
         most = samples or (8 if backend == "cpu" else plan.most)
         patience_s = plan.patience_s if samples is None else math.inf

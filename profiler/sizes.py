@@ -17,17 +17,18 @@ LAYERS, ROUNDS = 4, 4
 """What is timed of each size, after a first round that does not count."""
 
 ENOUGH_S = 3.0
-"""Seconds of timed chunks, of sizes that take turns, after which one round that counts will do."""
+"""Seconds of timed chunks, for sizes that take turns, after which one counted round is enough."""
 
 TOGETHER = 16
-"""Sizes that take turns: ranks that record what they do keep only so many recordings."""
+"""Sizes that take turns. Ranks that record keep no more recordings than that."""
 
 FINEST, LARGEST = 64, 128
-"""Quanta of a chunk up to which every size is timed, and up to which any is. In a larger one a quantum more is
-worth less than what is off otherwise, and timing it takes the longest."""
+"""Quanta up to which every size is timed, and up to which any is: sizes above the first are sampled more sparsely,
+those above the second not at all. There a quantum changes less than the cost model is off, and timing takes the
+longest."""
 
 MARGIN, LEAST_MARGIN = 0.15, 2
-"""Chunks of a good split may be so much larger or smaller than those of a guess: a share, and quanta at least."""
+"""How much chunks of a good split may differ from those of a guess: a share, at least so many quanta."""
 
 LEAST_SIZES = 5
 """Sizes, at least, that a smooth cost is fitted to; size effects are what it leaves."""

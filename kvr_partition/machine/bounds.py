@@ -79,7 +79,7 @@ _WORK: dict[GatheringMethod, Callable[[float, int, int, Machine], tuple[float, f
 
 @dataclass(frozen=True)
 class Bounds:
-    """What no schedule of these costs beats, in seconds.
+    """Lower bounds on TTFT, in seconds, for any schedule of these costs.
 
     Attributes:
         single_s: one rank alone.

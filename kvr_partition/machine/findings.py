@@ -25,20 +25,20 @@ CONTRADICTIONS: frozenset[Kind] = frozenset({"late", "link", "wait"})
 """Kinds that no correction of costs explains, since ranks' own compute is taken as it was."""
 
 SHARE = 0.05
-"""Of TTFT, what is left over in every sample before it is worth a word. The schedule itself is nearer than that
-where ranks compute what they are told to (docs/performance.md)."""
+"""Share of TTFT that must be unexplained in every sample. The schedule's own error is smaller
+(docs/performance.md)."""
 
 LEAST_S = 0.002
-"""Likewise, in seconds: what threads and processes of a busy host need to be woken."""
+"""Seconds that must be unexplained: a busy host needs as long to wake threads and processes."""
 
 SLOW_LINK = 2.0
-"""Times as long as timed, from which a link is called slow."""
+"""Factor over its timed duration from which a link is called slow."""
 
 SLOW_RANK = 1.25
-"""Times as long as its chunk was timed at, from which a rank is called slow; searches correct less than that."""
+"""Factor over its timed chunk from which a rank is called slow; searches correct smaller ones."""
 
 UNEXPLAINED = 0.1
-"""Of TTFT, what the last rank neither computed nor waited."""
+"""Share of TTFT in which the last rank neither computed nor waited, from which the host is slow."""
 
 _MOST_SAMPLES = 8
 

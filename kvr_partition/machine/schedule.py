@@ -81,9 +81,9 @@ _BATCH = 2048
 
 
 def contention(sizes: Any, machine: Machine) -> Array:
-    """What ranks' times are multiplied by because others are idle now and then, of many partitions; ``[n]``.
+    """Factor on ranks' times, of many partitions, ``[n]``: 1 while all ranks are at work, less the more are idle.
 
-    Between all at work and one alone it falls with the share of time that ranks are idle.
+    It falls linearly with the share of time that ranks are idle, to that of one rank alone.
     """
     import numpy as np
 
@@ -149,7 +149,7 @@ class _Run:
         return result
 
     def contention(self) -> Array:
-        """See `ease`."""
+        """See `contention`."""
         computed = self.machine.layers * (self.before_kv + self.before_wait + self.after_wait).sum(axis=0)
         idle = 1 - computed / (self.ranks * self.now.max(axis=0))
         # While slow links keep everybody waiting, more than all but one are idle.

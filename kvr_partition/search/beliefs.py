@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 LEAST_SURFACE = 0.003
-"""How far, as a share, the corrected schedule may still be off from place to place, at least."""
+"""Least relative standard deviation of the residual surface, which the corrected schedule leaves."""
 
 
 @dataclass(frozen=True)

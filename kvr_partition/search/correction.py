@@ -1,4 +1,4 @@
-"""What measurements say about the costs they were planned with: terms, speeds, links, steps of chunk sizes."""
+"""Posterior of a machine, given measurements: cost terms, speeds, links and size effects."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 TERM_SPREAD, SPEED_SPREAD, LINK_SPREAD, SHARE_SPREAD = 0.2, 0.15, 0.5, 0.25
-"""How far, as a share, a cost term, a rank's speed, a link and ``kv_share`` may be off at first."""
+"""Prior standard deviations, as shares: of a cost term, a rank's speed, a link and ``kv_share``."""
 
 DRIFT_SPREADS = (0.0, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
 STEP_SPREADS = (0.0, 0.01, 0.02, 0.04, 0.08)
@@ -44,7 +44,7 @@ MOST_TIMES = 200
 """Rank times, at most about so many, that spreads are estimated from."""
 
 LEAST_USUAL = 0.01
-"""However little a few samples differ, as a share."""
+"""Least relative standard deviation between samples that is assumed; a few samples may differ by less."""
 
 LONE_NOISE, LEAST_NOISE = 0.02, 1e-3
 """Relative standard error of a median: of one sample, and at least."""
@@ -64,13 +64,13 @@ def noise_of(measurement: Measurement) -> float:
 
 @dataclass(frozen=True)
 class Corrected:
-    """What measurements say.
+    """The posterior of a machine.
 
     Attributes:
-        machine: the one that best explains how long ranks computed and links carried.
-        drift: of each measurement the logarithm of how much slower the whole machine was than on average.
-        size_effect_spread: how far, as a share, chunks of one size are off from what was told of their size.
-        measured_sizes: the chunk sizes that were measured, whose steps are known.
+        machine: the most likely one, given how long ranks computed and links carried.
+        drift: for each measurement the logarithm of the whole machine's slowness, relative to the average.
+        size_effect_spread: standard deviation, as a share, of size effects around the prior's.
+        measured_sizes: chunk sizes that were measured, whose effects are known.
     """
 
     machine: Machine
@@ -80,12 +80,14 @@ class Corrected:
 
 
 def corrected(machine: Machine, measurements: Sequence[Measurement]) -> Corrected:
-    """The machine that best explains how long ranks computed and links carried, given where it came from.
+    """The posterior of a machine, given how long ranks computed and links carried.
 
-    Each cost term, each rank's speed and each link may be off; what is measured decides how much, as far as
-    it tells them apart (a maximum a posteriori estimate with log-normal spreads). Where all ranks were slower in
-    one measurement than in another by more than noise, it was the machine, and no cost. Where chunks of the same
-    size are off alike whenever they are measured, their sizes have steps.
+    A maximum a posteriori estimate with log-normal priors on cost terms, ranks' speeds and links. A measurement in
+    which all ranks are slower, by more than noise, is drift of the machine and changes no cost. Chunks of one size
+    that are off alike in all measurements have a size effect.
+
+    Args:
+        machine: the prior.
     """
     timed = [
         measurement
@@ -104,7 +106,7 @@ def corrected(machine: Machine, measurements: Sequence[Measurement]) -> Correcte
 
 
 def _with_steps(machine: Machine, weight: float) -> Machine:
-    """The same, with so much of its steps."""
+    """The same with size effects raised to an exponent."""
     steps = tuple((size, factor**weight) for size, factor in machine.cost.size_effects)
     return replace(machine, cost=replace(machine.cost, size_effects=steps))
 
@@ -207,11 +209,11 @@ class _Spreads:
 def _likeliest(
     known: Array, shares: Array, which: Any, noise: Array, usual: float, tried: Iterable[_Spreads]
 ) -> tuple[float, _Spreads]:
-    """Those of some spreads under which times like these are likeliest.
+    """The spreads, of some, that make these times the most likely.
 
-    A wrong cost makes one rank late when its chunk grows, and another early whose chunk then shrinks; drift makes
-    all ranks of a measurement late together, and a step all chunks of a size, in whatever measurement. All are
-    normal, and so are the logarithms of the times, with a covariance that is the sum of theirs.
+    A wrong cost delays a rank whose chunk grows, and favours one whose chunk shrinks. Drift delays all ranks of a
+    measurement. A size effect delays all chunks of a size, in every measurement. Each is normal, so that the
+    logarithms of times are normal, with the sum of their covariances.
 
     Args:
         known: ``[measurements, ranks]``, logarithms of times, linear in those of the cost terms.
@@ -331,7 +333,7 @@ def _simulated(timed: Sequence[Measurement], machine: Machine) -> Array:
 
 
 def _eases(timed: Sequence[Measurement], machine: Machine) -> Array:
-    """`schedule.ease` of each of these partitions, each behind its own past."""
+    """`schedule.contention` of each of these partitions, each behind its own past."""
     import numpy as np
 
     return np.array(

@@ -17,7 +17,7 @@ NEAR_TIE = 0.01
 """TTFT that is given up for a simpler split at most, as a share, however noisy the machine."""
 
 MODEL_ERROR = 0.03
-"""How far, as a share, the difference of two partitions may be from what is believed, over what is left open."""
+"""Relative standard deviation of the model itself, on top of the posterior's, when two partitions are compared."""
 
 
 def decided(timed: Sequence[Measurement], beliefs: Beliefs | None = None) -> Measurement:
@@ -57,7 +57,7 @@ def decided(timed: Sequence[Measurement], beliefs: Beliefs | None = None) -> Mea
 
 
 def _standard_error(values: Sequence[float]) -> float:
-    """Of their median; from the median deviation, which a few wild values leave alone."""
+    """Standard error of their median, from the median deviation, which outliers hardly change."""
     if len(values) < 3:
         return LONE_NOISE * math.sqrt(2 / len(values))
     middle = median(values)

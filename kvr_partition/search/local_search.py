@@ -32,7 +32,7 @@ def local_search(
     Args:
         start, quantum, inside: as in `descent`.
         machine: what a prefill costs.
-        delayed: by what factor partitions ``[n, ranks]`` take longer, as they may have sizes never met.
+        delayed: factor by which partitions ``[n, ranks]`` are expected to take longer for sizes never measured.
     """
     import numpy as np
 
@@ -61,7 +61,7 @@ def descent(
     Args:
         start: chunk sizes ``[ranks]``, multiples of the quantum but for the last.
         seconds: of partitions ``[n, ranks]``.
-        known: chunk sizes that have been met.
+        known: chunk sizes that were measured.
         inside: keeps those of some partitions that may be proposed; all without an empty chunk when None.
     """
     import numpy as np

@@ -1,4 +1,4 @@
-"""Dataset: searched partitions, what was known beforehand, and what tells how good any other partition is."""
+"""Dataset: searched partitions, their machines' priors, and what the regret of other partitions is judged by."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def measured_row(
 def common_quantum(rows: Sequence[Row]) -> int:
     """What all boundaries searched on one rank count are multiples of, or less where a context has no room for it.
 
-    An even split lies on no search's steps; where it was the best it says nothing about them.
+    The even split is on no quantum; where it was the best it says nothing about it.
     """
     uneven = [row for row in rows if row.partition != Partition.even(row.context, row.ranks, past=row.past)]
     common = math.gcd(*(boundary for row in uneven or rows for boundary in row.partition.boundaries[1:-1]))

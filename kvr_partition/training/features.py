@@ -48,7 +48,7 @@ class Query:
 
     @classmethod
     def of(cls, row: Row) -> Query:
-        """What a row is the answer to."""
+        """The question that a row answers."""
         return cls(row.machine, row.prior, row.context, row.past)
 
     @property
@@ -107,6 +107,6 @@ def places(ranks: int) -> list[float]:
 
 @functools.lru_cache(maxsize=100_000)
 def solved(machine: Machine, context: int, ranks: int) -> tuple[float, ...]:
-    """Boundaries of a machine's best split as shares of the context, whatever steps single sizes have."""
+    """Boundaries of a machine's best split as shares of the context, without size effects."""
     found = best_split(context, ranks, msgspec.structs.replace(machine, cost=machine.cost.smooth))
     return tuple(boundary / context for boundary in found.boundaries[1:-1])

@@ -118,7 +118,7 @@ class CostModel:
 
 @dataclass(frozen=True)
 class _Learnt:
-    """What measurements of a machine said: its machine, and by how much that differs from what was told.
+    """The posterior of a machine, and how it differs from the prior.
 
     Attributes:
         machine: without size effects. Boundaries are solved without: other contexts have other sizes.
@@ -175,7 +175,7 @@ class Corrected:
         return self
 
     def machine(self, query: Query) -> Machine:
-        """As measured; as others suggest where nothing was."""
+        """The measured machine; where nothing was measured, the prior shifted as on other machines."""
         known = self._learnt.get(query.machine)
         if known is not None:
             return replace(known.machine, past=query.past)

@@ -1,4 +1,4 @@
-"""Simulated searches: rows whose truth differs from what was told, on machines and models of many kinds."""
+"""Simulated searches: rows whose truth differs from their prior, on machines and models of many kinds."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ NOISE = 0.02
 """Standard deviation of a simulated measurement."""
 
 PROFILED = 30
-"""Times that a profile has measured each rank: ten points, three samples each. Its speeds are as good as that."""
+"""Samples of each rank in a profile, ten points with three each, which its speeds are estimated from."""
 
 HARDWARE_OFF, MODEL_OFF, LINK_OFF = 0.12, 0.03, 0.15
-"""How far the truth may be from what is told, as a share: each cost term by the hardware, which all its models
-share, and by the model; and links by their hardware and bandwidth. Cost terms are up to 15% off in all.
+"""Largest deviations of the truth from the prior, as shares: of cost terms by hardware and by model, and of links.
+
+All models of one hardware share its deviations. Cost terms are up to 15% off in all.
 """
 
 
@@ -65,7 +66,7 @@ CONTEXTS = (2048, 4096, 8192, 16384, 32768, 65536)
 
 @dataclass(frozen=True)
 class Landscape:
-    """One model on one machine: what is told of it, and what is true."""
+    """One model on one machine: its prior and its truth."""
 
     hardware: str
     model: str
