@@ -9,7 +9,7 @@ import msgspec
 from kvr_partition.machine.cost import ChunkCost, LinkCost
 
 FREE_LINK = LinkCost()
-"""Takes no time."""
+"""A link that takes no time."""
 
 
 class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

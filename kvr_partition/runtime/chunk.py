@@ -133,7 +133,7 @@ def run_chunk(
 
 
 def not_finite(cache: Any, partition: Partition) -> NotFiniteError:
-    """Where the numbers behind logits that are not finite arose: the first layer with such keys or values."""
+    """The error of logits that are not finite: it names the first layer whose keys or values are not."""
     advice = "use another dtype, or look at the weights"
     for index, layer in enumerate(cache.layers):
         for states in (getattr(layer, "keys", None), getattr(layer, "values", None)):

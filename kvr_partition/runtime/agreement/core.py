@@ -29,7 +29,7 @@ class _Note(msgspec.Struct, frozen=True, array_like=True):
 
 
 class _Trouble(msgspec.Struct, frozen=True, array_like=True):
-    """A `RankError` on its way to the other ranks."""
+    """A `RankError` as it is sent to the other ranks."""
 
     renewals: int
     message: str
@@ -312,7 +312,7 @@ class Agreement:
         return drained
 
     def settled(self, number: int) -> bool:
-        """Whether no rank writes any more to what it was told of in a turn: it went well, or all have drained."""
+        """Whether no rank can still write to rows that a turn exposed: it ended well, or all have drained."""
         if number in self.exposed and self._failure is not None and self.channel is not None:
             others = set(range(self.ranks)) - {self.rank}
             # The driver ends what a process had under way before the system closes its sockets.

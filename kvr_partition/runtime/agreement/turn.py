@@ -141,7 +141,7 @@ class Turn:
         return self.of.exchange(mine, self.phase)
 
     def expose(self) -> Callable[[], bool]:
-        """Note that peers are about to be told where to write.
+        """Note that peers are about to learn where to write.
 
         Returns:
             Whether they may still be writing there.

@@ -24,14 +24,14 @@ from kvr_partition.runtime.fused.watched import holds_tensors, untouched
 from kvr_partition.runtime.rows import Place
 
 _FAR = 1 << 20
-"""As far as tokens stand where a model does not say how many positions it has."""
+"""Position of tokens that parts are tried on, where a model has no largest position."""
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")
 _LARGE = 1e3
-"""How large the largest number is that attention computes of large rows: outliers of trained models are."""
+"""Largest value that attention computes from large rows. Trained models have such outliers."""
 _LARGEST_ROWS = 5e3
-"""And how large rows are at most for that: half precision must hold them."""
+"""Largest value of those rows, which half precision must hold."""
 _LARGE_INNER = (60.0, 15.0, 4.0)
-"""The same inside an MLP, which multiplies two of them; the first of which half precision holds what comes out."""
+"""Values inside an MLP that are tried, the largest first, until half precision holds their product."""
 
 
 class UnknownError(Exception):
