@@ -270,7 +270,7 @@ class Parts:
         }
 
 
-PARTS = ("verify", "rivals", "short", "held", "splits", "soak", "kill")
+PARTS = ("verify", "soak", "rivals", "held", "short", "splits", "kill")
 
 
 def together(options: argparse.Namespace) -> None:
