@@ -192,6 +192,23 @@ def test_the_best_split_of_two_ranks_is_the_best_of_all(
     assert simulate(found, machine).ttft_s <= best * 1.0005
 
 
+@pytest.mark.parametrize("quantum", [32, 128, 256])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_best_split_is_the_best_on_the_quantum_and_not_the_nearest(ranks: int, quantum: int) -> None:
+    context = 8192 if ranks == 2 else 32 * quantum
+    cuts = itertools.combinations(range(quantum, context, quantum), ranks - 1)
+    everything = np.array([np.diff([0, *inner, context]) for inner in cuts])
+    for bandwidth, entry_bytes, topology in itertools.product(
+        (1e9, 4e9, 3e11), (2048, 16384), ("chain", "fanout")
+    ):
+        machine = replace(
+            MACHINE, link=LinkCost.of(bandwidth, 1e-5), entry_bytes=entry_bytes, topology=topology, layers=16
+        )  # type: ignore[arg-type]
+        best = ttft(everything, machine).min()
+        found = best_split(context, ranks, machine, quantum=quantum)
+        assert simulate(found, machine).ttft_s == pytest.approx(best, rel=1e-9), (bandwidth, entry_bytes, topology)
+
+
 @pytest.mark.parametrize("ranks", [3, 4])
 @pytest.mark.parametrize("bandwidth", [2e9, 1e10, 3e11])
 def test_the_best_split_of_more_ranks_beats_a_fine_grid(ranks: int, bandwidth: float) -> None:
