@@ -156,7 +156,7 @@ def measure_interleaved(
     all_series = [_Series(candidate) for candidate in dict.fromkeys(candidates)]
     for turn in range(plan.warmup + plan.most):
         warmup = turn < plan.warmup
-        running = [sery for sery in all_series if sery.failure is None and not sery.outlasts(plan)]
+        running = [each for each in all_series if each.failure is None and not each.outlasts(plan)]
         if not running or (not warmup and all(plan.precise(series.seconds) for series in running)):
             break
         # Back and forth, so that drift within a turn hits the first and the last alike.
