@@ -59,14 +59,18 @@ def searched(
     return found, Beliefs.after(machine, context, [trial.measurement for trial in found.trials]).machine
 
 
+def uneven(context: int, ranks: int) -> Partition:
+    """Chunks that get shorter, as good splits have them."""
+    return Partition.from_fractions([1.3 - 0.6 * at / ranks for at in range(ranks)], context)
+
+
 def certified(group: RankGroup, context: int, skipped: set[str]) -> dict[str, Any]:
     """Every method that runs here and equals one rank, with how far it is from it; and why others are left out."""
     found: dict[str, Any] = {}
-    uneven = Partition.from_fractions([1.3 - 0.6 * at / group.ranks for at in range(group.ranks)], context)
     for method in (*BASELINES, "kvr-chain", "kvr-fanout"):
         if method in skipped:
             continue
-        split = uneven if method_of(method).splits else Partition.even(context, group.ranks)
+        split = (uneven if method_of(method).splits else Partition.even)(context, group.ranks)
         candidate = Candidate(method, split)
         try:
             group.check(candidate)

@@ -32,7 +32,7 @@ import msgspec
 import optuna
 from msgspec.structs import replace
 
-from benchmarks.prefill import certified, compare
+from benchmarks.prefill import certified, compare, uneven
 from kvr_partition.cli.options import model_folder, parse_bytes, parse_rate
 from kvr_partition.errors import KVRError
 from kvr_partition.loading import load_table
@@ -87,7 +87,10 @@ def steps(options: argparse.Namespace) -> list[Step]:
 
     most = "stock,single,tsp-causal,zigzag,kvr-e,kvr-s,kvr-p,other,bound"
     both = "kvr-chain,kvr-fanout"
-    this = ["--model", model, "--out", str(out), "--context", str(options.context), *ranks]
+    this = [
+        "--model", model, "--out", str(out), "--context", str(options.context), *ranks,
+        "--samples", str(options.samples), "--prompts", str(options.prompts),
+    ]  # fmt: skip
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(options.ranks), "-m"]
     return [
         Step("doctor", [*ours, "doctor", "--format", "json"], 120),
@@ -107,11 +110,6 @@ def steps(options: argparse.Namespace) -> list[Step]:
             180,
         ),
     ]  # fmt: skip
-
-
-def uneven(context: int, ranks: int) -> Partition:
-    """Chunks that get shorter, as good splits have them."""
-    return Partition.from_fractions([1.3 - 0.6 * at / ranks for at in range(ranks)], context)
 
 
 # ------------------------------------------------------------------------------------ parts with their own ranks
@@ -258,6 +256,8 @@ class Parts:
         except KVRError as error:
             message, ended = str(error), time.monotonic()
         hand.join()
+        if not message:
+            raise SystemExit("a rank was killed, and nobody said so")
         again = time.monotonic()
         after = [group.sample(Candidate("kvr", split)).ttft_s for _ in range(3)]
         return {
@@ -345,6 +345,7 @@ def run(step: Step, out: Path, left_s: float) -> dict[str, Any]:
                 process.wait(10)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
         for reader in readers:
             reader.join(5)
     if not (out / f"{step.name}.json").stat().st_size:

@@ -96,17 +96,20 @@ def main() -> None:
     parser.add_argument("predictors", nargs="*", type=Path)
     options = parser.parse_args()
     folder: Path = options.folder
-    with MeasurementLog(folder / "search.jsonl") as log:
+    with MeasurementLog(folder / "search" / "measurements.jsonl") as log:
         origin = next(iter(log.provenance.values()))
         machine = machine_of_log(log, origin)
     splits = json.loads((folder / "splits.json").read_text())["figures"]["splits"]
     found = {
         "provenance": msgspec.to_builtins(origin),
         "methods": {
-            path.stem: [row(*one) for one in samples_of(path).items()] for path in sorted(folder.glob("*.jsonl"))
+            path.relative_to(folder).as_posix(): [row(*one) for one in samples_of(path).items()]
+            for path in sorted(folder.rglob("*.jsonl"))
         },
         "schedule": list(scheduled(splits, machine)),
-        "predictors": list(answered(options.predictors, load_table(folder / "table.json"), origin.ranks, machine)),
+        "predictors": list(
+            answered(options.predictors, load_table(folder / "search" / "table.json"), origin.ranks, machine)
+        ),
     }
     (folder / "figures.json").write_text(json.dumps(found, indent=1) + "\n")
 

@@ -1,4 +1,4 @@
-"""background traffic on links: which link it is on, agreed on by seed."""
+"""Background traffic on links: which link it is on, agreed on by seed."""
 
 from __future__ import annotations
 

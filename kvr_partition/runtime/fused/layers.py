@@ -25,8 +25,8 @@ from kvr_partition.runtime.rows import Place
 MLP_ROWS = 16384
 """Rows that go through an MLP together: its inner activations, several times as wide as a layer, never take more.
 
-Slices that no multiple of a GPU's SMs fits waste some of them. Measured on an H100, MLPs of Llama 7B and Llama 3.1
-8B take 1 to 11% longer in even slices of up to 4,096 rows than at once, 0 to 7% in ones of up to 8,192."""
+A slice whose tiles are no multiple of a GPU's SMs leaves some of them idle, and short slices do so more often:
+`benchmarks/mlp_slices.py` measures it."""
 
 _ROUNDING = 128
 """Kernels compute so many rows at once."""

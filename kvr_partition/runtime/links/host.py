@@ -146,7 +146,7 @@ class HostLinks(PlannedLinks):
     def _send_to(self, peer: int, messages: list[tuple[int, Hop | None]]) -> None:
         free_at = 0.0
         for layer, hop in messages:
-            # background traffic goes ahead of the KV of its layer.
+            # Background traffic goes ahead of the KV of its layer.
             wanted = layer, self.rank if hop is None else hop.piece.chunk
             with self._change:
                 self._change.wait_for(partial(self._may_send, wanted))
