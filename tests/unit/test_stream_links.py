@@ -51,7 +51,7 @@ class Streams:
         self.sends: dict[int, Stream] = {}
         self.rank = rank
 
-    def current(self) -> Stream:
+    def current(self, device: int | None = None) -> Stream:
         return self.compute
 
     def to(self, peer: int) -> Stream:
@@ -241,3 +241,19 @@ def test_a_rank_stops_at_the_next_layer_once_another_has_failed() -> None:
     links.start([Slot(torch.zeros(4, 2), 0, None)] * LAYERS)
     with pytest.raises(RankError, match="ran out of memory"):
         links.kv_ready(0)
+
+
+def test_rows_are_sent_behind_the_stream_that_is_current_when_they_are_ready() -> None:
+    split = Partition((2, 2))
+    streams = Streams(0)
+    first = streams.compute
+    wires: Any = {1: Wire(0, 1)}
+    links = StreamLinks(split, 0, "chain", LinkLimits(), FakeTurn(), wires, streams)  # type: ignore[arg-type]
+    links.start([Slot(torch.zeros(2, 2), 0, None)] * 2)
+    links.kv_ready(0)
+    streams.compute = other = Stream("a layer's own")
+    other.work.append(("rows", (0, 1, 0)))
+    links.kv_ready(1)
+    waits = [what for kind, what in streams.sends[1].work if kind == "wait"]
+    assert [stream for stream, _ in waits] == [first, first, other]
+    assert waits[-1] == (other, 1)

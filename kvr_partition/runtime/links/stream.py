@@ -57,9 +57,9 @@ class Streams:
     def __init__(self) -> None:
         self._to: dict[int, Any] = {}
 
-    def current(self) -> Any:
-        """The stream of the model's own work."""
-        return torch.cuda.current_stream()
+    def current(self, device: int | None = None) -> Any:
+        """The stream of the model's own work, on the current device when None, which takes longer to find out."""
+        return torch.cuda.current_stream(device)
 
     def to(self, peer: int) -> Any:
         """The stream of what is sent to a peer."""
@@ -94,14 +94,14 @@ class StreamLinks(PlannedLinks):
     _posted: list[list[tuple[Hop, Any]]] = field(init=False, default_factory=list)
     _used: dict[int, Any] = field(init=False, default_factory=dict)
     _arrived: Any = field(init=False, default=None)
-    _compute: Any = field(init=False, default=None)
-    """The stream of the model's own work. Asking for it takes longer than what is then put there."""
+    _device: int | None = field(init=False, default=None)
     _spans: list[list[tuple[Any, Any]]] = field(init=False, default_factory=list)
 
     def start(self, slots: Sequence[Slot]) -> None:
         self._plan(slots)
         self._spans = [[] for _ in slots]
-        self._compute = self.streams.current()
+        self._device = slots[0].rows.device.index if slots else None
+        compute = self.streams.current(self._device)
         if self.watch is not None:
             self.watch.begin(self._receives)
         peers = {hop.peer for by_chunk in self._sends for hops in by_chunk.values() for hop in hops}
@@ -110,7 +110,7 @@ class StreamLinks(PlannedLinks):
         for peer in sorted(peers):
             # Nothing may be sent before what is under way on the rows now.
             self._used[peer] = self.streams.to(peer)
-            self._used[peer].wait_stream(self._compute)
+            self._used[peer].wait_stream(compute)
         for layer, hops in enumerate(self._receives):
             if self._noisy(layer) == self.rank - 1:
                 assert self._background is not None
@@ -127,7 +127,8 @@ class StreamLinks(PlannedLinks):
         sends = self._sends[layer]
         own = sends.get(self.rank, ())
         if own:
-            ready = self._compute.record_event()
+            # Asked for each time: a model may run some layers on a stream of its own.
+            ready = self.streams.current(self._device).record_event()
             for hop in own:
                 self._used[hop.peer].wait_event(ready)
                 self._send(layer, hop)
@@ -138,10 +139,11 @@ class StreamLinks(PlannedLinks):
 
     def wait_prefix(self, layer: int) -> None:
         self._check()
-        before = self._compute.record_event()
+        compute = self.streams.current(self._device)
+        before = compute.record_event()
         for hop, posted in self._posted[layer]:
-            self.wires[hop.peer].wait(posted, self._compute)
-        self._arrived = self._compute.record_event()
+            self.wires[hop.peer].wait(posted, compute)
+        self._arrived = compute.record_event()
         if self.watch is not None:
             self.watch.waits(layer, before, self._arrived)
 
