@@ -21,6 +21,7 @@ def main() -> None:
     """Measure, train, save."""
     model, out = sys.argv[1], Path(sys.argv[3])
     contexts = sorted(int(word) for word in sys.argv[2].split(","))
+    out.mkdir(parents=True, exist_ok=True)
     with MeasurementLog(out / "measurements.jsonl") as log, RankGroup(model, ranks=2) as group:
         session = Session(group, log, contexts, budget=4, plan=PLAN)
         session.run()

@@ -19,7 +19,7 @@ from profiler.measure import Candidate
 from profiler.models import Operations
 from profiler.ranks import RankGroup
 from profiler.sizes import with_size_effects
-from profiler.store import GUESS, ChunkLine, KeptKV, LinkLine, MeasurementLog, OperationsLine
+from profiler.store import GUESS, ChunkLine, KeptKV, LinkLine, MeasurementLog, OperationsLine, Records
 
 LEAST_SAMPLES, MOST_SAMPLES = 3, 7
 
@@ -75,9 +75,9 @@ def calibrate(
 ) -> ChunkCost:
     """Time the points of `chunk_design`, interleaved, all ranks at once as in a prefill; fit a cost.
 
-    Times that the log already has are used and not taken again. While the fit is refused as too
-    uncertain, more samples are taken, up to `MOST_SAMPLES` of each point. Chunks that take long are timed less
-    often: they have more to average over.
+    Times that the log already has, under these conditions, are used and not taken again. While the fit is refused
+    as too uncertain, more samples are taken, up to `MOST_SAMPLES` of each point. Chunks that take long are timed
+    less often: they have more to average over.
 
     Args:
         context: the longest context the cost is for, in tokens.
@@ -88,18 +88,19 @@ def calibrate(
         FitError: the times do not determine a cost.
     """
     points = chunk_design(context, group.ranks)
+    records = log.of_run(group.run)
     warm = False
     for wanted in range(1, MOST_SAMPLES + 1):
-        while missing := [point for point in points if len(_seconds(log, *point)) < wanted]:
+        while missing := [point for point in points if len(_seconds(records, *point)) < wanted]:
             for chunk, prefix in missing:
                 time_point(group, context, chunk, prefix, log, warmup=not warm)
                 if on_chunk is not None:
                     on_chunk(chunk, prefix)
             warm = True
-        if wanted < LEAST_SAMPLES and _spent_s(log, points) < ENOUGH_S:
+        if wanted < LEAST_SAMPLES and _spent_s(records, points) < ENOUGH_S:
             continue
         try:
-            return ChunkCost.fit([_timed(log, chunk, prefix, len(group.windows)) for chunk, prefix in points])
+            return ChunkCost.fit([_timed(records, chunk, prefix, len(group.windows)) for chunk, prefix in points])
         except FitError:
             if wanted == MOST_SAMPLES:
                 raise
@@ -112,7 +113,7 @@ def keep_samples(profile: Profile, log: MeasurementLog, run: str) -> None:
     Args:
         run: of the log, under the same conditions.
     """
-    known = {(line.chunk, line.prefix, line.seconds) for line in log.chunks}
+    known = {(line.chunk, line.prefix, line.seconds) for line in log.of_run(run).chunks}
     for chunk in profile.chunk_samples:
         if (chunk.chunk, chunk.prefix, chunk.seconds) not in known:
             log.append(
@@ -127,28 +128,28 @@ def keep_samples(profile: Profile, log: MeasurementLog, run: str) -> None:
                     chunk.layers,
                 )
             )
-    links = {line.nbytes for line in log.links if not line.warmup}
+    links = {line.nbytes for line in log.of_run(run).links if not line.warmup}
     for link in profile.link_samples:
         if link.nbytes not in links:
             log.append(LinkLine(run, link.nbytes, False, link.seconds))
 
 
-def _together(log: MeasurementLog) -> list[ChunkLine]:
+def _together(records: Records) -> list[ChunkLine]:
     """Whole chunks that count, timed with all ranks at work."""
-    return [line for line in log.chunks if not line.warmup and not line.alone and line.layers is None]
+    return [line for line in records.chunks if not line.warmup and not line.alone and line.layers is None]
 
 
-def _timed(log: MeasurementLog, chunk: int, prefix: int, layers: int) -> TimedChunk:
-    lines = [line for line in _together(log) if (line.chunk, line.prefix) == (chunk, prefix)]
+def _timed(records: Records, chunk: int, prefix: int, layers: int) -> TimedChunk:
+    lines = [line for line in _together(records) if (line.chunk, line.prefix) == (chunk, prefix)]
     first = [_mean(line.first_kv_s) for line in lines if line.first_kv_s and min(line.first_kv_s) > 0]
     return TimedChunk(
-        chunk, prefix, median(_seconds(log, chunk, prefix)), median(first) if first else None, layers
+        chunk, prefix, median(_seconds(records, chunk, prefix)), median(first) if first else None, layers
     )
 
 
-def rank_speeds(log: MeasurementLog, ranks: int) -> tuple[float, ...]:
+def rank_speeds(records: Records, ranks: int) -> tuple[float, ...]:
     """Of each rank, relative to the mean of all in each timed chunk, which is what costs are fitted to."""
-    lines = [line for line in _together(log) if len(line.seconds) == ranks]
+    lines = [line for line in _together(records) if len(line.seconds) == ranks]
     if not lines:
         return (1.0,) * ranks
     return tuple(median([_mean(line.seconds) / line.seconds[rank] for line in lines]) for rank in range(ranks))
@@ -161,14 +162,15 @@ def time_links(group: RankGroup, log: MeasurementLog) -> tuple[LinkCost, ...]:
         RankError: timing failed.
         FitError: the times explain no link.
     """
-    known = {line.nbytes for line in log.links if not line.warmup}
     run = group.run
+    records = log.of_run(run)
+    known = {line.nbytes for line in records.links if not line.warmup}
     for nbytes in LINK_BYTES:
         if nbytes not in known:
             for warmup in (True, False):
                 seconds = tuple(group.time_links(nbytes, LINK_REPEATS))
                 log.append(LinkLine(run, nbytes, warmup, seconds))
-    return _links(log, group.ranks)
+    return _links(records, group.ranks)
 
 
 def timed_links(group: RankGroup) -> tuple[LinkCost, ...]:
@@ -211,11 +213,11 @@ def _guess(group: RankGroup, cost: ChunkCost) -> Machine:
     )
 
 
-def _solo_speedup(log: MeasurementLog) -> float:
+def _solo_speedup(records: Records) -> float:
     """How much faster the first rank is while all others are idle; 1 where nothing was timed alone."""
     ratios = []
     before: ChunkLine | None = None
-    for line in log.chunks:
+    for line in records.chunks:
         if line.layers is not None:
             continue
         same = before is not None and (line.chunk, line.prefix) == (before.chunk, before.prefix)
@@ -225,8 +227,8 @@ def _solo_speedup(log: MeasurementLog) -> float:
     return max(1.0, median(ratios)) if ratios else 1.0
 
 
-def _links(log: MeasurementLog, ranks: int) -> tuple[LinkCost, ...]:
-    lines = [line for line in log.links if not line.warmup]
+def _links(records: Records, ranks: int) -> tuple[LinkCost, ...]:
+    lines = [line for line in records.links if not line.warmup]
     return tuple(
         LinkCost.fit([(line.nbytes, median(line.seconds[at])) for line in lines]) for at in range(ranks - 1)
     )
@@ -250,7 +252,7 @@ def guessed_machine(group: RankGroup, context: int, measure: Callable[[Candidate
         if not found.ok:
             raise RankError(f"there is nothing to guess costs from: {alone.failure}; {found.failure}")
     counted = group.operations
-    if group.log is not None and group.log.operations is None:
+    if group.log is not None and group.log.of_run(group.run).operations is None:
         group.log.append(OperationsLine(group.run, counted.per_token, counted.per_pair, counted.before_kv))
     return _guess(group, _guessed_cost(counted, found, group.backend, group.ranks))
 
@@ -266,11 +268,12 @@ def guessed_machine_of_log(
     Raises:
         FitError: the log has nothing to guess from.
     """
-    guesses = [measurement for measurement in log.measurements(GUESS) if measurement.ok]
+    records = log.under(origin)
+    guesses = [measurement for measurement in records.measurements(GUESS) if measurement.ok]
     if not guesses:
         raise FitError("neither one rank nor an even split was timed to guess costs from")
     cost = _guessed_cost(counted, guesses[-1], origin.backend, origin.ranks)
-    return _machine_of(log, origin, with_size_effects(cost, log))
+    return _machine_of(records, origin, with_size_effects(cost, records))
 
 
 def _guessed_cost(counted: Operations | OperationsLine, found: Measurement, backend: str, ranks: int) -> ChunkCost:
@@ -294,34 +297,36 @@ def machine_of_log(log: MeasurementLog, origin: Provenance) -> Machine:
     Raises:
         FitError: the log has no timed chunks and links, or they do not determine it, and there is no guess.
     """
-    points = list(dict.fromkeys((line.chunk, line.prefix) for line in _together(log)))
+    records = log.under(origin)
+    points = list(dict.fromkeys((line.chunk, line.prefix) for line in _together(records)))
+    layers = _kept(records, origin).layers
     try:
-        cost = ChunkCost.fit([_timed(log, chunk, prefix, _kept(log, origin).layers) for chunk, prefix in points])
-        link = _links(log, origin.ranks) if origin.ranks > 1 else FREE_LINK
+        cost = ChunkCost.fit([_timed(records, chunk, prefix, layers) for chunk, prefix in points])
+        link = _links(records, origin.ranks) if origin.ranks > 1 else FREE_LINK
     except FitError:
-        if log.operations is None:
+        if records.operations is None:
             raise
-        return guessed_machine_of_log(log, origin, log.operations)
+        return guessed_machine_of_log(log, origin, records.operations)
     return replace(
-        _machine_of(log, origin, with_size_effects(cost, log)),
+        _machine_of(records, origin, with_size_effects(cost, records)),
         link=link,
-        speeds=rank_speeds(log, origin.ranks),
-        solo_speedup=_solo_speedup(log),
+        speeds=rank_speeds(records, origin.ranks),
+        solo_speedup=_solo_speedup(records),
     )
 
 
-def _kept(log: MeasurementLog, origin: Provenance) -> KeptKV:
+def _kept(records: Records, origin: Provenance) -> KeptKV:
     """What a model keeps of a token: as the log says, else as its configuration does."""
-    if log.kept is not None:
-        return log.kept
+    if records.kept is not None:
+        return records.kept
     shape = origin.model
     width = DTYPES[origin.dtype].nbytes
     return KeptKV(shape.layers, 2 * shape.kv_heads * shape.head_dim * width * origin.batch)
 
 
-def _machine_of(log: MeasurementLog, origin: Provenance, cost: ChunkCost) -> Machine:
+def _machine_of(records: Records, origin: Provenance, cost: ChunkCost) -> Machine:
     """What conditions say of a machine."""
-    kept = _kept(log, origin)
+    kept = _kept(records, origin)
     return Machine(
         cost,
         kept.layers,
@@ -344,29 +349,30 @@ def measured_machine(
         FitError: the times do not determine it.
     """
     cost = calibrate(group, context, log, on_chunk)
+    records = log.of_run(group.run)
     return Machine(
         cost=cost,
         layers=len(group.windows),
         entry_bytes=group.entry_bytes,
         link=time_links(group, log) if group.ranks > 1 else FREE_LINK,
-        speeds=rank_speeds(log, group.ranks),
+        speeds=rank_speeds(records, group.ranks),
         topology="fanout" if group.topology == "fanout" else "chain",
         overlap=group.resolved_depth == "attention",
-        solo_speedup=_solo_speedup(log),
+        solo_speedup=_solo_speedup(records),
     )
 
 
-def _seconds(log: MeasurementLog, chunk: int, prefix: int) -> list[float]:
+def _seconds(records: Records, chunk: int, prefix: int) -> list[float]:
     """Times of a chunk, the mean of all ranks in each sample, which is what a rank of speed 1 takes.
 
     All ranks are busy at once, as in a prefill: a rank alone is faster than beside the others.
     """
-    return [_mean(line.seconds) for line in _together(log) if (line.chunk, line.prefix) == (chunk, prefix)]
+    return [_mean(line.seconds) for line in _together(records) if (line.chunk, line.prefix) == (chunk, prefix)]
 
 
-def _spent_s(log: MeasurementLog, points: Sequence[tuple[int, int]]) -> float:
+def _spent_s(records: Records, points: Sequence[tuple[int, int]]) -> float:
     """On chunks of these points, warm-ups included."""
-    return math.fsum(max(line.seconds) for line in log.chunks if (line.chunk, line.prefix) in points)
+    return math.fsum(max(line.seconds) for line in records.chunks if (line.chunk, line.prefix) in points)
 
 
 def _mean(seconds: Sequence[float]) -> float:

@@ -126,7 +126,7 @@ class Ranks:
             )
         if self.backend == "cuda":
             self.topology = self._ready[0].topology
-        self._begin_run()
+        self._run = _new_run()
 
     def hold_links(self, bandwidth: float | None) -> None:
         """Hold every link to so many bytes per second from now on; None for what it can.
@@ -138,12 +138,11 @@ class Ranks:
         """
         check_bandwidth(bandwidth)
         self.bandwidth = bandwidth
-        if self._transport is not None:
-            self._begin_run()
+        self._run = _new_run()
 
-    def _begin_run(self) -> None:
-        self._run = os.urandom(6).hex()
-        if self.log is not None:
+    def _describe_run(self) -> None:
+        """Say in the log, once, under which conditions its samples are taken from now on."""
+        if self.log is not None and self._run not in self.log.provenance:
             kept = KeptKV(len(self.windows), self.entry_bytes)
             self.log.append(RunLine(SCHEMA, self._run, self.provenance, kept))
 
@@ -160,8 +159,12 @@ class Ranks:
 
     @property
     def run(self) -> str:
-        """Identifies, in the log, the run that this group's current samples belong to."""
+        """Identifies, in the log, the run that this group's current samples belong to.
+
+        The log has its conditions, also one that the group was given after it had started.
+        """
         self.start()
+        self._describe_run()
         return self._run
 
     @property
@@ -337,3 +340,7 @@ class Ranks:
             )
             for rank in range(self.ranks)
         ]
+
+
+def _new_run() -> str:
+    return os.urandom(6).hex()

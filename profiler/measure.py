@@ -143,12 +143,14 @@ def measure_interleaved(
 
     Args:
         take: times one prefill; raises `RankError` when that fails.
-        log: where each sample is written at once, and where finished measurements of the same purpose
-            are found: if it has all of these candidates, nothing is measured.
+        log: where each sample is written at once, and where finished measurements of the same purpose, under the
+            conditions of the same run, are found: if it has all of these candidates, nothing is measured.
+        run: of the log, which samples belong to.
         on_sample: told of each sample, and whether it was a warm-up.
     """
     if log is not None:
-        known = [log.finished(purpose, asked.method, asked.partition, asked.noise) for asked in candidates]
+        before = log.of_run(run)
+        known = [before.finished(purpose, asked.method, asked.partition, asked.noise) for asked in candidates]
         found = [measurement for measurement in known if measurement is not None]
         if len(found) == len(candidates):
             return found

@@ -88,14 +88,12 @@ class RankGroup(Ranks):
         """
         for candidate in candidates:
             self.check(candidate)
-        if self.log is not None:
-            self.start()
         return measure_interleaved(
             candidates,
             self.sample,
             plan or SamplingPlan.for_backend(self.backend),
             log=self.log,
-            run=self._run,
+            run="" if self.log is None else self.run,
             purpose=purpose,
             on_sample=on_sample,
         )

@@ -11,11 +11,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import msgspec
-
-from kvr_partition.errors import OutOfRangeError, RankError, UnsupportedError
+from kvr_partition.errors import OutOfRangeError, UnsupportedError
 from kvr_partition.link_kinds import bandwidth_of
-from kvr_partition.machine.cost import FitError
 from kvr_partition.machine.findings import Finding, contradict, findings, worst
 from kvr_partition.machine.machine import Machine
 from kvr_partition.machine.profile import Profile
@@ -29,11 +26,11 @@ from kvr_partition.search.samplers import WITHOUT_MACHINE, check_sampler
 from kvr_partition.search.space import default_quantum
 from kvr_partition.table import Entry, PartitionTable
 from kvr_partition.training import Row, measured_row
-from profiler.calibrate import guessed_machine, keep_samples, machine_of_log, measured_machine, time_links
+from profiler.calibrate import machine_of_log
 from profiler.listener import Listener, Silent
 from profiler.measure import Candidate, SamplingPlan
+from profiler.prior import Prior
 from profiler.ranks import RankGroup
-from profiler.sizes import profile_chunk_sizes
 from profiler.store import GUESS, MeasurementLog, purpose_of
 
 BUDGET, LEAST_BUDGET, BUDGET_S = 8, 4, 30.0
@@ -83,7 +80,7 @@ class Session:
     Args:
         group: the ranks; its log is set to ``log``.
         log: where every sample goes at once, and where what it has already is taken from.
-        contexts: to search, in tokens, in ascending order.
+        contexts: to search, in tokens; in ascending order from then on, each once.
         past: tokens that every rank has in its cache before the prompt.
         budget: partitions to measure for each context; `BUDGET` when None, and fewer where one takes seconds.
         sampler: as in `kvr_partition.search.search`.
@@ -94,12 +91,15 @@ class Session:
         shared: whether others search in that storage, too.
         seed: of the samplers.
         profile: what chunks and links of these ranks cost, measured before; measured now when None.
-        table: partitions found before; grows with each context.
+        table: partitions found before, on such ranks; grows with each context.
         on_table: told of the table after each context.
         listener: told how it gets on.
 
+    Attributes:
+        results: of each context, as soon as it is done; those of `run` that ended with an error, too.
+
     Raises:
-        UnsupportedError: a profile of other ranks, or of shorter contexts.
+        UnsupportedError: fewer than two ranks, an unknown sampler, a budget or quantum below 1.
 
     Example:
         >>> with MeasurementLog("out/log.jsonl") as log, RankGroup("llama", 4) as group:  # doctest: +SKIP
@@ -123,20 +123,25 @@ class Session:
     table: PartitionTable = field(default_factory=lambda: PartitionTable([]))
     on_table: Callable[[PartitionTable], None] = lambda _: None
     listener: Listener = field(default_factory=Silent)
-    costs_known: bool = field(init=False, default=False)
-    """Whether the log tells what chunks cost, which a predictor is trained from."""
+    results: list[ContextResult] = field(init=False, default_factory=list)
 
-    _machine: Machine | None = field(init=False, default=None)
-    _machine_asked: bool = field(init=False, default=False)
-    _reference: Machine | None = field(init=False, default=None)
-    """What waits are held against: a machine whose links were timed."""
-    _chunks_timed: bool = field(init=False, default=False)
+    _prior: Prior = field(init=False)
     _said: set[object] = field(init=False, default_factory=set)
     _reached: float = field(init=False, default=0.0)
 
     def __post_init__(self) -> None:
+        check_sampler(self.sampler)
+        for what, value, least in (
+            ("ranks", self.group.ranks, 2),
+            ("budget", self.budget, 1),
+            ("quantum", self.quantum, 1),
+        ):
+            if value is not None and value < least:
+                raise UnsupportedError(f"a search needs {what} of {least} or more; got {value}")
+        self.contexts = sorted(set(self.contexts))
         self.plan = self.plan or SamplingPlan.for_backend(self.group.backend)
         self.group.log = self.log
+        self._prior = Prior(self.group, self.log, self.profile)
 
     # ---------------------------------------------------------------------------------------------- all of it
 
@@ -148,16 +153,24 @@ class Session:
 
         Raises:
             PartitionError: a context shorter than there are ranks, or beyond the model's positions.
-            UnsupportedError: GPUs have no room for a context.
-            RankError: nothing of a context could be measured.
+            UnsupportedError: GPUs have no room for a context; or a profile or a table of other ranks, or a profile
+                of shorter contexts.
+            RankError: nothing of a context could be measured; `results` has those before it.
         """
-        self._check_profile()
+        held_out = list(dict.fromkeys(held_out))
+        if not self.contexts and not held_out:
+            raise UnsupportedError("there is nothing to search; name a context")
+        self._check_origins()
         for context in (*self.contexts, *held_out):
             self.group.check_context(context, self.past)
             self.group.check_memory(context, self.past)
-        results = [self.search(context) for context in _ends_first(self.contexts)]
-        results += [self.predict(context) for context in held_out]
-        return sorted(results, key=lambda result: (result.held_out, result.context))
+        before = len(self.results)
+        # The shortest and the longest first: every other one then has something to interpolate between.
+        for context in dict.fromkeys([*self.contexts[:1], *self.contexts[-1:], *self.contexts]):
+            self.search(context)
+        for context in held_out:
+            self.predict(context)
+        return sorted(self.results[before:], key=lambda result: (result.held_out, result.context))
 
     def work(self, held_out: Sequence[int] = ()) -> float:
         """What `run` will tell its listener of in all, at most."""
@@ -176,7 +189,13 @@ class Session:
     # -------------------------------------------------------------------------------------------- one context
 
     def search(self, context: int) -> ContextResult:
-        """Search one context, compare the best with the baselines, and put it into the table."""
+        """Search one context, compare the best with the baselines, and put it into the table.
+
+        Raises:
+            PartitionError, UnsupportedError, RankError: as `run`.
+        """
+        self.contexts = sorted({*self.contexts, context})
+        self._check_origins()
         self.listener.doing(f"context {context}: searching")
         finals: list[tuple[Candidate, Measurement]] = []
 
@@ -195,18 +214,17 @@ class Session:
         named += [("KVR-E", result) for one, result in finals if one == even]
         named.append(("KVR-S", found.measurement))
         every = [*(trial.measurement for trial in found.trials), *(result for _, result in finals)]
-        return ContextResult(
-            context,
-            found,
-            named,
-            worst(finding for measurement in every for finding in self._findings(measurement)),
-        )
+        noticed = worst(finding for measurement in every for finding in self._findings(measurement))
+        self.results.append(ContextResult(context, found, named, noticed))
+        return self.results[-1]
 
     def _searched(self, context: int, confirm: Callable[[Sequence[Partition]], list[Measurement]]) -> SearchResult:
         kind, purpose = check_sampler(self.sampler), purpose_of("search", context, self.past)
         machine = self.machine() if kind.seeded else None
         # Without a cost to correct there is nothing to be informed by.
         lost = machine is None and kind.corrects
+        if lost:
+            self.listener.say(f"  sampler {WITHOUT_MACHINE}, since nothing tells what chunks cost")
         return search(
             lambda one: self._measure([Candidate("kvr", one)], purpose, TRIAL_PATIENCE)[0],
             context,
@@ -251,7 +269,12 @@ class Session:
         self.on_table(self.table)
 
     def predict(self, context: int) -> ContextResult:
-        """Time the table's answer for a context that was not searched, beside the baselines."""
+        """Time the table's answer for a context that was not searched, beside the baselines.
+
+        Raises:
+            PartitionError, UnsupportedError: as `run`.
+        """
+        self._check_origins()
         self.listener.doing(f"context {context}: trying KVR-P, this context was not searched")
         ranks = self.group.ranks
         candidates = [
@@ -268,7 +291,9 @@ class Session:
         measurements = self._measure(candidates, purpose_of("predict", context, self.past))
         self._finish(context, 0)
         noticed = worst(finding for result in measurements for finding in self._findings(result))
-        return ContextResult(context, None, list(zip(names, measurements, strict=True)), noticed)
+        named = list(zip(names, measurements, strict=True))
+        self.results.append(ContextResult(context, None, named, noticed))
+        return self.results[-1]
 
     def quantum_of(self, context: int) -> int:
         """What boundaries of a context's chunks are multiples of."""
@@ -317,74 +342,41 @@ class Session:
     # ------------------------------------------------------------------------------------- what the ranks cost
 
     def machine(self) -> Machine | None:
-        """What chunks and links cost here, found out once for all contexts; None if nothing tells.
+        """What chunks and links cost here, measured once for all contexts; None if nothing tells.
 
         From the profile, where there is one, else from timed chunks, else from a guess; with what single chunk
         sizes take, where kernels like some better than others.
+
+        Raises:
+            RankError: the ranks failed; the next call tries again.
+            UnsupportedError: a profile of other ranks, or of shorter contexts.
         """
-        if not self._machine_asked:
-            self._machine_asked = True
-            self._machine = self._profiled() if self.profile is not None else self._timed_or_guessed()
-            if self._machine is not None:
-                self._machine = self._with_sizes(self._machine)
+        if not self._prior.asked:
+            self._check_origins()
+            quanta = {context: self.quantum_of(context) for context in self.contexts}
+            self._prior.find_out(quanta, self.past, lambda one: self._measure([one], GUESS)[0], self.listener)
             self.listener.doing("measuring the first partitions")
-        return self._machine
+        return self._prior.machine
 
-    def _check_profile(self) -> None:
-        if self.profile is None:
-            return
-        differing = self.group.provenance.difference(self.profile.provenance)
-        if differing is not None:
-            raise UnsupportedError(f"the profile is of other ranks: {differing} (now, then); measure one of these")
-        longest = max(self.contexts) + self.past
-        if longest > self.profile.context:
-            raise UnsupportedError(
-                f"the profile tells of contexts up to {self.profile.context} tokens, not of {longest}; "
-                "measure one for those"
-            )
+    @property
+    def costs_known(self) -> bool:
+        """Whether the log tells what chunks cost, which a predictor is trained from."""
+        return self._prior.costs_known
 
-    def _profiled(self) -> Machine:
-        self._check_profile()
-        assert self.profile is not None
-        keep_samples(self.profile, self.log, self.group.run)
-        self.costs_known = self._chunks_timed = True
-        topology = "fanout" if self.group.topology == "fanout" else "chain"
-        self._reference = self.profile.machine(topology)  # type: ignore[arg-type]
-        return self._reference
-
-    def _timed_or_guessed(self) -> Machine | None:
-        self.listener.doing("timing a few chunks and the links")
-        longest = max(self.contexts)
-        try:
-            machine = measured_machine(self.group, longest + self.past, self.log)
-            self.costs_known = self._chunks_timed = True
-            self._reference = machine
-            return machine
-        except FitError as error:
-            # Measurements correct a guess as well as a fit; it only takes a few more of them.
-            self.listener.say(f"  going on from a guess of what chunks cost: {error}")
-        guess: Machine | None = None
-        with contextlib.suppress(RankError):
-            guess = guessed_machine(self.group, longest, lambda one: self._measure([one], GUESS)[0])
-            self.costs_known = True
-            with contextlib.suppress(FitError):
-                self._reference = msgspec.structs.replace(guess, link=time_links(self.group, self.log))
-        return guess
-
-    def _with_sizes(self, machine: Machine) -> Machine:
-        self.listener.doing("timing chunk sizes")
-        quanta = {context: self.quantum_of(context) for context in self.contexts}
-        try:
-            return profile_chunk_sizes(self.group, machine, quanta, self.log)
-        except RankError as error:
-            self.listener.say(f"  going on without knowing what single chunk sizes take: {error}")
-            return machine
+    def _check_origins(self) -> None:
+        """Refuse a table or a profile that is of other ranks than these."""
+        before = self.table.provenance
+        if before is not None and (differing := self.group.provenance.difference(before)) is not None:
+            raise UnsupportedError(f"the table is of other ranks: {differing} (now, then); begin a new one")
+        self._prior.check_profile(max(self.contexts, default=0) + self.past)
 
     # ------------------------------------------------------------------------------------- what is worth saying
 
     def _tell(self, context: int, trial: Trial) -> None:
         time = "failed" if trial.ttft_s is None else f"{trial.ttft_s * 1e3:.1f} ms"
-        self.listener.say(f"  {context:>7} tokens  {trial.partition!s:<24} {time:>12}  {trial.source}")
+        failure = trial.measurement.failure
+        why = "" if failure is None else f": {failure.message.splitlines()[0]}"
+        self.listener.say(f"  {context:>7} tokens  {trial.partition!s:<24} {time:>12}  {trial.source}{why}")
 
     def _contradicted(self, context: int, measured: Sequence[Measurement]) -> bool:
         why = contradict([self._findings(measurement) for measurement in measured])
@@ -397,10 +389,10 @@ class Session:
 
     def _findings(self, measurement: Measurement) -> list[Finding]:
         """What a measurement shows that its schedule does not; said the first time."""
-        if self._reference is None:
+        prior, seed = self._prior, self.group.noise_seed
+        if prior.reference is None:
             return []
-        seed = self.group.noise_seed
-        found = findings(measurement, self._reference, chunks_timed=self._chunks_timed, noise_seed=seed)
+        found = findings(measurement, prior.reference, chunks_timed=prior.chunks_timed, noise_seed=seed)
         for finding in found:
             if finding.about not in self._said:
                 self._said.add(finding.about)
@@ -420,16 +412,11 @@ def rows_of(table: PartitionTable, log: MeasurementLog) -> list[Row]:
     """
     origin = table.provenance
     assert origin is not None
-    prior = machine_of_log(log, origin)
+    prior, records = machine_of_log(log, origin), log.under(origin)
     rows = []
     for entry in table.entries:
-        searched = log.measurements(purpose_of("search", entry.context, entry.past))
+        searched = records.measurements(purpose_of("search", entry.context, entry.past))
         trials = [trial for trial in searched if trial.ok]
         if trials:
             rows.append(measured_row(origin, prior, trials, entry.sizes, bandwidth_of(origin.link)))
     return rows
-
-
-def _ends_first(contexts: Sequence[int]) -> list[int]:
-    """The shortest and the longest first: every other one then has something to interpolate between."""
-    return [*dict.fromkeys([contexts[0], contexts[-1], *contexts[1:-1]])]

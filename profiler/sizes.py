@@ -11,7 +11,7 @@ from kvr_partition.machine.cost import LEAST_STEP, ChunkCost, size_effects_of
 from kvr_partition.machine.machine import Machine
 from kvr_partition.machine.solve import best_split
 from profiler.ranks import RankGroup
-from profiler.store import ChunkLine, MeasurementLog
+from profiler.store import ChunkLine, MeasurementLog, Records
 
 LAYERS, ROUNDS = 4, 4
 """What is timed of each size, after a first round that does not count."""
@@ -59,7 +59,7 @@ def profile_chunk_sizes(
         return machine
     sizes = likely_sizes(machine, list(coarse), group.ranks, min(coarse.values()))
     time_sizes(group, sizes, log, on_chunk)
-    return replace(machine, cost=with_size_effects(machine.cost, log))
+    return replace(machine, cost=with_size_effects(machine.cost, log.of_run(group.run)))
 
 
 def likely_sizes(machine: Machine, contexts: Sequence[int], ranks: int, quantum: int) -> tuple[int, ...]:
@@ -103,13 +103,14 @@ def time_sizes(
     if layers < 1:
         return
     run = group.run
+    records = log.of_run(run)
     # The longest first: what ranks set aside for it is enough for all.
     longest_first = sorted(sizes, reverse=True)
     for first in range(0, len(longest_first), TOGETHER):
         together = longest_first[first : first + TOGETHER]
         for turn in range(1 + ROUNDS):
             of = {
-                size: [chunk for chunk in log.chunks if (chunk.chunk, chunk.layers) == (size, layers)]
+                size: [chunk for chunk in records.chunks if (chunk.chunk, chunk.layers) == (size, layers)]
                 for size in together
             }
             known = {size: sum(not line.warmup for line in lines) for size, lines in of.items()}
@@ -122,10 +123,10 @@ def time_sizes(
                     on_chunk(size)
 
 
-def with_size_effects(cost: ChunkCost, log: MeasurementLog) -> ChunkCost:
+def with_size_effects(cost: ChunkCost, records: Records) -> ChunkCost:
     """A cost with the size effects that `time_sizes` found; unchanged where too few sizes were timed."""
     times: dict[int, list[float]] = {}
-    for line in log.chunks:
+    for line in records.chunks:
         if line.layers is not None and not line.warmup:
             each = math.fsum(line.seconds) / len(line.seconds) / line.layers
             times.setdefault(line.chunk, []).append(each)

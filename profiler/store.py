@@ -145,60 +145,21 @@ def _up_to_date(text: bytes) -> bytes:
     return msgspec.json.encode(jsonfile.upgraded(line, SCHEMA)) if isinstance(line, dict) else text
 
 
-class MeasurementLog:
-    """Append-only log in a file. Safe against being killed at any moment and against a full disk.
+def _conditions(origin: Provenance) -> bytes:
+    """Equal for runs whose measurements may stand for each other."""
+    return msgspec.json.encode(origin.conditions(), order="sorted")
 
-    A last line without its end, which is what a kill or a full disk leaves, is moved to a file beside the
-    log (``.torn``) when the log is opened; `repaired` then says so. Any other damage is refused.
 
-    Args:
-        path: the file; made when missing.
+class Records:
+    """What lines of a log say: those of all its runs, or of the runs under the same conditions."""
 
-    Raises:
-        FileFormatError: a line that is not one of ours, with its number.
-        StorageError: the file cannot be opened for writing.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        try:
-            self.repaired = self.path.exists() and set_torn_tail_aside(self.path)
-            self._file = self.path.open("ab", buffering=0)
-        except OSError as error:
-            raise write_error(self.path, error) from None
-        try:
-            lines = list(self._read())
-        except BaseException:
-            self._file.close()
-            raise
-        self._provenance: dict[str, Provenance] = {}
+    def __init__(self) -> None:
         self._samples: dict[tuple[str, Key], list[Sample]] = {}
         self._finished: dict[Key, Measurement] = {}
         self._chunks: list[ChunkLine] = []
         self._links: list[LinkLine] = []
         self._operations: OperationsLine | None = None
         self._kept: KeptKV | None = None
-        for line in lines:
-            self._note(line)
-
-    def append(self, line: Line) -> None:
-        """Write one line so that it survives whatever happens next.
-
-        Raises:
-            StorageError: the disk is full; nothing of the line stays behind.
-        """
-        end = self._file.seek(0, os.SEEK_END)
-        data = msgspec.json.encode(line) + b"\n"
-        try:
-            written = self._file.write(data)
-            if written != len(data):
-                raise OSError(28, os.strerror(28))
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                self._file.truncate(end)
-            raise write_error(self.path, error) from None
-        self._note(line)
 
     def finished(self, purpose: str, method: str, partition: Partition, noise: int = 0) -> Measurement | None:
         """The finished measurement of a candidate, if there is one."""
@@ -228,29 +189,10 @@ class MeasurementLog:
         """What the model keeps of a token, if the log says it."""
         return self._kept
 
-    @property
-    def provenance(self) -> dict[str, Provenance]:
-        """Conditions of each run."""
-        return dict(self._provenance)
-
-    def fileno(self) -> int:
-        """Descriptor of the open file."""
-        return self._file.fileno()
-
-    def close(self) -> None:
-        """Let go of the file."""
-        self._file.close()
-
-    def __enter__(self) -> MeasurementLog:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _note(self, line: Line) -> None:
+    def note(self, line: Line) -> None:
+        """Take a line in."""
         match line:
             case RunLine():
-                self._provenance[line.run] = line.provenance
                 self._kept = line.kept or self._kept
             case ChunkLine():
                 self._chunks.append(line)
@@ -272,6 +214,97 @@ class MeasurementLog:
                     noise=line.noise,
                     past=line.past,
                 )
+
+
+class MeasurementLog(Records):
+    """Append-only log in a file. Safe against being killed at any moment and against a full disk.
+
+    As `Records` it is all that it holds. A log may hold runs under several conditions, such as links that were
+    held to a bandwidth for a while. What was measured under one of them never stands for another: `of_run` and
+    `under` give what was measured under the same.
+
+    A last line without its end, which is what a kill or a full disk leaves, is moved to a file beside the
+    log (``.torn``) when the log is opened; `repaired` then says so. Any other damage is refused.
+
+    Args:
+        path: the file; made when missing.
+
+    Raises:
+        FileFormatError: a line that is not one of ours, with its number.
+        StorageError: the file cannot be opened for writing.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        try:
+            self.repaired = self.path.exists() and set_torn_tail_aside(self.path)
+            self._file = self.path.open("ab", buffering=0)
+        except OSError as error:
+            raise write_error(self.path, error) from None
+        try:
+            lines = list(self._read())
+        except BaseException:
+            self._file.close()
+            raise
+        super().__init__()
+        self._provenance: dict[str, Provenance] = {}
+        self._alike: dict[bytes, Records] = {}
+        self._of_run: dict[str, Records] = {}
+        for line in lines:
+            self._note(line)
+
+    def append(self, line: Line) -> None:
+        """Write one line so that it survives whatever happens next.
+
+        Raises:
+            StorageError: the disk is full; nothing of the line stays behind.
+        """
+        end = self._file.seek(0, os.SEEK_END)
+        data = msgspec.json.encode(line) + b"\n"
+        try:
+            written = self._file.write(data)
+            if written != len(data):
+                raise OSError(28, os.strerror(28))
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(end)
+            raise write_error(self.path, error) from None
+        self._note(line)
+
+    def of_run(self, run: str) -> Records:
+        """What was measured under the conditions of a run; if the log does not say them, in that run."""
+        return self._of_run.setdefault(run, Records())
+
+    def under(self, origin: Provenance) -> Records:
+        """What was measured under the same conditions; all there is, in a log that names none."""
+        return self._alike.setdefault(_conditions(origin), Records()) if self._provenance else self
+
+    @property
+    def provenance(self) -> dict[str, Provenance]:
+        """Conditions of each run."""
+        return dict(self._provenance)
+
+    def fileno(self) -> int:
+        """Descriptor of the open file."""
+        return self._file.fileno()
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.close()
+
+    def __enter__(self) -> MeasurementLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _note(self, line: Line) -> None:
+        if isinstance(line, RunLine):
+            self._provenance[line.run] = line.provenance
+            self._of_run[line.run] = self.under(line.provenance)
+        self.note(line)
+        self.of_run(line.run).note(line)
 
     def _read(self) -> Iterator[Line]:
         decoder: msgspec.json.Decoder[Line] = msgspec.json.Decoder(Line)

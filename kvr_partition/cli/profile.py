@@ -66,16 +66,17 @@ def run(options: argparse.Namespace) -> None:
         contexts = (max(options.context // SHORTER, group.ranks), options.context)
         quanta = {context: default_quantum(context, group.ranks, group.tile_rows) for context in contexts}
         machine = profile_chunk_sizes(group, machine, quanta, log)
+        timed = log.of_run(group.run)
         profile = Profile.of(
             machine,
             options.context,
             group.provenance,
             tuple(
                 ChunkSample(line.chunk, line.prefix, line.seconds, line.first_kv_s, line.alone, line.layers)
-                for line in log.chunks
+                for line in timed.chunks
                 if not line.warmup
             ),
-            tuple(LinkSample(line.nbytes, line.seconds) for line in log.links if not line.warmup),
+            tuple(LinkSample(line.nbytes, line.seconds) for line in timed.links if not line.warmup),
         )
     profile.save(options.out)
     if options.format == "json":

@@ -296,11 +296,11 @@ def test_killed_at_any_moment_it_goes_on_and_loses_nothing(home: Path, tmp_path:
 
 
 NOISY = """
-import profiler.session
+import profiler.prior
 from kvr_partition.machine.cost import FitError
 def refused(*_):
     raise FitError("the fitted costs are only good to 30%")
-profiler.session.measured_machine = refused
+profiler.prior.measured_machine = refused
 """
 
 

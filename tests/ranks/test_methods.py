@@ -96,6 +96,7 @@ def test_links_are_held_and_disturbed_and_the_log_keeps_runs_apart(group: RankGr
             group.check(candidate("tp"))
     finally:
         group.hold_links(None)
+    assert group.run in log.provenance
     assert len(log.provenance) >= 3
     reread = MeasurementLog(log.path)
     assert reread.finished("held", "kvr", SPLIT, 20_000) == measured[1]
