@@ -1,4 +1,4 @@
-"""The kinds of links there are. What any other part says or decides about one is written here."""
+"""The kinds of links there are: what messages, provenance and `doctor` say of each, and what they differ in."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ GLOO = LinkKind("gloo", "gloo, between the hosts' memories", "nothing but a netw
 COPIES = LinkKind("copies on the device", "copies within one GPU", "ranks that share a process")
 
 KINDS = (PEER, NCCL, GLOO, COPIES)
-
+BETWEEN_GPUS = (PEER, NCCL)
+"""What ranks with a GPU each can have, and ask for by name, the best first."""
 
 _HELD = ", held to "
 
@@ -63,7 +64,7 @@ def bandwidth_of(link: str) -> float | None:
 
 
 def kind_of(link: str) -> LinkKind:
-    """The slowest kind that a provenance's ``link`` names, which is the one that tells.
+    """The slowest kind that a provenance's ``link`` names: it sets the pace of a prefill.
 
     Raises:
         KeyError: it names none.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from kvr_partition.dtypes import DTYPES
 from kvr_partition.errors import PartitionError, UnsupportedError
+from kvr_partition.link_kinds import BETWEEN_GPUS
 from kvr_partition.methods import method_of
 from kvr_partition.partition import Partition
 from kvr_partition.provenance import Provenance
@@ -22,7 +23,7 @@ BACKENDS = ("auto", "cpu", "cuda", "sm", "simulate")
 DEPTHS = ("auto", "attention", "cache")
 LAYERS = ("auto", "fused", "stock")
 TOPOLOGIES = ("auto", "chain", "fanout")
-LINKS = ("auto", "peer", "nccl")
+LINKS = ("auto", *(kind.name for kind in BETWEEN_GPUS))
 
 
 def check_words(group: Ranks) -> None:

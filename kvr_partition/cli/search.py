@@ -11,6 +11,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -245,7 +246,11 @@ def _say_what_next(options: argparse.Namespace, out: OutDir, example: int, costs
 
 def _same_group(options: argparse.Namespace) -> str:
     """Arguments with which another command runs the same ranks."""
-    usual = {"model": None, "ranks": 2, "backend": "auto", "profile": None, "dtype": "float32", "threads": 1}
+    parser = argparse.ArgumentParser()
+    add_ranks(parser)
+    usual = vars(parser.parse_args([]))
     return "".join(
-        f" --{name} {getattr(options, name)}" for name, value in usual.items() if getattr(options, name) != value
+        f" --{name} {shlex.quote(str(getattr(options, name)))}"
+        for name, value in usual.items()
+        if getattr(options, name) != value
     )

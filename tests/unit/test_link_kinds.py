@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
-from kvr_partition.link_kinds import COPIES, GLOO, KINDS, NCCL, PEER, LinkKind, kind_of
-from kvr_partition.runtime.links.group import WIRES, LinkSetup
+from kvr_partition.link_kinds import BETWEEN_GPUS, COPIES, GLOO, KINDS, NCCL, PEER, LinkKind, kind_of
+from kvr_partition.runtime.links.group import PAIRED, WIRES, LinkSetup, WantedLinks
+from profiler.checks import LINKS
 
 
-def test_every_kind_between_gpus_can_be_made() -> None:
-    assert set(WIRES) == set(KINDS) - {GLOO, COPIES}
+def test_every_kind_between_gpus_can_be_found_made_and_asked_for() -> None:
+    assert set(KINDS) == {*BETWEEN_GPUS, GLOO, COPIES}
+    assert set(WIRES) == set(PAIRED) == set(BETWEEN_GPUS)
+    assert LINKS == get_args(WantedLinks) == ("auto", *(kind.name for kind in BETWEEN_GPUS))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from kvr_partition.errors import UnsupportedError, named_ranks
-from kvr_partition.link_kinds import GLOO, KINDS, NCCL, PEER, LinkKind
+from kvr_partition.link_kinds import BETWEEN_GPUS, GLOO, KINDS, NCCL, PEER, LinkKind
 from kvr_partition.partition import Partition
 from kvr_partition.runtime.agreement import Agreement, Turn, agreement_of
 from kvr_partition.runtime.cache import RunaheadCache
@@ -28,6 +28,7 @@ from kvr_partition.runtime.meeting import host_name
 from kvr_partition.runtime.support import probe
 
 WantedLinks = Literal["auto", "peer", "nccl"]
+"""One of `BETWEEN_GPUS` by name, or the best that each pair has."""
 
 
 class _Place(msgspec.Struct, frozen=True, array_like=True):
@@ -81,11 +82,11 @@ class LinkSetup:
     @property
     def has_peers(self) -> bool:
         """Whether any pair of the group has peer links, so that ranks tell each other where their rows are."""
-        return PEER in self.kinds.values()
+        return any(kind.maps for kind in self.kinds.values())
 
     @property
     def _receives(self) -> bool:
-        return any(kind is PEER and high == self.rank for (_, high), kind in self.kinds.items())
+        return any(kind.maps and high == self.rank for (_, high), kind in self.kinds.items())
 
     def links(
         self,
@@ -165,7 +166,7 @@ class LinkSetup:
 
     def connect(self, turn: Turn, device: torch.device, topology: Topology) -> None:
         """Connect those pairs that need it, while all ranks are in step and nothing can have failed on one."""
-        others = [peer for peer in self._near(topology) if self.kind(peer) is not PEER]
+        others = [peer for peer in self._near(topology) if not self.kind(peer).maps]
         if others and turn.of is not None:
             turn.of.links(device, others)
 
@@ -189,7 +190,7 @@ class _Wiring:
     device: torch.device
     turn: Turn
     rows: Sequence[Rows]
-    """Where each rank's rows are, of those that have told."""
+    """Addresses of each rank's rows; empty for ranks that nobody writes to."""
 
 
 def _peer_wire(wiring: _Wiring, peer: int) -> Wire:
@@ -208,6 +209,15 @@ def _nccl_wire(wiring: _Wiring, peer: int) -> Wire:
 
 WIRES: dict[LinkKind, Callable[[_Wiring, int], Wire]] = {PEER: _peer_wire, NCCL: _nccl_wire}
 """How each kind between GPUs is made for one prefill; gloo has `HostLinks` for all peers at once."""
+
+_Reaching = Sequence[Sequence[int]]
+"""Of each rank, those whose memory it reaches."""
+
+PAIRED: dict[LinkKind, Callable[[_Reaching, int, int], bool]] = {
+    PEER: lambda reaching, low, high: high in reaching[low] and low in reaching[high],
+    NCCL: lambda reaching, low, high: True,
+}
+"""Whether two ranks can have each kind between GPUs; they get the best that they can have."""
 
 
 def link_group(ranks: Sequence[int] | None = None, links: WantedLinks = "auto") -> dist.ProcessGroup | None:
@@ -342,7 +352,7 @@ def _found_out(agreement: Agreement, turn: Turn, device: torch.device) -> LinkSe
     ]
     # Those that come later write to nobody before them; that both can is what shows that the way is there.
     reaching = [_reached(body).ranks for body in turn.exchange(_encode(_Reached(tuple(reached))))]
-    kinds = {(low, high): PEER if high in reaching[low] and low in reaching[high] else NCCL for low, high in pairs}
+    kinds = {pair: next(kind for kind in BETWEEN_GPUS if PAIRED[kind](reaching, *pair)) for pair in pairs}
     where = [(place.host, place.gpu) for place in places]
     shared = [(low, high) for (low, high), kind in kinds.items() if kind is NCCL and where[low] == where[high]]
     if shared:
@@ -353,7 +363,7 @@ def _found_out(agreement: Agreement, turn: Turn, device: torch.device) -> LinkSe
     without = [pair for pair, kind in kinds.items() if kind is NCCL]
     if wanted == "peer" and without:
         raise UnsupportedError(f"{named_ranks(list(without[0]))} have no peer links; these need {PEER.needs}")
-    if peers is not None and PEER not in kinds.values():
+    if peers is not None and not any(kind.maps for kind in kinds.values()):
         agreement.guarded.remove(peers)
         peers = None
     return LinkSetup(rank, ranks, kinds, peers)
