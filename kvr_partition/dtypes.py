@@ -12,7 +12,7 @@ class Dtype:
     Attributes:
         nbytes: of one number.
         epsilon: the distance from 1 to the next number.
-        reference: the format in which results are computed that its own are compared with.
+        reference: the more precise format of the results that its own are checked against.
     """
 
     nbytes: int

@@ -1,4 +1,4 @@
-"""PartitionPredictor: the trained KVR-P that serving code imports; needs nothing but the standard library."""
+"""PartitionPredictor: the trained KVR-P that serving code imports; needs nothing but msgspec."""
 
 from __future__ import annotations
 

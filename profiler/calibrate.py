@@ -263,7 +263,7 @@ def guessed_machine_of_log(
     """The guess of `guessed_machine`, anew from a log, without ranks.
 
     Args:
-        counted: what the model computes; of a log in which that stands, its own.
+        counted: the model's operation counts; those of the log, if it has any.
 
     Raises:
         FitError: the log has nothing to guess from.

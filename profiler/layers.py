@@ -1,4 +1,4 @@
-"""Some layers of a chunk by themselves: which chunk sizes kernels like, told in a fraction of the time."""
+"""The first layers of a chunk by themselves: enough to compare chunk sizes, in a fraction of the time."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class Ranks:
             raise UnsupportedError("a profile goes with backend 'simulate', and that with a profile")
         if self.profile is not None:
             check_profile(self, self.profile.provenance)
-            # Beneath a simulation lies the depth that was measured.
+            # A simulation has the depth of its profile, whatever was asked for.
             self.depth = self.profile.provenance.depth
         if self.depth == "attention":
             self.shapes.choose("attention")

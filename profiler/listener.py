@@ -1,4 +1,4 @@
-"""Who is told how a session gets on."""
+"""The interface for progress reports of a session."""
 
 from __future__ import annotations
 

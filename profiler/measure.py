@@ -61,7 +61,7 @@ class SamplingPlan:
 
     @classmethod
     def for_backend(cls, backend: str) -> SamplingPlan:
-        """1% on a GPU of one's own, or what three seconds tell; 5% on a shared CPU."""
+        """On GPUs within 1%, or three seconds of samples; on CPUs, which are shared, within 5%."""
         return cls() if backend == "cpu" else cls(tolerance=0.01, most=40, patience_s=3.0)
 
     @classmethod

@@ -80,7 +80,7 @@ class Rank:
         """What the driver wants to know of a rank that has started.
 
         Args:
-            link: what its links are.
+            link: the kind of its links, as provenance names it.
             topology: how KV travels with method ``"kvr"``.
         """
         on_cuda = self.device.type == "cuda"

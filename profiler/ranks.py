@@ -38,7 +38,7 @@ class RankGroup(Ranks):
         seed: of the random weights.
         batch: equal prompts per prefill.
         topology: how KV travels with method ``"kvr"``: ``"chain"``, ``"fanout"`` or ``"auto"``, which suits the
-            links. Once ranks run it tells which one that is.
+            links. Once ranks run, the attribute holds the one that was chosen.
         links: between GPUs: ``"peer"``, ``"nccl"`` or ``"auto"``, the best kind that each pair of ranks has.
         bandwidth: bytes per second that each link is held to; None for what it can.
         noise_seed: of the choice of links that background traffic disturbs.

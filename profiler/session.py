@@ -88,7 +88,7 @@ class Session:
         plan: when a median is known well enough; by backend when None. While searching, partitions get
             `TRIAL_PATIENCE` of its time each: what they teach adds up, and the best ones are timed again.
         storage: an Optuna storage for the studies; in memory when None.
-        shared: whether others search in that storage, too.
+        shared: whether other processes search in that storage at the same time; none measures what another does.
         seed: of the samplers.
         profile: what chunks and links of these ranks cost, measured before; measured now when None.
         table: partitions found before, on such ranks; grows with each context.
@@ -173,7 +173,7 @@ class Session:
         return sorted(self.results[before:], key=lambda result: (result.held_out, result.context))
 
     def work(self, held_out: Sequence[int] = ()) -> float:
-        """What `run` will tell its listener of in all, at most."""
+        """The most work that `run` reports to its listener, in tokens."""
         searched = sum(self._work_of(context, self.budget or BUDGET) for context in self.contexts)
         return searched + sum(self._work_of(context, 0) for context in held_out)
 

@@ -20,7 +20,7 @@ ENOUGH_S = 3.0
 """Seconds of timed chunks, for sizes that take turns, after which one counted round is enough."""
 
 TOGETHER = 16
-"""Sizes that take turns. Ranks that record keep no more recordings than that."""
+"""Sizes timed in turn, as one batch: fewer than the recordings that SM-partition ranks keep."""
 
 FINEST, LARGEST = 64, 128
 """Quanta up to which every size is timed, and up to which any is: sizes above the first are sampled more sparsely,

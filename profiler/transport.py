@@ -334,7 +334,7 @@ class Joined:
     def survives(self, error: BaseException) -> bool:
         if not isinstance(error, Exception):
             return False  # an interrupt ends the program
-        # Nobody but torchrun can start a rank anew. Those that are all there agree anew; else the world is broken.
+        # Only torchrun can start a rank again. If all are alive they renew their group; else this world is broken.
         try:
             self.exchange([messages.Renew()] * self._agreement.ranks)
         except RankError as worse:

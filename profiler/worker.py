@@ -156,7 +156,7 @@ class Worker:
             began = time.perf_counter()
             result = run()
             if request.method == "bound":
-                # Nothing makes ranks wait for each other: the slowest one counts, whichever it is.
+                # Ranks do not wait for each other here: TTFT(p) is the time of the slowest one.
                 self._synchronize()
             ended = time.perf_counter()
         if result is None:
@@ -205,7 +205,7 @@ class Worker:
             return chunk_done(request, rank.chunk(ids, request.prefix, request.layers))
 
     def _timed_link(self, request: messages.TimeLink) -> messages.Reply:
-        """One way; limits are added, since what they add, they add to one way."""
+        """Seconds one way: half the round trip, and all that a limit adds, since it holds one direction only."""
         if self._device.type == "cuda":
             return messages.LinkDone(tuple(self._links_between_gpus(request)))
         return messages.LinkDone(tuple(self._links_between_hosts(request)))
@@ -287,7 +287,7 @@ class Worker:
 
 
 def _planning(request: messages.Prefill | messages.TimeChunk) -> contextlib.AbstractContextManager[None]:
-    """Plans of the very shapes are wanted; a run of its own builds them, so the timed one does not."""
+    """Build plans of exactly these shapes in an untimed run, so that the timed one does not."""
     return contextlib.nullcontext() if request.cold else planning()
 
 

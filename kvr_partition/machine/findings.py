@@ -2,8 +2,8 @@
 
 A search believes what it measures. Where links carry one message at a time, say, it would cut for links that do
 not exist, and nobody would notice. So each measurement is held against the schedule of the same split, given what
-each rank computed in it: what is then left over is not the cost model's error but something that works otherwise
-than told.
+each rank computed in it: what is left over then cannot be an error of the cost model: the machine
+works differently from what it was timed as.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Finding(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def about(self) -> tuple[str, int | None, int | None]:
-        """What it is about: findings of several measurements about the same are one."""
+        """Findings of several measurements with equal ones count as the same finding: kind, source, rank."""
         return self.kind, self.source, self.rank
 
 

@@ -142,8 +142,8 @@ def best_order(
     """The order of unequal devices in which the best split is fastest.
 
     Up to six devices every order is tried. With more, orders by speed, by what the links carry and at random are
-    improved by exchanging two devices until no exchange helps. Orders are told apart by the split with equal work,
-    the best of them by their best split.
+    improved by exchanging two devices until no exchange helps. Orders are ranked by their split with
+    equal work, the best of them by their best split.
 
     Args:
         context: tokens of the prompt.

@@ -84,7 +84,7 @@ def run_chunk(
         partition: the split it is part of; the chunk alone when None.
         choose: takes the first token from logits; the largest one when None.
         padding: of padded prompts.
-        turn: the turn of the group, which is told what is under way.
+        turn: of the group; its ``phase`` follows what is under way, for messages about failures.
 
     Raises:
         NotFiniteError: the logits are NaN or infinite.

@@ -19,9 +19,9 @@ class Execution:
         clock: takes the stamps of the timeline.
         to_host: whether the first token is copied to the host, which waits for the device.
         empty: allocates rows of KV, like ``torch.empty``.
-        owns: whether rows that a past cache has lie where this run needs them, so that it can go on with them.
-        room: told how many bytes the rows of all layers take, returns what allocates them, in that order; None
-            where that is `empty`.
+        owns: whether this run can extend the rows of a past cache where they lie.
+        room: given the bytes of each layer's rows, returns what allocates them, called once a layer in that order;
+            None where `empty` does.
         eager: whether it is carried out while it is enqueued.
     """
 

@@ -82,10 +82,10 @@ class Beliefs:
         if self._size_effect_spread:
             unknown = ~np.isin(table, self._measured_sizes).all(axis=1)
             spread = np.hypot(spread, self._size_effect_spread * unknown)
-        return simulated * self.surprised(table) * np.exp(shift + self._offset), spread
+        return simulated * self.unmeasured_delay(table) * np.exp(shift + self._offset), spread
 
-    def surprised(self, sizes: Any) -> Array:
-        """Factor by which chunk sizes that were never measured are expected to delay partitions ``[n, ranks]``."""
+    def unmeasured_delay(self, sizes: Any) -> Array:
+        """Factor by which chunk sizes never measured are expected to slow partitions ``[n, ranks]`` down."""
         import numpy as np
 
         factors: Array = np.exp(self._size_effect_spread * expected_maximum(sizes, self._measured_sizes))

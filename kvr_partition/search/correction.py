@@ -30,7 +30,7 @@ STEP_SPREADS = (0.0, 0.01, 0.02, 0.04, 0.08)
 SCATTER_SPREADS = (0.0, 0.01, 0.02, 0.04)
 """Grids of relative spreads: of the whole machine's drift, of size effects, and of all else."""
 
-TOLD_WEIGHTS, USUAL_WEIGHT, WEIGHT_SPREAD = (0.0, 0.25, 0.5, 0.75, 1.0), 0.5, 0.35
+PROFILED_WEIGHTS, USUAL_WEIGHT, WEIGHT_SPREAD = (0.0, 0.25, 0.5, 0.75, 1.0), 0.5, 0.35
 """Grid of exponents applied to profiled size effects; the usual exponent, and its prior's standard deviation.
 
 Prefills show less than profiles do: ranks that share a GPU disturb each other when all run the same chunk at once.
@@ -97,11 +97,11 @@ def corrected(machine: Machine, measurements: Sequence[Measurement]) -> Correcte
     if not timed:
         return Corrected(_with_steps(machine, USUAL_WEIGHT), (0.0,) * len(measurements))
     found = _with_costs(machine, timed)
-    told = _with_links(found.machine, timed)
+    with_links = _with_links(found.machine, timed)
     known = dict(zip(map(id, timed), found.drift, strict=True))
     drift = tuple(known.get(id(measurement), 0.0) for measurement in measurements)
     return Corrected(
-        _with_kv_share(told, timed, found.drift), drift, found.size_effect_spread, found.measured_sizes
+        _with_kv_share(with_links, timed, found.drift), drift, found.size_effect_spread, found.measured_sizes
     )
 
 
@@ -132,8 +132,8 @@ def _with_costs(machine: Machine, timed: Sequence[Measurement]) -> Corrected:
     noise = np.array([noise_of(measurement) for measurement in timed])[:, None]
     ranks = sizes.shape[1]
     slowness = np.log([machine.slowness(rank) for rank in range(ranks)])
-    all_known = np.log(took) - slowness - np.log(_eases(timed, machine))[:, None]
-    told_steps = np.log(cost.size_effect(sizes))
+    all_known = np.log(took) - slowness - np.log(_contentions(timed, machine))[:, None]
+    profiled_effects = np.log(cost.size_effect(sizes))
     different, which = np.unique(sizes, return_inverse=True)
     which = which.reshape(sizes.shape)
 
@@ -158,7 +158,7 @@ def _with_costs(machine: Machine, timed: Sequence[Measurement]) -> Corrected:
         return cost_terms, slow, drift, steps
 
     def likeliest(weight: float, tried: Iterable[_Spreads]) -> tuple[float, _Spreads, float]:
-        known = all_known - weight * told_steps
+        known = all_known - weight * profiled_effects
         # Linear in the logarithms of the terms, nearly, around what explains the times at first sight.
         near = solved(known, _Spreads())[0]
         each = terms * np.exp(near)
@@ -173,22 +173,22 @@ def _with_costs(machine: Machine, timed: Sequence[Measurement]) -> Corrected:
     if len(timed) > 1 and ranks > 1:
         every = itertools.product(DRIFT_SPREADS, STEP_SPREADS, SCATTER_SPREADS)
         best = likeliest(weight, itertools.starmap(_Spreads, every))
-        if told_steps.any():
+        if profiled_effects.any():
             near_best = [dataclasses.replace(best[1], step=step) for step in STEP_SPREADS]
-            best = max((likeliest(one, near_best) for one in TOLD_WEIGHTS), key=lambda found: found[0])
+            best = max((likeliest(one, near_best) for one in PROFILED_WEIGHTS), key=lambda found: found[0])
         _, spreads, weight = best
-    cost_terms, slow, drift, steps = solved(all_known - weight * told_steps, spreads)
+    cost_terms, slow, drift, steps = solved(all_known - weight * profiled_effects, spreads)
     fixed, token, own_pair, prefix_pair = (float(one) for one in prices * np.exp(cost_terms))
     factors = dict(_with_steps(machine, weight).cost.size_effects)
     for size, step in zip(map(int, different), steps, strict=False):
         factors[size] = factors.get(size, 1.0) * math.exp(step)
-    told = replace(
+    with_costs = replace(
         machine,
         cost=ChunkCost(fixed, token, own_pair, prefix_pair, cost.kv_share, tuple(sorted(factors.items()))),
         speeds=tuple(float(speed) for speed in np.exp(-(slowness + slow))),
     )
     drifted = tuple(float(share) for share in drift) if len(drift) else (0.0,) * len(timed)
-    return Corrected(told, drifted, spreads.step, tuple(map(int, different)))
+    return Corrected(with_costs, drifted, spreads.step, tuple(map(int, different)))
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,7 @@ def _likeliest(
 
 
 def _usual(timed: Sequence[Measurement]) -> float:
-    """Relative standard deviation from one sample to the next, in the middle of all measurements, or a bit."""
+    """Relative standard deviation from sample to sample, the median over measurements; at least `LEAST_USUAL`."""
     samples = [
         noise_of(measurement) * math.sqrt(len(measurement.samples)) / (1.25 if len(measurement.samples) > 2 else 1)
         for measurement in timed
@@ -332,7 +332,7 @@ def _simulated(timed: Sequence[Measurement], machine: Machine) -> Array:
     return times
 
 
-def _eases(timed: Sequence[Measurement], machine: Machine) -> Array:
+def _contentions(timed: Sequence[Measurement], machine: Machine) -> Array:
     """`schedule.contention` of each of these partitions, each behind its own past."""
     import numpy as np
 

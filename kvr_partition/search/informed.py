@@ -182,7 +182,7 @@ class InformedSampler(PartitionSampler):
         found = best_split(space.context, len(space.ranges) + 1, machine, quantum=space.quantum)
         if not machine.cost.size_effects or space.context % space.quantum:
             return found
-        return local_search(found, space.quantum, machine, beliefs.surprised, self._inside)
+        return local_search(found, space.quantum, machine, beliefs.unmeasured_delay, self._inside)
 
     def _exchanged(self, beliefs: Beliefs, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
         """Partitions of chunk sizes that go well, on the way from the best of these."""

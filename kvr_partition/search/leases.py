@@ -28,7 +28,7 @@ def this_process() -> str:
 
 
 def _began(process: int) -> str:
-    """When a process began, as the system counts; empty if it does not run or nobody tells."""
+    """When a process began, in clock ticks; ``"running"`` if the system does not say, empty if it has ended."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
     with contextlib.suppress(OSError):

@@ -43,7 +43,7 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         prior: what was known of costs before anything was searched.
         sizes: the best partition found.
         trials: every measurement that led to it.
-        truth: of a simulated row, what it was measured on.
+        truth: of a simulated row, the machine that its measurements come from.
         best_s: TTFT in seconds of the best partition of that truth.
         provenance: of the measurements; None of rows that were made up.
     """
@@ -65,7 +65,7 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def machine(self) -> MachineKey:
-        """What rows must share to be told apart by context and past alone."""
+        """The machine of a row: rows of the same machine differ in context and past only."""
         return self.hardware, self.model, self.bandwidth, self.topology, self.ranks
 
     @property

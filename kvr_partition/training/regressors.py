@@ -40,7 +40,7 @@ class Regressor(Protocol):
         """
 
     def sizes(self, query: Query, quantum: int) -> tuple[int, ...] | None:
-        """The chunks where single sizes are known to go well or badly; None where boundaries tell as much."""
+        """The chunks, where single sizes are known to be fast or slow; None where `cuts` says it all."""
 
 
 class _Smooth:

@@ -158,8 +158,8 @@ def test_memory_that_others_were_told_of_is_given_back_by_who_told_them() -> Non
     memory, allocator = memory_of()
     mine, other = Teller(), Teller()
     del_me = rows(memory, GRAIN)
-    memory.segments[0].told.add(mine)
-    memory.segments[0].told.add(other)
+    memory.segments[0].exported_by.add(mine)
+    memory.segments[0].exported_by.add(other)
     del del_me
     gc.collect()
     assert memory.release(mine) == 0

@@ -16,7 +16,7 @@ def one_line(error: BaseException) -> str:
 
 
 def is_link_error(error: BaseException) -> bool:
-    """Whether this is how a process group tells of a peer that is gone or late."""
+    """Whether this is an error that torch.distributed raises when a peer died or was late."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 

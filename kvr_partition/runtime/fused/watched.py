@@ -46,7 +46,7 @@ class Watched:
     take no loop of ours.
 
     Attributes:
-        places, names: mappings and names in them under which something stands that must stay the same thing.
+        places, names: mappings and keys; what a mapping has under its key must stay the identical object.
         modules: what must stay of its class.
         kinds: classes whose ``forward`` must stay what it is.
         sized: what must stay as long: hooks, parameters, attributes, lists.

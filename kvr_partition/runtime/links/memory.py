@@ -46,8 +46,8 @@ class Segment:
     nbytes: int
     handle: bytes
     free: list[tuple[int, int]] = field(default_factory=list)
-    told: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
-    """Who has told other processes of it."""
+    exported_by: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
+    """The `Peers` that gave other processes its handle."""
 
     def take(self, nbytes: int) -> int | None:
         """The offset of so many bytes that are free; None when there are none."""
@@ -230,17 +230,18 @@ class LinkMemory:
                 if block is not None:
                     block.written = written
 
-    def release(self, teller: Any = None) -> int:
-        """Give segments back of which nothing is used, and of which nobody but ``teller`` has told others.
+    def release(self, owner: Any = None) -> int:
+        """Give segments back that are not used, and that nobody but ``owner`` exported.
 
-        Those that it told must have them mapped no more.
+        Args:
+            owner: its peers must have unmapped them.
 
         Returns:
             The bytes given back.
         """
         with self._lock:
             self._collect()
-            unused = [segment for segment in self.segments if segment.is_free and not set(segment.told) - {teller}]
+            unused = [one for one in self.segments if one.is_free and not set(one.exported_by) - {owner}]
             self.segments = [segment for segment in self.segments if segment not in unused]
             for segment in unused:
                 self._allocator.free(segment.pointer)

@@ -149,7 +149,7 @@ class Peers:
         # What was under way on these rows, an earlier prompt's decoding for one, must not read what comes now.
         torch.cuda.current_stream().synchronize()
         for segment in memory.segments:
-            segment.told.add(self)
+            segment.exported_by.add(self)
         mine = Rows(tuple(segment.handle for segment in memory.segments), known, scratch)
         return [_rows(body) for body in turn.exchange(_encode(mine))]
 

@@ -25,7 +25,7 @@ class PeerWatch:
 
     Attributes:
         stream: that of the model's work.
-        begun: comes to pass when the word of this prefill stands in the page.
+        begun: an event, recorded when this prefill's number stands in this rank's page of flags.
         released: whether waits were ended that nobody had fulfilled.
     """
 
