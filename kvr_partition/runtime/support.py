@@ -341,18 +341,28 @@ def first_token(
             the device in any other way.
     """
     logits: torch.Tensor = output.logits[:, -1]
-    if choose is not None and to_host:
-        settled()  # rules may look at what is on the device
+    # CUDA loads a kernel when it is first launched, and may wait for the whole device to do so: behind KV that
+    # never comes, not even the watchdog could end that. Rules may look at what is on the device.
+    kernels = (logits.device, logits.dtype, logits.shape)
+    ahead = choose is None and kernels in _LOADED
+    if to_host and not ahead:
+        settled()
     top = logits.max(-1).values
     token = logits.argmax(-1, keepdim=True) if choose is None else choose(logits)
     if not to_host:
         return logits, token, top
     # Enqueued while the device is busy, as numbers that hold both; then there is one copy to wait for.
     both = torch.stack((token[:, 0].double(), top.double()))
-    if choose is None:
+    if ahead:
         settled()
     found = both.cpu()
+    if choose is None:
+        _LOADED.add(kernels)
     return logits, found[0].long()[:, None], found[1].to(top.dtype)
+
+
+_LOADED: set[tuple[torch.device, torch.dtype, torch.Size]] = set()
+"""Logits for which this process has launched the kernels that choose a first token."""
 
 
 def check_model(model: Any) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvr_partition.errors import RankError
 from kvr_partition.runtime.support import first_token
@@ -46,3 +48,21 @@ def test_a_rank_that_failed_ends_the_wait_before_any_token_is_told(chosen: bool)
     with pytest.raises(RankError):
         first_token(OUTPUT, choose if chosen else None, settled=settled)
     assert not looked
+
+
+def test_kernels_are_enqueued_while_the_device_waits_only_once_they_are_loaded() -> None:
+    """CUDA may wait for the device to load a kernel, and the device for KV that a dead rank never sends."""
+    output = SimpleNamespace(logits=torch.randn(2, 3, 1_237))
+    told: list[list[str]] = []
+    for _ in range(3):
+        told.append([])
+
+        class Ops(TorchDispatchMode):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                if "argmax" in str(func):
+                    told[-1].append("argmax")
+                return func(*args, **(kwargs or {}))
+
+        with Ops():
+            first_token(output, settled=lambda: told[-1].append("settled"))
+    assert told == [["settled", "argmax"], ["argmax", "settled"], ["argmax", "settled"]]
