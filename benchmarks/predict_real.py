@@ -32,7 +32,7 @@ from kvr_partition.machine.machine import Machine
 from kvr_partition.measurement import Measurement, median, median_interval
 from kvr_partition.partition import Partition
 from kvr_partition.search import search
-from kvr_partition.search.correction import noise_of
+from kvr_partition.search.measured import noise_of
 from kvr_partition.table import Entry, PartitionTable
 from kvr_partition.training import Dataset, Row, measured_row, train
 from kvr_partition.training.evaluation import decoded

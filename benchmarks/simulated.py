@@ -25,7 +25,7 @@ from kvr_partition.machine.schedule import simulate
 from kvr_partition.measurement import Measurement, Sample, median
 from kvr_partition.partition import Partition
 from kvr_partition.search import search
-from kvr_partition.search.correction import noise_of
+from kvr_partition.search.measured import noise_of
 from profiler import Candidate, MeasurementLog, RankGroup, SamplingPlan
 from profiler.calibrate import chunk_design, measured_machine, time_point
 

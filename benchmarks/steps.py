@@ -35,7 +35,7 @@ from kvr_partition.machine.schedule import simulate, ttft
 from kvr_partition.machine.solve import best_split
 from kvr_partition.measurement import Measurement, RankTimes, Sample, median
 from kvr_partition.partition import Partition
-from kvr_partition.search import correction, search
+from kvr_partition.search import compute_times, search
 from kvr_partition.search.local_search import descent
 from kvr_partition.training import Row
 from kvr_partition.training.evaluation import decoded
@@ -46,7 +46,7 @@ CONTEXT, QUANTUM = 16384, 128
 SEARCHED, HELD_OUT = (4096, 8192, 12288, 16384), (6144, 10240, 14336)
 NOISE, STEPS, PROFILE_NOISE = 0.003, 0.035, 0.01
 KINDS = ("profiled", "met", "smooth")
-STEP_SPREADS = correction.STEP_SPREADS
+STEP_SPREADS = compute_times.STEP_SPREADS
 
 
 class Rugged:
@@ -98,7 +98,7 @@ def race(ranks: int, seed: int, kind: str, budget: int) -> dict[str, Any]:
     """One search: TTFT over that of the best split of the smooth truth."""
     warnings.simplefilter("ignore")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    correction.STEP_SPREADS = (0.0,) if kind == "smooth" else STEP_SPREADS
+    compute_times.STEP_SPREADS = (0.0,) if kind == "smooth" else STEP_SPREADS
     land = Rugged(ranks, seed, kind == "profiled")
     found = search(
         land.measure,
@@ -125,7 +125,7 @@ def predicted(ranks: int, seed: int, budget: int, profiled: bool) -> list[dict[s
     warnings.simplefilter("ignore")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     # A race may have changed it in this process.
-    correction.STEP_SPREADS = STEP_SPREADS
+    compute_times.STEP_SPREADS = STEP_SPREADS
     land = Rugged(ranks, seed, profiled)
     rows = []
     for context in SEARCHED:

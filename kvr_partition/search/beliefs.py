@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from kvr_partition.machine.machine import Machine
 from kvr_partition.machine.schedule import ttft
 from kvr_partition.measurement import Measurement
-from kvr_partition.search.correction import TERM_SPREAD, corrected, noise_of
+from kvr_partition.search.compute_times import TERM_SPREAD
+from kvr_partition.search.correction import Corrected, corrected
+from kvr_partition.search.measured import noise_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +24,13 @@ if TYPE_CHECKING:
 
 LEAST_SURFACE = 0.003
 """Least relative standard deviation of the residual surface, which the corrected schedule leaves."""
+
+SMOOTH_SHARES, LENGTHS = (1.0, 0.75, 0.5, 0.25, 0.0), (0.3, 0.1, 1.0)
+"""Grids of the share of what is left over that is a surface, and of its length scale in average chunks; the usual
+length first."""
+
+CLEAR = 3.0
+"""Standard errors by which a measurement is faster beyond doubt."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +46,7 @@ class Beliefs:
     measured: tuple[Measurement, ...]
     _process: Any
     _offset: float
-    _size_effect_spread: float = 0.0
-    _measured_sizes: tuple[int, ...] = ()
+    _found: Corrected
 
     @classmethod
     def after(cls, machine: Machine, context: int, measurements: Sequence[Measurement]) -> Beliefs:
@@ -49,7 +58,7 @@ class Beliefs:
         timed = tuple(measurement for measurement in measurements if measurement.ok)
         found = corrected(machine, timed)
         if not timed:
-            return cls(found.machine, context, timed, None, 0.0)
+            return cls(found.machine, context, timed, None, 0.0, found)
         sizes = np.array([measurement.sizes for measurement in timed], dtype=float)
         took = np.log([measurement.ttft_s for measurement in timed]) - found.drift
         residual = took - np.log(ttft(sizes, found.machine))
@@ -58,17 +67,19 @@ class Beliefs:
         by_chance = float((noise**2).mean()) * (1 + 2 * math.sqrt(2 / max(1, len(timed) - 1)))
         beyond = max(0.0, float(residual.var()) - by_chance)
         best: Any = None
-        for smooth in (1.0, 0.75, 0.5, 0.25, 0.0):
+        for smooth, length in itertools.product(SMOOTH_SHARES, LENGTHS):
             # Neighbours that differ speak of scatter from one measurement to the next, not of a surface.
             alpha = noise**2 + (1 - smooth) * beyond
             spread = max(LEAST_SURFACE, math.sqrt(smooth * beyond))
-            kernel = ConstantKernel(spread**2, "fixed") * RBF(0.3, "fixed")
+            kernel = ConstantKernel(spread**2, "fixed") * RBF(length, "fixed")
             process = GaussianProcessRegressor(kernel, alpha=alpha, optimizer=None)
             offset = float(np.average(residual, weights=1 / alpha))
             process.fit(_places(sizes), residual - offset)
-            if best is None or process.log_marginal_likelihood_value_ > best[0].log_marginal_likelihood_value_:
-                best = process, offset
-        return cls(found.machine, context, timed, best[0], best[1], found.size_effect_spread, found.measured_sizes)
+            likely = process.log_marginal_likelihood_value_ - 0.5 * (math.log(length / LENGTHS[0]) / 1.0) ** 2
+            if best is None or likely > best[0]:
+                best = likely, process, offset
+        _, process, offset = best
+        return cls(found.machine, context, timed, process, offset, found)
 
     def ttft_s(self, sizes: Any) -> tuple[Array, Array]:
         """Expected TTFT in seconds of partitions ``[n, ranks]``, and its relative uncertainty."""
@@ -79,24 +90,42 @@ class Beliefs:
         if self._process is None:
             return simulated, np.full(len(table), TERM_SPREAD)
         shift, spread = self._process.predict(_places(table), return_std=True)
-        if self._size_effect_spread:
-            unknown = ~np.isin(table, self._measured_sizes).all(axis=1)
-            spread = np.hypot(spread, self._size_effect_spread * unknown)
+        found = self._found
+        if found.size_effect_spread:
+            unknown = ~np.isin(table, found.measured_sizes).all(axis=1)
+            spread = np.hypot(spread, found.size_effect_spread * unknown)
+        if found.doubt is not None:
+            spread = np.hypot(spread, found.doubt.of(table, self.machine.past))
         return simulated * self.unmeasured_delay(table) * np.exp(shift + self._offset), spread
 
     def unmeasured_delay(self, sizes: Any) -> Array:
         """Factor by which chunk sizes never measured are expected to slow partitions ``[n, ranks]`` down."""
         import numpy as np
 
-        factors: Array = np.exp(self._size_effect_spread * expected_maximum(sizes, self._measured_sizes))
+        found = self._found
+        factors: Array = np.exp(found.size_effect_spread * expected_maximum(sizes, found.measured_sizes))
         return factors
 
     def ranked(self) -> list[Measurement]:
-        """What was measured, the one expected to be fastest first: a lucky sample does not win by itself."""
+        """What was measured, the one expected to be fastest first: a lucky sample does not win by itself.
+
+        Nothing comes before what was measured to be faster by far more than noise.
+        """
         if not self.measured:
             return []
         expected, _ = self.ttft_s([measurement.sizes for measurement in self.measured])
-        return [self.measured[at] for at in expected.argsort(kind="stable")]
+        left = [self.measured[at] for at in expected.argsort(kind="stable")]
+        ranked: list[Measurement] = []
+        while left:
+            first = next(one for one in left if not any(self._clearly_faster(other, one) for other in left))
+            ranked.append(first)
+            left = [one for one in left if one is not first]
+        return ranked
+
+    def _clearly_faster(self, one: Measurement, other: Measurement) -> bool:
+        """Whether that shows in their times alone."""
+        noise = math.hypot(noise_of(one), noise_of(other), math.sqrt(2) * self._found.between)
+        return math.log(other.ttft_s / one.ttft_s) > CLEAR * noise
 
 
 def expected_maximum(sizes: Any, measured_sizes: Iterable[int]) -> Array:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from kvr_partition.measurement import Measurement, median
 from kvr_partition.search.beliefs import Beliefs
-from kvr_partition.search.correction import LEAST_NOISE, LONE_NOISE
+from kvr_partition.search.measured import LEAST_NOISE, LONE_NOISE
 from kvr_partition.search.space import coarseness
 
 FINALISTS = 3

@@ -154,11 +154,10 @@ class _Study:
             self._study = optuna.load_study(study_name=name, storage=storage)
             begun = self._study.user_attrs.get("begun")
         if begun is None:
-            given = [
-                Seed("even", Partition.even(context, ranks, past=past)),
-                *(seeds() if seeds is not None else ()),
-            ]
-            begun = self._begin(storage, name, distinct(given), quantum, conditions)
+            even = Seed("even", Partition.even(context, ranks, past=past))
+            given = [*(() if machine is not None and check_sampler(sampler).corrects else (even,))]
+            given += seeds() if seeds is not None else ()
+            begun = self._begin(storage, name, distinct(given), [even, *given], quantum, conditions)
         found = json.loads(begun)
         begun_past = found.get("past", 0)
         if (found["context"], found["ranks"], begun_past) != (context, ranks, past):
@@ -176,6 +175,7 @@ class _Study:
         storage: optuna.storages.BaseStorage,
         name: str,
         seeds: Sequence[Seed],
+        around: Sequence[Seed],
         quantum: int,
         conditions: Mapping[str, object] | None,
     ) -> str:
@@ -196,7 +196,7 @@ class _Study:
                 return str(begun)
         # Samplers of whole partitions go where they like; for others a wide space is a slow one.
         reach = WIDE if check_sampler(self._sampler).whole else 0.0
-        space = Space.around(seeds, quantum, reach)
+        space = Space.around(around, quantum, reach)
         begun = json.dumps(
             {
                 "conditions": conditions,
