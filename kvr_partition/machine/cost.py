@@ -165,7 +165,12 @@ class ChunkCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
 
     @property
     def smooth(self) -> ChunkCost:
-        """The same without size effects and bend."""
+        """The same without size effects."""
+        return msgspec.structs.replace(self, size_effects=())
+
+    @property
+    def plain(self) -> ChunkCost:
+        """Its terms alone, without size effects and bend."""
         return self.of_terms(self.terms)
 
     @property

@@ -68,7 +68,7 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         """As files keep it: a speed for each of so many ranks, a link from each to the next, and no past."""
         steps = tuple((int(size), float(factor)) for size, factor in self.cost.size_effects)
         return Machine(
-            msgspec.structs.replace(self.cost.smooth, size_effects=steps),
+            msgspec.structs.replace(self.cost.plain, size_effects=steps),
             self.layers,
             self.entry_bytes,
             tuple(LinkCost(float(link.latency_s), float(link.seconds_per_byte)) for link in self.links(ranks)),

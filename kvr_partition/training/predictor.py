@@ -121,7 +121,7 @@ def train(
         chosen, len(rows), sum(row.origin == "measured" for row in rows), digest(rows), tuple(scores(found))
     )
     largest = max(rows, key=lambda row: (row.context, row.ranks))
-    cost = Corrected().fit(rows).machine(Query.of(largest)).cost.smooth
+    cost = Corrected().fit(rows).machine(Query.of(largest)).cost.plain
 
     return PartitionPredictor(grids, training, cost, provenance)
 
