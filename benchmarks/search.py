@@ -1,12 +1,12 @@
 """What searches have found after so many measurements, on machines that differ from what they were told.
 
-    python benchmarks/search.py --out data/simulated/search.json
+    python -m benchmarks.search --out data/simulated/search.json
 
-Kinds of landscapes are those of benchmarks/landscapes.py, measured quietly (0.5% noise, three samples) and noisily
-(2%, one sample). Every sampler begins at the best split of the machine that was profiled, but for the paper's grid.
-Beside them runs what a simple loop would do: deal tokens by how fast ranks were. Regret is the true TTFT of the
-partition that a search would name after each measurement, above the best that any search or a local search on the truth
-has found. A search that stops keeps its last answer.
+Kinds of landscapes are those of benchmarks/landscapes.py, measured quietly (0.5% noise, three samples) and
+noisily (2%, one sample). Every sampler begins at the best split of the machine that was profiled, but for the
+paper's grid. Beside them runs what a simple loop would do: deal tokens by how fast ranks were. Regret is the true
+TTFT of the partition that a search would name after each measurement, above the best that any search or a local
+search on the truth has found. A search that stops keeps its last answer.
 """
 
 from __future__ import annotations
@@ -135,23 +135,24 @@ def main() -> None:
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         document = {
-            "command": " ".join(["python benchmarks/search.py", *sys.argv[1:]]),
+            "command": " ".join(["python -m benchmarks.search", *sys.argv[1:]]),
             "landscapes": len(lands),
             "noise_and_samples": MEASURED,
             "summary": summary,
-            "searches": sorted(
-                races,
-                key=lambda run: (run["kind"], run["measured"], run["sampler"], run["landscape"], run["seed"]),
-            ),
+            "searches": sorted(races, key=_place),
         }
         options.out.write_text(json.dumps(document, indent=None, separators=(",", ":")) + "\n")
+
+
+def _place(run: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(run[name] for name in ("kind", "measured", "sampler", "landscape", "seed"))
 
 
 def _show(one: dict[str, Any]) -> None:
     after = "  ".join(f"{lost:7.2%}" for lost in one["regret_mean_after"].values())
     print(
-        f"{one['kind']:>13} {one['measured']:>6} {one['sampler']:>12}: mean regret after {AFTER} {after}, at the end "
-        f"{one['regret_mean']:.2%}, max {one['regret_max']:.2%}, within 1% {one['within_1_percent']} of "
+        f"{one['kind']:>13} {one['measured']:>6} {one['sampler']:>12}: mean regret after {AFTER} {after}, at "
+        f"the end {one['regret_mean']:.2%}, max {one['regret_max']:.2%}, within 1% {one['within_1_percent']} of "
         f"{one['searches']}, measured {one['measured_median']}",
         flush=True,
     )
