@@ -79,7 +79,7 @@ def search(
         ranks: chunks of every partition, at least 2.
         budget: how many different partitions to measure, seeds included.
         seeds: called for a new study only: the first partitions to measure, best informed last. The even
-            split is always among them.
+            split is among them, unless the sampler corrects a machine and so begins at what that solves to.
         sampler: one of `SAMPLERS`; ``"informed"`` if there is a machine, else ``"gp"``, when None.
         machine: what a prefill costs, as far as it is known; for the informed sampler.
         quantum: boundaries are multiples of this many tokens; a 128th of the average chunk when None.

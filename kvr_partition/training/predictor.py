@@ -26,8 +26,8 @@ MOST_WHOLE = 512
 TRUSTED = "corrected"
 """The way to predict that others have to beat."""
 
-MIN_CASES = 3
-"""Held-out cases that say nothing about which of two methods is better."""
+FEW_CASES, FEW_SPREAD = 3, 0.01
+"""Of so few held-out cases, a spread of less than this in what is lost is taken for chance."""
 
 
 def best_method(found: Sequence[Outcome], held_out: str = "context") -> str | None:
@@ -56,8 +56,14 @@ def ranked(found: Sequence[Outcome], held_out: str = "context") -> list[str]:
 
 def _beats(losses: Sequence[float], others: Sequence[float]) -> bool:
     """Whether less is lost, case by case, than chance explains."""
+    from scipy.stats import t
+
     won = [other - loss for loss, other in zip(losses, others, strict=True)]
-    return len(won) > MIN_CASES and mean(won) > 2 * stdev(won) / math.sqrt(len(won))
+    count, spread, errors = len(won), stdev(won) if len(won) > 1 else 0.0, 2.0
+    if count <= FEW_CASES:
+        # They say little about their own spread: only what is lost by far more than usual counts.
+        spread, errors = max(spread, FEW_SPREAD), float(t.ppf(0.975, min(2, count)))
+    return mean(won) > errors * spread / math.sqrt(count)
 
 
 def train(
@@ -127,7 +133,10 @@ def train(
 
 
 def _grid(regressor: Any, rows: Sequence[Row], quantum: int | None) -> Grid:
-    """A regressor evaluated on nodes close enough to interpolate between, inside the searched range."""
+    """A regressor evaluated on nodes close enough to interpolate between, inside the searched range.
+
+    Where a partition was searched, the node is what was found: nothing that was measured is answered worse.
+    """
     first = rows[0]
     contexts = sorted({row.context for row in rows})
     share_nodes = _share_nodes(sorted({row.past_share for row in rows}))
@@ -144,12 +153,18 @@ def _grid(regressor: Any, rows: Sequence[Row], quantum: int | None) -> Grid:
     )
     nodes = list(every) if whole else _context_nodes(contexts)
 
-    def cuts(query: Query) -> tuple[float, ...]:
+    found = {(row.context, row.past_share): row for row in rows}
+
+    def cuts(context: int, share: float) -> tuple[float, ...]:
+        row, query = found.get((context, share)), asked(context, share)
+        # One that was searched in finer steps than those asked for has no place on a grid of these.
+        if row is not None and not any(size % unit for size in row.sizes[:-1]):
+            return row.cuts
         if not whole:
             return tuple(float(cut) for cut in regressor.cuts(query))
         return tuple(boundary / query.context for boundary in decoded(regressor, query, unit).boundaries[1:-1])
 
-    boundaries = tuple(tuple(cuts(asked(context, share)) for context in nodes) for share in share_nodes)
+    boundaries = tuple(tuple(cuts(context, share) for context in nodes) for share in share_nodes)
     return Grid(first.ranks, tuple(nodes), tuple(share_nodes), boundaries, tuple(contexts), unit, whole)
 
 

@@ -172,8 +172,28 @@ def test_the_corrected_cost_model_is_kept_unless_another_beats_it_by_more_than_c
     luck = [0.000, 0.030, 0.001, 0.002, 0.020]
     assert best_method(outcomes(corrected=corrected, splines=luck)) == "corrected"
     assert best_method(outcomes(corrected=corrected, splines=[one - 0.004 for one in corrected])) == "splines"
-    # Two cases say nothing, however clear they look.
+    # Two cases that are close say nothing, however clear they look.
     assert best_method(outcomes(splines=[0.0, 0.001], corrected=corrected[:2])) == "corrected"
+
+
+@pytest.mark.parametrize("cases", [1, 2, 3])
+def test_what_is_lost_by_a_lot_shows_in_few_cases(cases: int) -> None:
+    """Five contexts leave three cases, three leave one."""
+    lost = [0.18, 0.22, 0.2][:cases]
+    assert best_method(outcomes(corrected=lost, interpolation=[0.0] * cases)) == "interpolation"
+    assert best_method(outcomes(corrected=[0.02] * cases, interpolation=[0.0] * cases)) == "corrected"
+
+
+def test_a_searched_context_is_answered_with_what_was_found_there() -> None:
+    """Whatever the cost model thinks of it."""
+    moved = (-256, 512, -256)
+    searched = [
+        replace(row, sizes=tuple(size + more for size, more in zip(row.sizes, moved, strict=True)))
+        for row in rows(4)
+    ]
+    predictor = train(searched, provenance(ranks=3))
+    for row in searched:
+        assert predictor.predict(row.context).partition.sizes == row.sizes
 
 
 def test_tuning_gives_what_a_method_takes_or_nothing() -> None:
