@@ -190,9 +190,9 @@ class InformedSampler(PartitionSampler):
         assert self._space is not None
         found = []
         for measurement in measured:
-            ranks = range(len(measurement.sizes))
+            ranks = range(min(len(measurement.sizes), len(measurement.samples[0].ranks)))
             took = [median_of(measurement, rank, "compute_s") for rank in ranks]
-            if min(took) > 0:
+            if len(took) == len(measurement.sizes) and min(took) > 0:
                 shares = [size * one**-DAMPING for size, one in zip(measurement.sizes, took, strict=True)]
                 split = Partition.from_fractions(
                     shares, self._space.context, quantum=self._space.quantum, past=self._space.past

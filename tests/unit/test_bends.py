@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import msgspec
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from benchmarks.landscapes import KINDS, Landscape, Measured, landscapes
+from benchmarks.search import race
 from kvr_partition import Partition
 from kvr_partition.machine.cost import Bend, ChunkCost
 from kvr_partition.machine.schedule import simulate, ttft
@@ -129,3 +133,24 @@ def test_nothing_comes_before_what_was_faster_by_far_more_than_noise(drawn: list
     assert sorted(one.sizes for one in ranked) == sorted(one.sizes for one in timed)
     for place, one in enumerate(ranked):
         assert all(one.ttft_s <= 1.01 * later.ttft_s for later in ranked[place:])
+
+
+DATA = Path(__file__).parents[2] / "data" / "simulated" / "search.json"
+
+
+@pytest.mark.parametrize("kind", ["usual", "floor", "unknown rank"])
+def test_published_searches_are_what_the_code_does(kind: str) -> None:
+    """The first search of a kind, run again, up to what libraries of mathematics differ in."""
+    document = json.loads(DATA.read_text())
+    runs = [run for run in document["searches"] if (run["kind"], run["measured"]) == (kind, "quiet")]
+    published = next(run for run in runs if run["sampler"] == "informed" and "2 ranks" in run["landscape"])
+    there = next(one for one in landscapes(kind) if one.name == published["landscape"])
+    again = race(there, "informed", "quiet", 12, published["seed"])
+    assert again["stopped"] == published["stopped"]
+    assert len(again["ttft_s"]) == len(published["regret"])
+    # Regrets of one landscape have the same best in them.
+    mine, theirs = (
+        again["ttft_s"][0] / again["ttft_s"][-1],
+        (1 + published["regret"][0]) / (1 + published["regret"][-1]),
+    )
+    assert mine == pytest.approx(theirs, rel=2e-4)
