@@ -85,56 +85,11 @@ class Parts(NamedTuple):
     prefix: Any
 
 
-class Bend(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A smooth factor on the time of chunks, for what the terms of a cost misstate over a range of sizes.
-
-    Its logarithm is a sum of bumps, ``Σ weight·exp(−½·d²)``, and fades away from where chunks were measured.
-    Distances are between the logarithms of chunks' sizes, and of the tokens that one of theirs sees on average.
-
-    Attributes:
-        scales: what counts as far, of both logarithms.
-        places: of the bumps: both logarithms, divided by the scales.
-        weights: of the bumps.
-    """
-
-    scales: tuple[float, float]
-    places: tuple[tuple[float, float], ...]
-    weights: tuple[float, ...]
-
-    def factor(self, chunk: Any, prefix: Any) -> Array:
-        """The factor for chunks behind prefixes."""
-        import numpy as np
-
-        heights = bumps(bend_places(chunk, prefix, self.scales), np.array(self.places))
-        factors: Array = np.exp(heights @ np.array(self.weights))
-        return factors
-
-
-def bend_places(chunk: Any, prefix: Any, scales: tuple[float, float]) -> Array:
-    """Where chunks behind prefixes lie for a `Bend`, ``[..., 2]``."""
-    import numpy as np
-
-    chunk = np.maximum(np.asarray(chunk, dtype=float), 1.0)
-    seen = np.asarray(prefix, dtype=float) + chunk / 2
-    found: Array = np.stack([np.log(chunk), np.log(seen)], axis=-1) / np.array(scales)
-    return found
-
-
-def bumps(at: Array, places: Array) -> Array:
-    """Height at some places ``[..., 2]`` of the bumps at others ``[n, 2]``, ``[..., n]``."""
-    import numpy as np
-
-    # |a − b|² as |a|² + |b|² − 2ab, without all differences in memory.
-    squares = (at * at).sum(-1)[..., None] + (places * places).sum(-1) - 2 * at @ places.T
-    heights: Array = np.exp(-0.5 * np.maximum(squares, 0.0))
-    return heights
-
-
 class ChunkCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Time of a chunk with causal attention: own block half a square, prefix a rectangle.
 
     ``seconds(c, s) = fixed + per_token·c + per_own_pair·c²/2 + per_prefix_pair·c·s``, every term ≥ 0, times the
-    bend there and the size effect of ``c``, where it has these. In files size effects are ``steps``.
+    size effect of ``c``, where it has one. Files keep it as it is, size effects under the name ``steps``.
     """
 
     fixed_s: float
@@ -149,8 +104,6 @@ class ChunkCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
 
     Kernels cut rows into tiles and tiles into waves, which fits some sizes better than their neighbours.
     """
-    bend: Bend | None = None
-    """What measured prefills showed that the terms misstate smoothly."""
 
     @property
     def terms(self) -> tuple[float, float, float, float, float]:
@@ -170,8 +123,8 @@ class ChunkCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
 
     @property
     def plain(self) -> ChunkCost:
-        """Its terms alone, without size effects and bend."""
-        return self.of_terms(self.terms)
+        """Its terms alone, as files keep them."""
+        return ChunkCost.of_terms(self.terms)
 
     @property
     def wrong(self) -> str | None:
@@ -192,8 +145,6 @@ class ChunkCost(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
             dense: whether every pair of the own block is computed and masked, rather than the causal ones.
         """
         effect = self.size_effect(chunk)
-        if self.bend is not None:
-            effect = effect * self.bend.factor(chunk, prefix)
         return Parts(
             (self.fixed_s + self.per_token_s * chunk) * effect,
             self.per_own_pair_s * chunk * chunk * (1.0 if dense else 0.5) * effect,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvr_partition.machine.cost import Bend, bend_places, bumps
+from kvr_partition.machine.bend import Bend, bend_places, bumps
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kvr_partition.machine.cost import Bend, multiples
+from kvr_partition.machine.bend import Bend
+from kvr_partition.machine.cost import multiples
 from kvr_partition.machine.machine import Machine
 from kvr_partition.measurement import Measurement
 from kvr_partition.search.bends import Basis, Doubt

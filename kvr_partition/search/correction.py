@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from kvr_partition.machine.cost import ChunkCost, LinkCost
+from kvr_partition.machine.bend import BentCost
+from kvr_partition.machine.cost import LinkCost
 from kvr_partition.machine.machine import Machine
 from kvr_partition.machine.schedule import contention, ttft
 from kvr_partition.measurement import Measurement, median
@@ -105,7 +106,7 @@ def _with_costs(machine: Machine, timed: Sequence[Measurement]) -> Corrected:
     effects, bend = tuple(sorted(factors.items())), times.bend(found, spreads)
     posterior = replace(
         machine,
-        cost=ChunkCost(fixed, token, own, prefix, machine.cost.kv_share, effects, bend),
+        cost=BentCost(fixed, token, own, prefix, machine.cost.kv_share, effects, bend),
         speeds=tuple(float(speed) for speed in np.exp(-(slowness + found.slow))),
     )
     drift = tuple(float(share) for share in found.drift) if len(found.drift) else (0.0,) * len(timed)

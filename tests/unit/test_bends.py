@@ -15,7 +15,8 @@ from msgspec.structs import replace
 from benchmarks.landscapes import KINDS, Landscape, Measured, landscapes
 from benchmarks.search import race
 from kvr_partition import Partition
-from kvr_partition.machine.cost import Bend, ChunkCost
+from kvr_partition.machine.bend import Bend, BentCost
+from kvr_partition.machine.cost import ChunkCost
 from kvr_partition.machine.schedule import simulate, ttft
 from kvr_partition.measurement import Measurement, RankTimes, Sample
 from kvr_partition.search import search
@@ -27,19 +28,26 @@ from tests.landscapes import FITTED, measured
 BEND = Bend((0.4, 0.8), ((float(np.log(2000)) / 0.4, float(np.log(1000)) / 0.8),), (0.3,))
 
 
+def bent(bend: Bend | None = BEND) -> BentCost:
+    return BentCost(*FITTED.cost.terms, bend=bend)
+
+
 def test_a_bend_is_a_factor_where_it_is_and_none_far_away() -> None:
-    plain, bent = FITTED.cost, replace(FITTED.cost, bend=BEND)
-    assert bent.seconds(2000, 0) == pytest.approx(plain.seconds(2000, 0) * np.exp(0.3))
-    assert bent.seconds(100, 0) == pytest.approx(plain.seconds(100, 0))
-    assert bent.seconds(2000, 60_000) == pytest.approx(plain.seconds(2000, 60_000), rel=1e-3)
-    assert bent.smooth == bent
-    assert bent.plain == plain
+    plain, cost = FITTED.cost, bent()
+    assert cost.seconds(2000, 0) == pytest.approx(plain.seconds(2000, 0) * np.exp(0.3))
+    assert cost.seconds(100, 0) == pytest.approx(plain.seconds(100, 0))
+    assert cost.seconds(2000, 60_000) == pytest.approx(plain.seconds(2000, 60_000), rel=1e-3)
+    assert bent(None).seconds(2000, 0) == plain.seconds(2000, 0)
+    assert cost.smooth == cost
+    assert type(cost.plain) is ChunkCost
+    assert cost.plain == plain
 
 
-def test_files_of_costs_without_a_bend_do_not_show_one() -> None:
-    assert b"bend" not in msgspec.json.encode(FITTED.cost)
-    bent = replace(FITTED.cost, bend=BEND)
-    assert msgspec.json.decode(msgspec.json.encode(bent), type=ChunkCost) == bent
+def test_files_have_no_bends() -> None:
+    machine = replace(FITTED, cost=bent())
+    assert b"bend" not in msgspec.json.encode(machine.filed(4))
+    with pytest.raises(msgspec.ValidationError, match="bend"):
+        msgspec.json.decode(msgspec.json.encode(bent()), type=ChunkCost)
 
 
 def land(kind: str, number: int = 0) -> Landscape:
@@ -53,6 +61,7 @@ def test_sizes_that_were_never_measured_are_expected_to_be_off_as_those_nearby_a
     shares = [(1.3, 1.1, 0.9, 0.7), (1.5, 1.0, 0.8, 0.7), (1.2, 1.1, 1.0, 0.7), (1.6, 1.0, 0.8, 0.6)]
     splits = [Partition.from_fractions(share, there.context, quantum=there.quantum) for share in shares]
     learnt = corrected(there.fitted, [measure(split) for split in (even, *splits)]).machine
+    assert isinstance(learnt.cost, BentCost)
     assert learnt.cost.bend is not None
     new = Partition.from_fractions((1.4, 1.05, 0.85, 0.7), there.context, quantum=there.quantum)
     expected, told = simulate(new, learnt), simulate(new, there.fitted)
@@ -65,6 +74,7 @@ def test_sizes_that_were_never_measured_are_expected_to_be_off_as_those_nearby_a
 def test_what_the_terms_can_say_is_no_bend() -> None:
     sizes = [(2400, 2300, 1900, 1592), (2600, 2000, 2000, 1592), (2300, 2100, 2000, 1792), (2048,) * 4]
     found = corrected(FITTED, [measured(Partition(one)) for one in sizes])
+    assert isinstance(found.machine.cost, BentCost)
     assert found.machine.cost.bend is None
     assert found.doubt is None
 
