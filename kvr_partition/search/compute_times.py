@@ -48,6 +48,9 @@ USUAL_DRIFT, USUAL_SCATTER, USUAL_STEP, USUAL_BEND = 3.0, 2.0, 0.05, 0.05
 """Usual drift and scatter between measurements, as multiples of those between samples; usual size effects and
 bend, as shares."""
 
+STRAINED = 2.0
+"""Root mean square of what is solved for, in its prior standard deviations, from which on it is not believed."""
+
 MOST_TIMES = 200
 """Rank times, at most about so many, that spreads are estimated from."""
 
@@ -87,6 +90,14 @@ class Unknowns(NamedTuple):
     drift: Array
     bumps: Array
     steps: Array
+
+    @property
+    def strained(self) -> bool:
+        """Whether they are far from what was expected of them: nothing that is known explains the times well."""
+        import numpy as np
+
+        off = np.concatenate([self.terms / TERM_SPREAD, self.slow / SPEED_SPREAD, self.bumps])
+        return float(np.sqrt((off * off).mean())) > STRAINED
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from kvr_partition.machine.machine import Machine
 from kvr_partition.machine.schedule import contention, ttft
 from kvr_partition.measurement import Measurement, median
 from kvr_partition.search.bends import Doubt
-from kvr_partition.search.compute_times import USUAL_WEIGHT, ComputeTimes, Spreads
+from kvr_partition.search.compute_times import USUAL_DRIFT, USUAL_WEIGHT, ComputeTimes, Spreads
 from kvr_partition.search.measured import median_of, noise_of, usual_noise
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ class Corrected:
         size_effect_spread: standard deviation, as a share, of size effects around the prior's.
         measured_sizes: chunk sizes that were measured, whose effects are known.
         doubt: about the bend, where measurements show one.
-        between: relative standard deviation from one measurement to the next, beyond that between samples.
+        between: relative standard deviation from one measurement to the next, beyond that between samples. No more
+            than is usual, given that, where nothing explains the times well: it need not be drift then.
     """
 
     machine: Machine
@@ -112,6 +113,8 @@ def _with_costs(machine: Machine, timed: Sequence[Measurement]) -> Corrected:
     drift = tuple(float(share) for share in found.drift) if len(found.drift) else (0.0,) * len(timed)
     sizes = tuple(map(int, times.different))
     between = math.hypot(spreads.drift, spreads.scatter)
+    if found.strained:
+        between = min(between, USUAL_DRIFT * usual_noise(timed))
     return Corrected(posterior, drift, spreads.step, sizes, times.doubt(spreads), between)
 
 

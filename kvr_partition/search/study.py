@@ -330,11 +330,13 @@ class _Study:
         count = len(self._study.get_trials(deepcopy=False))
         # A resumed search must not draw the same numbers again, so the count is part of the seed.
         seed = self._seed + 7919 * count
+        # One that goes by all measurements draws by their count, so that a killed search ends as any other.
+        own = self._seed if check_sampler(self._sampler).corrects and not self._shared else seed
         # A model of few points in a small space can ask for the same known one again and again.
         sampler = (
             optuna.samplers.RandomSampler(seed=seed)
             if explore or given is not None
-            else make_sampler(self._sampler, Start(seed, len(self.seeds), self.space, self._machine))
+            else make_sampler(self._sampler, Start(own, len(self.seeds), self.space, self._machine))
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

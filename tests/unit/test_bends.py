@@ -24,6 +24,7 @@ from kvr_partition.search.beliefs import Beliefs
 from kvr_partition.search.bends import Basis, Doubt
 from kvr_partition.search.correction import corrected
 from tests.landscapes import FITTED, measured
+from tests.studies import CONTEXT, RANKS, Recorder, landscape
 
 BEND = Bend((0.4, 0.8), ((float(np.log(2000)) / 0.4, float(np.log(1000)) / 0.8),), (0.3,))
 
@@ -129,6 +130,13 @@ def test_a_search_does_not_end_on_a_split_that_was_measured_to_be_slower() -> No
     times = [0.063, *np.linspace(0.076, 0.069, 11)]
     timed = [unexplained(cut, float(seconds)) for cut, seconds in zip(cuts, times, strict=True)]
     assert Beliefs.after(FITTED, 8192, timed).ranked()[0].sizes == (4096, 4096)
+
+
+def test_a_stopwatch_is_believed_where_all_ranks_were_late_alike() -> None:
+    """Ranks that spin while they wait are all as late as the last: that is no drift of the machine."""
+    recorder = Recorder()
+    found = search(recorder, CONTEXT, RANKS, 8, machine=FITTED, seed=3)
+    assert landscape(found.best) == min(landscape(Partition(sizes)) for sizes in recorder.asked)
 
 
 @settings(max_examples=25, deadline=None)
