@@ -38,9 +38,6 @@ LAYERS = 32
 COST = ChunkCost(1e-3, 2.2e-5, 2e-9, 1.9e-9, 0.25)
 """The order of a 7B model on one large GPU."""
 
-Bend = Callable[[Any, Any], Any]
-"""A factor on the time of chunks, of their size and their prefix."""
-
 
 class TrueCost(ChunkCost, frozen=True):
     """A cost with more than its terms in it."""
@@ -306,14 +303,3 @@ class Measured:
         samples = tuple(sample() for _ in range(self._samples))
         self.asked.append(Measurement("kvr", partition.sizes, samples, "cap"))
         return self.asked[-1]
-
-
-def rebalanced(measurement: Measurement, quantum: int, damping: float = 0.7) -> Partition:
-    """Each rank's tokens in proportion to how fast it computed: what a simple loop would try next."""
-    from kvr_partition.measurement import median
-
-    ranks = range(len(measurement.sizes))
-    took = [median([sample.ranks[rank].compute_s for sample in measurement.samples]) for rank in ranks]
-    mean = math.exp(math.fsum(map(math.log, took)) / len(took))
-    shares = [size * (mean / seconds) ** damping for size, seconds in zip(measurement.sizes, took, strict=True)]
-    return Partition.from_fractions(shares, sum(measurement.sizes), quantum=quantum)

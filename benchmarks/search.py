@@ -22,11 +22,12 @@ from typing import Any
 import optuna
 from joblib import Parallel, delayed
 
-from benchmarks.landscapes import KINDS, Landscape, Measured, landscapes, rebalanced
+from benchmarks.landscapes import KINDS, Landscape, Measured, landscapes
 from kvr_partition.measurement import Measurement, median
 from kvr_partition.partition import Partition
 from kvr_partition.search import SAMPLERS, Seed, search
 from kvr_partition.search.beliefs import Beliefs
+from kvr_partition.search.measured import rebalanced
 
 REBALANCING = "rebalancing"
 """The loop, among the names of samplers."""
@@ -53,7 +54,7 @@ def race(landscape: Landscape, sampler: str, measured: str, budget: int, seed: i
     if sampler == REBALANCING:
         partition = landscape.solved
         for _ in range(budget):
-            partition = rebalanced(measure(partition), landscape.quantum)
+            partition = rebalanced(measure(partition), landscape.quantum) or partition
     else:
         stopped = search(
             measure,

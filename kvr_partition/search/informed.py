@@ -19,7 +19,7 @@ from kvr_partition.measurement import Measurement
 from kvr_partition.partition import Partition
 from kvr_partition.search.beliefs import Beliefs
 from kvr_partition.search.local_search import descent, local_search
-from kvr_partition.search.measured import LEAST_NOISE, LONE_NOISE, median_of, noise_of
+from kvr_partition.search.measured import LEAST_NOISE, LONE_NOISE, noise_of, rebalanced
 from kvr_partition.search.space import Space
 
 if TYPE_CHECKING:
@@ -33,9 +33,6 @@ LEAST_MEASURED, MOST_NEEDED = 3, 12
 
 SURE = 0.006
 """Relative standard error that all measurements together should have before a search ends."""
-
-DAMPING = 0.7
-"""Exponent of the speeds that tokens are dealt by: attention grows with the boundary as well as with the chunk."""
 
 WORTH_IT, LEAST_GAIN = 0.05, 1e-3
 """Measure on while a candidate is expected to win this share of a measurement's standard error, and of TTFT."""
@@ -151,16 +148,16 @@ class InformedSampler(PartitionSampler):
         ranked = beliefs.ranked()
         noise = sorted(noise_of(measurement) for measurement in ranked)[len(ranked) // 2] if ranked else LONE_NOISE
         enough = len(ranked) >= max(LEAST_MEASURED, min(MOST_NEEDED, math.ceil((noise / SURE) ** 2)))
-        rebalanced = [one for one in self._rebalanced(ranked[:1]) if one.sizes not in taken]
+        dealt = [split for split in self._rebalanced(ranked[:1]) if split.sizes not in taken]
         if len(ranked) < LEAST_MEASURED:
             even = Partition.even(context, len(solved.sizes), quantum=self._space.quantum, past=self._space.past)
-            for split in (solved, *rebalanced, even):
+            for split in (solved, *dealt, even):
                 if split.sizes not in taken:
                     return split
         generator = np.random.default_rng((self._seed or 0, len(measured)))
         centres = [
             solved.boundaries[1:-1],
-            *(split.boundaries[1:-1] for split in rebalanced),
+            *(split.boundaries[1:-1] for split in dealt),
             *(measurement.partition.boundaries[1:-1] for measurement in ranked[:3]),
         ]
         sizes = self._around(centres, context, generator)
@@ -184,21 +181,17 @@ class InformedSampler(PartitionSampler):
         return self._partition(sizes[at])
 
     def _rebalanced(self, measured: Sequence[Measurement]) -> list[Partition]:
-        """Of each, the split in which ranks have tokens in proportion to how fast they computed, damped."""
+        """Of each that says so and lies in the space; see `rebalanced`."""
         import numpy as np
 
         assert self._space is not None
-        found = []
-        for measurement in measured:
-            ranks = range(min(len(measurement.sizes), len(measurement.samples[0].ranks)))
-            took = [median_of(measurement, rank, "compute_s") for rank in ranks]
-            if len(took) == len(measurement.sizes) and min(took) > 0:
-                shares = [size * one**-DAMPING for size, one in zip(measurement.sizes, took, strict=True)]
-                split = Partition.from_fractions(
-                    shares, self._space.context, quantum=self._space.quantum, past=self._space.past
-                )
-                found += [self._partition(row) for row in self._inside(np.array([split.sizes]))]
-        return found
+        splits = [rebalanced(measurement, self._space.quantum) for measurement in measured]
+        return [
+            self._partition(row)
+            for split in splits
+            if split is not None
+            for row in self._inside(np.array([split.sizes]))
+        ]
 
     def _solved(self, beliefs: Beliefs) -> Partition:
         """The best split of a smooth machine; and with its size effects, where it has any."""
