@@ -115,7 +115,7 @@ def vllm_config(
 
 
 def router_table(source: PartitionTable | PartitionPredictor) -> RouterTable:
-    """Every searched context of a table, or every node of a predictor without past tokens."""
+    """Every searched context of a table, or every node of a predictor without past tokens inside its range."""
     origin = source.provenance
     if isinstance(source, PartitionPredictor):
         routes = [
@@ -123,6 +123,7 @@ def router_table(source: PartitionTable | PartitionPredictor) -> RouterTable:
             for grid in source.grids
             if grid.past_shares[0] == 0
             for context, cuts in zip(grid.contexts, grid.boundaries[0], strict=True)
+            if source.hull(grid.ranks).holds(context, 0)
         ]
     else:
         routes = [

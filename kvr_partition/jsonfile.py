@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 from collections.abc import Callable
@@ -69,12 +70,13 @@ def upgraded(document: dict[str, Any], schema: str) -> dict[str, Any]:
     """
     kind, _, number = str(document.get("schema")).rpartition("/")
     wanted_kind, _, wanted = schema.rpartition("/")
-    if kind != wanted_kind or not number.isascii() or not number.isdigit():
+    if kind != wanted_kind or not number.isascii() or not number.isdigit() or len(number) > len(wanted):
         return document
+    name = kind.rpartition("/")[2]
     for at in range(int(number), int(wanted)):
-        if at not in _STEPS:
+        if (name, at) not in _STEPS:
             return document
-        document = _STEPS[at](document) | {"schema": f"{kind}/{at + 1}"}
+        document = _STEPS[name, at](document) | {"schema": f"{kind}/{at + 1}"}
     return document
 
 
@@ -91,8 +93,30 @@ def _with_layers(document: Any) -> Any:
     return changed
 
 
-_STEPS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _with_layers}
-"""What turns a document of one number into the next, whatever its kind."""
+def _with_searched(document: dict[str, Any]) -> dict[str, Any]:
+    """Before predictors said which contexts were searched behind which past, their range was a rectangle."""
+
+    def changed(grid: dict[str, Any]) -> dict[str, Any]:
+        kept = {name: value for name, value in grid.items() if name != "trained"}
+        contexts = sorted({*grid["trained"], grid["contexts"][0], grid["contexts"][-1]})
+        least, most = (share / (1 - share) for share in (grid["past_shares"][0], grid["past_shares"][-1]))
+        corners = {(context, math.floor(least * context)) for context in contexts}
+        corners |= {(context, math.ceil(most * context)) for context in contexts}
+        return kept | {"searched": sorted(corners)}
+
+    try:
+        return document | {"grids": [changed(grid) for grid in document["grids"]]}
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return document  # What is wrong with it is said when it is decoded.
+
+
+_STEPS: dict[tuple[str, int], Callable[[dict[str, Any]], dict[str, Any]]] = {
+    ("predictor", 2): _with_searched,
+} | {
+    (kind, 1): _with_layers
+    for kind in ("certificate", "dataset", "measurements", "predictor", "profile", "router", "table")
+}
+"""What turns a document of a kind and number into the next number."""
 
 
 def decode(content: bytes, type_: type[T], schema: str, path: str | os.PathLike[str]) -> T:

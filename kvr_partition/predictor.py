@@ -13,12 +13,13 @@ import msgspec
 
 from kvr_partition import jsonfile
 from kvr_partition.errors import FileFormatError, OutOfRangeError, PartitionError
+from kvr_partition.hull import Hull
 from kvr_partition.machine.cost import ChunkCost
 from kvr_partition.partition import Partition, whole
 from kvr_partition.provenance import Provenance
 from kvr_partition.table import Lookup
 
-SCHEMA = "kvr-partition/predictor/2"
+SCHEMA = "kvr-partition/predictor/3"
 
 Fallback = Literal["cost-model", "even"]
 
@@ -73,24 +74,26 @@ class Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         ranks: chunks of a partition.
-        contexts: ascending, in tokens; nothing is predicted outside them.
-        past_shares: ``past ÷ (past + context)``, ascending; nothing is predicted outside them.
+        contexts: of the nodes, ascending, in tokens.
+        past_shares: of the nodes, ``past ÷ (past + context)``, ascending.
         boundaries: ``[past shares][contexts][ranks - 1]`` inner boundaries as shares of the context.
-        trained: contexts that partitions were searched at.
+        searched: contexts and pasts that partitions were searched at. Nothing is predicted outside their `Hull`.
         quantum: boundaries are multiples of so many tokens, as the searched ones are: an odd number of rows can
             take some percent longer than an even one.
         whole: whether every multiple of the quantum in the range is a node, and its boundaries lie on such. Where
             chunk sizes go well or badly one by one nothing is interpolated: a context takes the node above it, and
             the last chunk is short by what it lacks.
+        speeds: of each rank, relative to the cost of a chunk, for ``fallback="cost-model"``; alike when empty.
     """
 
     ranks: int
     contexts: tuple[int, ...]
     past_shares: tuple[float, ...]
     boundaries: tuple[tuple[tuple[float, ...], ...], ...]
-    trained: tuple[int, ...]
+    searched: tuple[tuple[int, int], ...]
     quantum: int = 1
     whole: bool = False
+    speeds: tuple[float, ...] = ()
 
     @property
     def wrong(self) -> str | None:
@@ -105,6 +108,8 @@ class Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return "past_shares must grow"
         if self.past_shares[0] < 0 or self.past_shares[-1] >= 1:
             return "past_shares lie in [0, 1)"
+        if self.speeds and (len(self.speeds) != self.ranks or min(self.speeds) <= 0):
+            return f"speeds must be {self.ranks} numbers above 0, or none"
         if len(self.past_shares) * len(self.contexts) * self.ranks > MOST_NODES:
             return f"more than {MOST_NODES} nodes"
         if len(self.boundaries) != len(self.past_shares) or any(
@@ -115,6 +120,8 @@ class Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             for cuts in rows:
                 if len(cuts) != self.ranks - 1 or not _grows((0.0, *cuts, 1.0)):
                     return f"boundaries must be {self.ranks - 1} growing shares between 0 and 1"
+        if not self.searched or not all(self._has(context, past) for context, past in self.searched):
+            return "searched contexts and pasts must lie among the nodes, one at least"
         if self.whole:
             first = self.contexts[0]
             if any(context != first + at * self.quantum for at, context in enumerate(self.contexts)) or (
@@ -124,6 +131,12 @@ class Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             if any(min(sizes) < 1 for rows in self.sizes for sizes in rows):
                 return f"boundaries must lie on different multiples of {self.quantum} tokens"
         return None
+
+    def _has(self, context: int, past: int) -> bool:
+        """Whether nodes surround a context and past, which may be off by a token."""
+        if not self.contexts[0] <= context <= self.contexts[-1] or past < 0:
+            return False
+        return self.past_shares[0] - 1 / context <= past / (past + context) <= self.past_shares[-1] + 1 / context
 
     @property
     def sizes(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
@@ -183,7 +196,7 @@ class PartitionPredictor:
         PartitionError: no grid, two for a rank count, or one that makes no sense.
 
     Example:
-        >>> grid = Grid(2, (8, 16), (0.0,), (((0.5,), (0.75,)),), (8, 16))
+        >>> grid = Grid(2, (8, 16), (0.0,), (((0.5,), (0.75,)),), ((8, 0), (16, 0)))
         >>> cost = ChunkCost(0.0, 1.0, 0.0, 0.0, 0.0)
         >>> predictor = PartitionPredictor([grid], Training("interpolation", 2, 2, "", ()), cost)
         >>> predictor.predict(12)
@@ -208,11 +221,23 @@ class PartitionPredictor:
             raise PartitionError("a predictor needs a grid for one rank count at least")
         if cost.wrong is not None:
             raise PartitionError(cost.wrong)
+        self._hulls = {ranks: Hull(grid.searched) for ranks, grid in self._grids.items()}
+        self._without_past = {ranks: hull.without_past for ranks, hull in self._hulls.items()}
         self._whole = {ranks: grid.sizes for ranks, grid in self._grids.items() if grid.whole}
         self._only = next(iter(self._grids)) if len(self._grids) == 1 else None
         self._training = training
         self._cost = cost
         self._provenance = provenance
+
+    def hull(self, ranks: int) -> Hull:
+        """What it answers for so many ranks without a fallback.
+
+        Raises:
+            OutOfRangeError: it was not trained for so many.
+        """
+        if ranks not in self._hulls:
+            raise OutOfRangeError(f"not trained for {ranks} ranks, but for {_several(self._grids)}")
+        return self._hulls[ranks]
 
     @property
     def grids(self) -> tuple[Grid, ...]:
@@ -268,9 +293,16 @@ class PartitionPredictor:
             context, past = whole(context, "context", 1), whole(past, "past", 0)
         grid = None if ranks is None else self._grids.get(ranks)
         if grid is not None and past >= 0:
-            contexts, shares = grid.contexts, grid.past_shares
-            share = past / (past + context) if past else 0.0
-            if contexts[0] <= context <= contexts[-1] and shares[0] <= share <= shares[-1]:
+            if past:
+                inside = self._hulls[grid.ranks].holds(context, past)
+                share = past / (past + context)
+            else:
+                least, most = self._without_past[grid.ranks]
+                inside, share = least <= context <= most, 0.0
+            if inside:
+                contexts, shares = grid.contexts, grid.past_shares
+                # A past in whole tokens can be a share just beside the last node's.
+                share = min(max(share, shares[0]), shares[-1])
                 if grid.whole and quantum in (None, grid.quantum):
                     node = -(-context // grid.quantum) - contexts[0] // grid.quantum
                     row = bisect_right(shares, share) - 1
@@ -291,7 +323,7 @@ class PartitionPredictor:
         reason = self._why_not(context, ranks, past)
         if reason is not None or ranks is None or ranks == 1:
             return Explanation(ranks == 1, reason or "one rank takes all", method, (), None)
-        trained = self._grids[ranks].trained
+        trained = sorted({length for length, _ in self._grids[ranks].searched})
         below = [length for length in trained if length <= context][-1:]
         above = [length for length in trained if length >= context][:1]
         nearest = tuple(dict.fromkeys((*below, *above)))
@@ -341,7 +373,9 @@ class PartitionPredictor:
         if fallback == "cost-model":
             from kvr_partition.machine.solve import balanced
 
-            return Lookup(balanced(self._cost, context, ranks, quantum=quantum, past=past), "cost-model")
+            speeds = self._grids[ranks].speeds if ranks in self._grids else ()
+            split = balanced(self._cost, context, ranks, quantum=quantum, past=past, speeds=speeds)
+            return Lookup(split, "cost-model")
         if fallback is not None:
             raise OutOfRangeError(f"there is no fallback {fallback!r}; use 'cost-model' or 'even'")
         reason = self._why_not(context, ranks, past)
@@ -355,17 +389,19 @@ class PartitionPredictor:
         grid = self._grids.get(ranks)
         if grid is None:
             return f"not trained for {ranks} ranks, but for {_several(self._grids)}"
-        low, high = grid.contexts[0], grid.contexts[-1]
+        hull = self._hulls[ranks]
+        low, high = hull.contexts
         if not low <= context <= high:
             return f"context {context} is outside the trained range of {low} to {high} tokens for {ranks} ranks"
-        share = past / (past + context)
-        if not grid.past_shares[0] <= share <= grid.past_shares[-1]:
-            least, most = grid.past_shares[0], grid.past_shares[-1]
-            return (
-                f"past {past} is {share:.0%} of all tokens, outside the trained "
-                f"range of {least:.0%} to {most:.0%} for {ranks} ranks"
-            )
+        if not hull.holds(context, past):
+            found = hull.pasts(context)
+            there = "nothing" if found is None else _span(*found)
+            return f"past {past} is outside the trained range for {ranks} ranks, {there} at {context} tokens"
         return None
+
+
+def _span(low: int, high: int) -> str:
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def _between(grid: Grid, context: int, share: float) -> Sequence[float]:

@@ -18,7 +18,10 @@ COST = ChunkCost(1e-3, 2e-5, 2e-9, 2e-9, 0.2)
 
 def grid(ranks: int) -> Grid:
     rows = tuple(tuple(cuts(ranks, context, share) for context in CONTEXTS) for share in SHARES)
-    return Grid(ranks, CONTEXTS, SHARES, rows, (1000, 5000, 40_000))
+    searched = [
+        (context, round(share / (1 - share) * context)) for context in (1000, 5000, 40_000) for share in SHARES
+    ]
+    return Grid(ranks, CONTEXTS, SHARES, rows, tuple(searched))
 
 
 def predictor(*counts: int) -> PartitionPredictor:

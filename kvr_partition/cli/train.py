@@ -144,11 +144,15 @@ def _show(options: argparse.Namespace, predictor: PartitionPredictor) -> None:
     else:
         print("Nothing could be left out: that needs three contexts on the same ranks.")
     for grid in predictor.grids:
-        span = f"{grid.contexts[0]} to {grid.contexts[-1]}" if len(grid.contexts) > 1 else str(grid.contexts[0])
-        print(f"\n{grid.ranks} ranks: contexts {span}, past up to {grid.past_shares[-1]:.0%} of all tokens")
+        contexts, pasts = (sorted(each) for each in zip(*grid.searched, strict=True))
+        print(f"\n{grid.ranks} ranks: contexts {_span(contexts)}, past {_span(pasts)} tokens")
     print(f"\nWritten to {options.out} ({training.method}). Next:")
     print(f"  kvr-partition predict --predictor {options.out} --context {predictor.grids[0].contexts[-1]} "
           f"--ranks {predictor.ranks[0]} --explain")  # fmt: skip
+
+
+def _span(values: Sequence[int]) -> str:
+    return str(values[0]) if values[0] == values[-1] else f"{values[0]} to {values[-1]}"
 
 
 def rows_of_folder(folder: Path) -> list[Row]:

@@ -113,11 +113,16 @@ def train(
         raise PartitionError(f"unknown method {method!r}; there are {', '.join(REGRESSORS)}")
     found = evaluate(rows, tuned=tuned, jobs=jobs, quantum=quantum)
     counts = sorted({row.ranks for row in rows})
+    posterior = Corrected().fit(rows)
+    speeds = {row.ranks: posterior.machine(Query.of(row)).speeds for row in rows}
     # A method may have no answer at some corner of the range although it had one for every held-out case.
     for chosen in [method] if method else [*ranked(found), TRUSTED]:
         regressor = REGRESSORS[chosen](**(tuned or {}).get(chosen, {})).fit(rows)
         try:
-            grids = [_grid(regressor, [row for row in rows if row.ranks == count], quantum) for count in counts]
+            grids = [
+                _grid(regressor, [row for row in rows if row.ranks == count], quantum, speeds[count])
+                for count in counts
+            ]
             break
         except OutOfRangeError as error:
             reason = f"{chosen} cannot answer everything inside the searched range: {error}; use another method"
@@ -127,12 +132,11 @@ def train(
         chosen, len(rows), sum(row.origin == "measured" for row in rows), digest(rows), tuple(scores(found))
     )
     largest = max(rows, key=lambda row: (row.context, row.ranks))
-    cost = Corrected().fit(rows).machine(Query.of(largest)).cost.plain
-
+    cost = posterior.machine(Query.of(largest)).cost.plain
     return PartitionPredictor(grids, training, cost, provenance)
 
 
-def _grid(regressor: Any, rows: Sequence[Row], quantum: int | None) -> Grid:
+def _grid(regressor: Any, rows: Sequence[Row], quantum: int | None, speeds: tuple[float, ...]) -> Grid:
     """A regressor evaluated on nodes close enough to interpolate between, inside the searched range.
 
     Where a partition was searched, the node is what was found: nothing that was measured is answered worse.
@@ -165,7 +169,8 @@ def _grid(regressor: Any, rows: Sequence[Row], quantum: int | None) -> Grid:
         return tuple(boundary / query.context for boundary in decoded(regressor, query, unit).boundaries[1:-1])
 
     boundaries = tuple(tuple(cuts(context, share) for context in nodes) for share in share_nodes)
-    return Grid(first.ranks, tuple(nodes), tuple(share_nodes), boundaries, tuple(contexts), unit, whole)
+    searched = tuple(sorted({(row.context, row.past) for row in rows}))
+    return Grid(first.ranks, tuple(nodes), tuple(share_nodes), boundaries, searched, unit, whole, speeds)
 
 
 def _context_nodes(contexts: Sequence[int]) -> list[int]:

@@ -81,7 +81,7 @@ WHOLE = Grid(
     (600, 700, 800),
     (0.0, 0.5),
     (((1 / 3, 2 / 3), (3 / 7, 5 / 7), (3 / 8, 6 / 8)), ((1 / 3, 2 / 3), (2 / 7, 5 / 7), (2 / 8, 6 / 8))),
-    (600, 800),
+    ((600, 0), (600, 600), (800, 0), (800, 800)),
     100,
     True,
 )
@@ -120,13 +120,54 @@ def test_out_of_range_names_the_range() -> None:
         one.predict(999, 2)
     with pytest.raises(OutOfRangeError, match="not trained for 4 ranks, but for 2, 3, 8"):
         one.predict(2000, 4)
-    with pytest.raises(OutOfRangeError, match="past 18000 is 90% of all tokens"):
+    with pytest.raises(
+        OutOfRangeError, match="past 18000 is outside the trained range for 2 ranks, 0 to 8000 at 2000"
+    ):
         one.predict(2000, 2, past=18_000)
     with pytest.raises(OutOfRangeError, match="no fallback 'nearest'"):
         one.predict(999, 2, fallback="nearest")  # type: ignore[arg-type]
     for wrong in (True, 2000.5, "2000", -1):
         with pytest.raises(PartitionError):
             one.predict(wrong, 2)  # type: ignore[arg-type]
+
+
+SEARCHED = ((1000, 0), (40_000, 0), (1000, 4000), (40_000, 4000))
+
+
+def test_the_range_is_what_lies_between_searched_points() -> None:
+    one = PartitionPredictor([msgspec.structs.replace(grid(2), searched=SEARCHED)], predictor().training, COST)
+    # 80% of all tokens, as at the shortest context, and yet nothing so long was ever searched behind so many.
+    with pytest.raises(
+        OutOfRangeError, match="past 30000 is outside the trained range for 2 ranks, 0 to 4000 at 20000"
+    ):
+        one.predict(20_000, past=30_000)
+    assert not one.explain(20_000, past=30_000).inside
+    assert one.predict(20_000, past=30_000, fallback="even").source == "even"
+    for past in (0, 1, 4000):
+        assert one.predict(20_000, past=past).source == "predicted"
+        assert one.explain(20_000, past=past).inside
+    with pytest.raises(OutOfRangeError, match="0 to 4000 at 20000 tokens"):
+        one.predict(20_000, past=4001)
+
+
+def test_what_was_searched_behind_one_past_only_is_answered_behind_it_only() -> None:
+    searched = ((1000, 2000), (40_000, 2000))
+    one = PartitionPredictor([msgspec.structs.replace(grid(2), searched=searched)], predictor().training, COST)
+    assert one.predict(5000, past=2000).source == "predicted"
+    for past in (0, 1999, 2001):
+        with pytest.raises(OutOfRangeError, match="2 ranks, 2000 at 5000 tokens"):
+            one.predict(5000, past=past)
+
+
+def test_the_cost_model_knows_how_fast_each_rank_is() -> None:
+    slow = msgspec.structs.replace(grid(2), speeds=(0.5, 1.0))
+    one, alike = PartitionPredictor([slow], predictor().training, COST), predictor(2)
+    split = one.predict(80_000, fallback="cost-model").partition
+    times = [COST.seconds(split.sizes[0], 0) / 0.5, COST.seconds(split.sizes[1], split.sizes[0])]
+    assert times[0] == pytest.approx(times[1], rel=1e-3)
+    assert split.sizes[0] < 0.8 * alike.predict(80_000, fallback="cost-model").partition.sizes[0]
+    # Of another number of ranks nobody has said anything.
+    assert one.predict(80_000, 3, fallback="cost-model") == alike.predict(80_000, 3, fallback="cost-model")
 
 
 def test_it_says_what_to_expect() -> None:
@@ -199,6 +240,11 @@ def test_grids_that_make_no_sense_are_refused() -> None:
         "past_shares must grow": {"past_shares": (0.0, 0.0, 0.8)},
         "past_shares lie": {"past_shares": (0.0, 0.3, 1.0)},
         "a row for each": {"past_shares": (0.0, 0.3)},
+        "speeds must be 3 numbers": {"speeds": (1.0, 1.0)},
+        "numbers above 0": {"speeds": (1.0, 1.0, 0.0)},
+        "one at least": {"searched": ()},
+        "must lie among the nodes": {"searched": ((1000, 0), (40_001, 0))},
+        "lie among the nodes": {"searched": ((1000, 0), (1000, 9000))},
         "2 growing shares": {"boundaries": tuple(((0.6, 0.5),) * 4 for _ in SHARES)},
     }
     for message, change in {
@@ -226,7 +272,7 @@ def test_files_of_others_are_refused_in_one_line(tmp_path: Path) -> None:
     wrongs: dict[str, Any] = {
         "unknown field": {**whole, "extra": 1},
         "missing required field": {key: value for key, value in whole.items() if key != "grids"},
-        "this version reads 'kvr-partition/predictor/2'": {
+        "this version reads 'kvr-partition/predictor/3'": {
             **whole,
             "schema": "kvr-partition/predictor/9",
         },
@@ -241,7 +287,7 @@ def test_files_of_others_are_refused_in_one_line(tmp_path: Path) -> None:
     file.write_text(json.dumps(whole).replace("0.2", "NaN", 1))
     with pytest.raises(FileFormatError):
         load(file)
-    file.write_bytes(b'{"schema": "kvr-partition/predictor/2", ' + b" " * (65 << 20) + b"}")
+    file.write_bytes(b'{"schema": "kvr-partition/predictor/3", ' + b" " * (65 << 20) + b"}")
     with pytest.raises(FileFormatError, match="larger than 64 MiB"):
         load(file)
     PartitionTable([]).save(file)

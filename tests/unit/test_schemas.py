@@ -11,10 +11,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from kvr_partition import PartitionPredictor, PartitionTable, jsonfile, load
+from kvr_partition import Partition, PartitionPredictor, PartitionTable, jsonfile, load
 from kvr_partition.certificate import SCHEMA as CERTIFICATE
 from kvr_partition.certificate import Certificate
-from kvr_partition.errors import FileFormatError
+from kvr_partition.errors import FileFormatError, OutOfRangeError
 from kvr_partition.jsonfile import decode, read_bytes
 from kvr_partition.machine.profile import load_profile
 from kvr_partition.provenance import Provenance
@@ -30,6 +30,10 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "dataset.json": lambda path: load_dataset(path).rows[0].provenance,
     "certificate.json": lambda path: decode(read_bytes(path), Certificate, CERTIFICATE, path).provenance,
 }
+
+
+NEWEST = {"predictor.json": 3}
+"""Of those that have a newer schema than 2."""
 
 
 def old_origin(name: str) -> dict[str, Any]:
@@ -83,13 +87,20 @@ def test_what_is_read_is_written_as_the_new_schema(name: str, tmp_path: Path) ->
         case _:
             load(OLD / name).save(out)
     document = json.loads(out.read_text())
-    assert document["schema"] == f"kvr-partition/{name.removesuffix('.json')}/2"
+    assert document["schema"] == f"kvr-partition/{name.removesuffix('.json')}/{NEWEST.get(name, 2)}"
     assert msgspec.to_builtins(READERS[name](out)) == {**old_origin(name), "layers": "stock"}
 
 
 @pytest.mark.parametrize("name", READERS)
 @pytest.mark.parametrize(
-    "schema", ["kvr-partition/{kind}/3", "kvr-partition/{kind}/0", "kvr-partition/{kind}/x", "1"]
+    "schema",
+    [
+        "kvr-partition/{kind}/4",
+        "kvr-partition/{kind}/" + "9" * 5000,
+        "kvr-partition/{kind}/0",
+        "kvr-partition/{kind}/x",
+        "1",
+    ],
 )
 def test_another_schema_is_refused_by_name(name: str, schema: str, tmp_path: Path) -> None:
     schema = schema.format(kind=name.removesuffix(".json"))
@@ -100,6 +111,47 @@ def test_another_schema_is_refused_by_name(name: str, schema: str, tmp_path: Pat
         READERS[name](path)
     assert str(path) in str(error.value)
     assert repr(schema) in str(error.value)
+
+
+def test_an_old_predictor_answers_what_it_answered() -> None:
+    path = OLD.parent / "schema-2" / "predictor.json"
+    document = json.loads(path.read_text())
+    one = load(path)
+    assert isinstance(one, PartitionPredictor)
+    for grid, before in zip(one.grids, document["grids"], strict=True):
+        assert {context for context, _ in grid.searched} == set(before["trained"])
+        assert grid.speeds == ()
+        low, high = before["contexts"][0], before["contexts"][-1]
+        for context, cuts in zip(before["contexts"], before["boundaries"][0], strict=True):
+            split = one.predict(context, grid.ranks).partition
+            wanted = Partition.from_cuts(cuts, context, grid.quantum)
+            assert split == wanted or grid.whole
+        for context in (low - 1, high + 1):
+            with pytest.raises(OutOfRangeError):
+                one.predict(context, grid.ranks)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("trained", 5),
+        ("trained", ["many"]),
+        ("contexts", []),
+        ("contexts", "abc"),
+        ("past_shares", []),
+        ("past_shares", [1.0]),
+        ("past_shares", [None]),
+        ("past_shares", [1e308 / 1e308]),
+    ],
+)
+def test_an_old_predictor_that_lies_is_refused_in_one_line(name: str, value: Any, tmp_path: Path) -> None:
+    document = json.loads((OLD.parent / "schema-2" / "predictor.json").read_text())
+    document["grids"][0][name] = value
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps(document))
+    with pytest.raises(FileFormatError, match=r"one\.json") as error:
+        load(path)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from kvr_partition import Partition, PartitionError, PartitionTable
 from kvr_partition.errors import FileFormatError, OutOfRangeError
+from kvr_partition.machine.cost import LinkCost
 from kvr_partition.machine.schedule import simulate
 from kvr_partition.machine.solve import best_split
 from kvr_partition.predictor import PartitionPredictor
@@ -33,6 +34,7 @@ from kvr_partition.training.dataset import common_quantum
 from kvr_partition.training.evaluation import tune
 from kvr_partition.training.features import NAMES, Query, features
 from kvr_partition.training.regressors import Corrected, Interpolation, growing
+from kvr_partition.training.simulated import searched_row
 from tests.models import provenance
 from tests.rows import CONTEXTS, LANDS, rows, rugged_row
 
@@ -196,6 +198,18 @@ def test_a_searched_context_is_answered_with_what_was_found_there() -> None:
         assert predictor.predict(row.context).partition.sizes == row.sizes
 
 
+def test_the_cost_model_beyond_the_range_knows_slow_ranks() -> None:
+    cost = replace(LANDS[4].truth.cost, size_effects=())
+    truth = replace(LANDS[4].truth, speeds=(0.5, 1.0, 1.0), cost=cost, link=LinkCost.of(1e12, 1e-6))
+    land = dataclasses.replace(LANDS[4], truth=truth, prior=truth)
+    predictor = train([searched_row(land, context, budget=3) for context in CONTEXTS], provenance(ranks=3))
+    (grid,) = predictor.grids
+    assert [speed / grid.speeds[1] for speed in grid.speeds] == pytest.approx([0.5, 1.0, 1.0], rel=0.03)
+    context = 4 * CONTEXTS[-1]
+    found = simulate(predictor.predict(context, fallback="cost-model").partition, truth).ttft_s
+    assert found < 1.05 * simulate(best_split(context, 3, truth), truth).ttft_s
+
+
 def test_tuning_gives_what_a_method_takes_or_nothing() -> None:
     given = tune([*rows(4), *rows(5)], "residual", trials=3)
     assert set(given) <= {"length", "noise"}
@@ -213,7 +227,7 @@ def test_a_trained_predictor_is_the_regressor_it_was_made_from() -> None:
     assert {one.method for one in training.scores} == set(REGRESSORS)
     assert predictor.ranks == (3,)
     (grid,) = predictor.grids
-    assert grid.trained == CONTEXTS
+    assert grid.searched == tuple(sorted({(row.context, row.past) for row in searched}))
     assert (grid.contexts[0], grid.contexts[-1]) == (2048, 16384)
     assert grid.past_shares[0] == 0.0
     assert grid.past_shares[-1] == 0.5
