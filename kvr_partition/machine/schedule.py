@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,8 @@ def simulate(partition: Partition, machine: Machine) -> Timeline:
 
     Within a layer a rank computes until its KV is ready (``cost.kv_share`` of the work per token), hands it
     over, attends to its own block, waits for the prefix, and computes the rest. A link carries one message
-    at a time: for each layer the rank's own chunk first, then what it forwards, nearest chunk first.
+    at a time: for each layer the rank's own chunk first, then what it forwards, nearest chunk first. What other
+    programs do instead is in `Machine.forwards`.
 
     Raises:
         PartitionError: speeds or links for another number of ranks.
@@ -172,7 +174,7 @@ class _Run:
                 for target in range(rank + 1, self.ranks):
                     arrived[target][rank] = self._send(rank, target, self.bytes[rank], ready)
                     sent[rank] += self._held(rank, target, self.bytes[rank])
-            elif rank + 1 < self.ranks:
+            elif rank + 1 < self.ranks and machine.forwards == "chunks":
                 arrived[rank + 1][rank] = self._send(rank, rank + 1, self.bytes[rank], ready)
                 sent[rank] += self._held(rank, rank + 1, self.bytes[rank])
                 for chunk in range(rank - 1, -1, -1):
@@ -184,6 +186,9 @@ class _Run:
             resume = free
             for chunk in range(rank):
                 resume = np.maximum(resume, arrived[rank][chunk])
+            if rank + 1 < self.ranks and machine.forwards != "chunks" and machine.topology == "chain":
+                resume = self._store_and_forward(rank, arrived, ready, resume)
+                sent[rank] += self._held(rank, rank + 1, self.bytes[: rank + 1].sum(axis=0))
             if self.keep:
                 # A layer counts from the end of the wait before it, like a measured timeline.
                 tail = float(self.after_wait[rank][0]) if layer else 0.0
@@ -193,6 +198,19 @@ class _Run:
         self.computed.append(computed)
         self.waited.append(waited)
         self.sent.append(sent)
+
+    def _store_and_forward(self, rank: int, arrived: list[list[Any]], ready: Any, resume: Any) -> Any:
+        """Hand a layer's KV over in one message; when the rank computes again."""
+        import numpy as np
+
+        after, blocking = rank + 1, self.machine.forwards == "blocking"
+        at = functools.reduce(np.maximum, arrived[rank][:rank], ready)
+        if blocking:
+            # Both come to it with their own block done, and neither goes on alone.
+            at = np.maximum(resume, self.now[after] + self.before_kv[after] + self.before_wait[after])
+        message = self._send(rank, after, self.bytes[:after].sum(axis=0), at)
+        arrived[after][:after] = [message] * after
+        return self.free[rank, after] if blocking else resume
 
     def _send(self, source: int, target: int, nbytes: Any, ready: Any) -> Any:
         """When a message has arrived; the link is busy until its last byte has left."""

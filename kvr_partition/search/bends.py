@@ -58,7 +58,7 @@ class Basis:
         return Bend(self.scales, places, tuple(map(float, weights)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Doubt:
     """How far a bend may be off.
 
@@ -89,16 +89,22 @@ class Doubt:
     def of(self, sizes: Any, past: int) -> Array:
         """Relative standard deviation of the least certain chunk of partitions ``[n, ranks]``."""
         import numpy as np
-        from scipy.linalg import solve_triangular
 
         table = np.asarray(sizes, dtype=float)
-        heights = self.basis.heights(table, past + np.cumsum(table, axis=1) - table)
+        found: Array = self.each(table, past + np.cumsum(table, axis=1) - table).max(axis=1)
+        return found
+
+    def each(self, sizes: Any, starts: Any) -> Array:
+        """Relative standard deviation of chunks of these sizes at these positions, of any shape."""
+        import numpy as np
+        from scipy.linalg import solve_triangular
+
+        heights = self.basis.heights(sizes, starts)
         flat = heights.reshape(-1, heights.shape[-1]).T
         # What no bump reaches is as uncertain as before; of the rest, what measurements leave.
         beyond = np.maximum(0.0, 1.0 - (flat * flat).sum(axis=0))
         left = solve_triangular(self.precision, flat, lower=True)
-        variances = (beyond + (left * left).sum(axis=0)).reshape(table.shape)
-        found: Array = self.spread * np.sqrt(variances.max(axis=1))
+        found: Array = self.spread * np.sqrt(beyond + (left * left).sum(axis=0)).reshape(heights.shape[:-1])
         return found
 
 

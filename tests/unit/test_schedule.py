@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -54,6 +55,7 @@ def cases(draw: st.DrawFn) -> tuple[Partition, Machine]:
         past=draw(st.integers(0, 300)),
         noise=draw(st.sampled_from([0, 100_000])),
         noise_seed=draw(st.integers(0, 3)),
+        forwards=draw(st.sampled_from(["chunks", "whole", "blocking"])),
     )
     return Partition(sizes, past=machine.past), machine
 
@@ -104,6 +106,26 @@ def test_ranks_that_share_hardware_are_faster_while_others_are_idle(
     assert simulate(partition, shared).ttft_s == pytest.approx(right, rel=1e-9)
     assert ttft([partition.sizes], shared)[0] == pytest.approx(right, rel=1e-9)
     assert 1 / solo_speedup - 1e-9 <= factor <= 1
+
+
+def test_who_stores_and_forwards_waits_for_everything_and_who_blocks_waits_for_the_next() -> None:
+    # A second for each token once KV is there, which is at once; a link takes a second for each token's KV.
+    machine = Machine(ChunkCost(0.0, 1.0, 0.0, 0.0), layers=1, entry_bytes=1, link=LinkCost(0.0, 1.0))
+    split = Partition((2, 3, 4))
+
+    def ends(forwards: Literal["chunks", "whole", "blocking"]) -> list[float]:
+        timeline = simulate(split, replace(machine, forwards=forwards))
+        return [rank.compute_s + rank.wait_s for rank in timeline.ranks]
+
+    # The second rank's own chunk leaves at 0, the first one's when it has come at 2 and the link is free at 3.
+    assert ends("chunks") == [2, 2 + 3, 5 + 4]
+    # All five tokens leave at 2.
+    assert ends("whole") == [2, 2 + 3, 7 + 4]
+    # And who sends computes afterwards.
+    assert ends("blocking") == [2 + 2, 7 + 3, 7 + 4]
+    # A rank that is at work does not receive: in its second layer the first waits for the second to come.
+    two = simulate(split, replace(machine, layers=2, forwards="blocking"))
+    assert two.ranks[0].compute_s + two.ranks[0].wait_s == 7 + 1.5 + 2 + 1
 
 
 def test_many_partitions_at_once_are_each_by_itself() -> None:
