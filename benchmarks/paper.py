@@ -105,8 +105,8 @@ def main() -> None:
                 "entries_kvr": sum(split.ends[:-1]),
             }
         )
-    header = ["model", "context", "GPUs", "TSP", "published", "off", "KVR-S", "published", "off", "blocking", "off",
-              "speed-up", "published", "off"]  # fmt: skip
+    header = ["model", "context", "GPUs", "TSP", "published", "off", "KVR-S", "published", "off", "blocking",
+              "off", "speed-up", "published", "off"]  # fmt: skip
     print_table(
         header,
         [

@@ -27,13 +27,13 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
         dense: whether every pair is computed and masked, as in the paper, rather than causal ones only.
         past: tokens that every rank has in its cache already, where no partition says so itself.
         noise, noise_seed: background traffic, as in `runtime.links.LinkLimits`.
+        solo_speedup: speed of a rank while all others are idle, relative to ``speeds``, which are those of all
+            ranks at work at once; ``alone_speed`` in files. Ranks on one GPU share its power and memory; 1 for
+            ranks that share nothing.
         forwards: how a rank of a chain hands KV over. ``"chunks"``: its own as soon as it is ready, and each chunk
             before it as soon as that has arrived. ``"whole"``: all KV of a layer as one message, once all is there
             (store and forward). ``"blocking"``: that, and the rank computes nothing until the next one, which must
             have come to receive it, has it; so the paper describes its implementation.
-        solo_speedup: speed of a rank while all others are idle, relative to ``speeds``, which are those of all
-            ranks at work at once; ``alone_speed`` in files. Ranks on one GPU share its power and memory; 1 for
-            ranks that share nothing.
     """
 
     cost: ChunkCost
@@ -48,8 +48,8 @@ class Machine(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     past: int = 0
     noise: int = 0
     noise_seed: int = 0
-    forwards: Literal["chunks", "whole", "blocking"] = "chunks"
     solo_speedup: float = msgspec.field(default_factory=lambda: 1.0, name="alone_speed")
+    forwards: Literal["chunks", "whole", "blocking"] = "chunks"
 
     def slowness(self, rank: int) -> float:
         """How many times as long as ``cost`` a rank takes."""

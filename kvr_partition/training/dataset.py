@@ -84,26 +84,38 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.past / (self.past + self.context)
 
     def regret(self, partition: Partition) -> float:
-        """How much longer another partition takes than the best known one, as a share.
+        """How much longer another partition is expected to take than the best one, as a share."""
+        losses = self.losses(partition)
+        return math.fsum(losses) / len(losses)
 
-        Simulated rows know the truth. Measured ones are asked what their measurements lead to expect, which for a
-        partition near the measured ones is good to their noise.
+    def losses(self, partition: Partition) -> tuple[float, ...]:
+        """How much longer another partition takes than the best one, as shares, each as likely as the others.
+
+        Simulated rows know the truth. Of measured ones it is what their own measurements lead to expect, with all
+        its uncertainty: nobody has timed that partition, and the best one is not known either.
         """
         if self.truth is not None and self.best_s is not None:
-            return simulate(partition, self.truth.behind(self.past)).ttft_s / self.best_s - 1
-        beliefs, best_s = _believed(self)
-        return float(beliefs.ttft_s([partition.sizes])[0][0]) / best_s - 1
+            return (simulate(partition, self.truth.behind(self.past)).ttft_s / self.best_s - 1,)
+        losses = []
+        for beliefs, best_s in _believed(self):
+            ttft_s = float(beliefs.ttft_s([partition.sizes])[0][0])
+            losses.append(ttft_s / min(ttft_s, best_s) - 1)
+        return tuple(losses)
 
 
-@functools.lru_cache(maxsize=1024)
-def _believed(row: Row) -> tuple[Beliefs, float]:
-    """What a measured row's trials lead to expect, and of the best partition."""
-    from kvr_partition.search.beliefs import Beliefs
+DRAWS = 12
+"""Of what a measured row's trials lead to expect."""
 
-    beliefs = Beliefs.after(row.prior.behind(row.past), row.context, row.trials)
-    solved = best_split(row.context, row.ranks, beliefs.machine)
-    known = [row.sizes, solved.sizes, *(trial.sizes for trial in row.trials if trial.ok)]
-    return beliefs, float(beliefs.ttft_s(known)[0].min())
+
+@functools.lru_cache(maxsize=256)
+def _believed(row: Row) -> list[tuple[Beliefs, float]]:
+    """Draws of what a measured row's trials lead to expect, and in each TTFT of the best partition."""
+    from kvr_partition.search.draws import drawn
+
+    beliefs = drawn(row.prior.behind(row.past), row.context, row.trials, DRAWS)
+    known = dict.fromkeys([row.sizes, *(trial.sizes for trial in row.trials if trial.ok)])
+    known |= dict.fromkeys(best_split(row.context, row.ranks, one.machine).sizes for one in beliefs)
+    return [(one, float(one.ttft_s(list(known))[0].min())) for one in beliefs]
 
 
 def measured_row(
