@@ -188,8 +188,11 @@ class Session:
 
     # -------------------------------------------------------------------------------------------- one context
 
-    def search(self, context: int) -> ContextResult:
+    def search(self, context: int, first: Sequence[Seed] = ()) -> ContextResult:
         """Search one context, compare the best with the baselines, and put it into the table.
+
+        Args:
+            first: partitions that a search which begins now measures before any other.
 
         Raises:
             PartitionError, UnsupportedError, RankError: as `run`.
@@ -206,7 +209,7 @@ class Session:
             finals.extend(zip(candidates, measurements, strict=True))
             return measurements[-len(partitions) :]
 
-        found = self._searched(context, confirm)
+        found = self._searched(context, confirm, first)
         self._keep(context, found)
         self._finish(context, self.budget or BUDGET)
         even = Candidate("kvr", Partition.even(context, self.group.ranks, past=self.past))
@@ -218,7 +221,12 @@ class Session:
         self.results.append(ContextResult(context, found, named, noticed))
         return self.results[-1]
 
-    def _searched(self, context: int, confirm: Callable[[Sequence[Partition]], list[Measurement]]) -> SearchResult:
+    def _searched(
+        self,
+        context: int,
+        confirm: Callable[[Sequence[Partition]], list[Measurement]],
+        first: Sequence[Seed],
+    ) -> SearchResult:
         kind, purpose = check_sampler(self.sampler), purpose_of("search", context, self.past)
         machine = self.machine() if kind.seeded else None
         # Without a cost to correct there is nothing to be informed by.
@@ -230,7 +238,7 @@ class Session:
             context,
             self.group.ranks,
             self._budget_of(context, machine),
-            seeds=lambda: self._seeds(context),
+            seeds=lambda: [*first, *self._seeds(context)],
             sampler=WITHOUT_MACHINE if lost else self.sampler,
             machine=machine,
             quantum=self.quantum_of(context),

@@ -143,6 +143,32 @@ def parse_contexts(text: str) -> list[int]:
     return sorted(contexts)
 
 
+def parse_range(text: str) -> tuple[int, int] | None:
+    """The shortest and the longest context of ``4096..65536``; None for what is no range.
+
+    Raises:
+        PartitionError: ends that are no contexts, or in the wrong order.
+    """
+    if ".." not in text:
+        return None
+    low, _, high = text.partition("..")
+    if not (low.strip().isdecimal() and high.strip().isdecimal()) or not 1 <= int(low) < int(high):
+        raise PartitionError(f"a range of contexts is written as 4096..65536, the shorter one first; got {text!r}")
+    return int(low), int(high)
+
+
+def parse_share(text: str, what: str) -> float:
+    """A share written in percent, like ``0.5%``.
+
+    Raises:
+        UnsupportedError: anything else, or no share between 0 and 100%.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*%\s*", text)
+    if match is None or not 0 < float(match[1]) < 100:
+        raise UnsupportedError(f"{what} is a share in percent, like 0.5%; got {text!r}")
+    return float(match[1]) / 100
+
+
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 

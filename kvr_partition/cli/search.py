@@ -6,6 +6,7 @@ goes on where an earlier one stopped, however it stopped.
 Examples:
   kvr-partition search
   kvr-partition search --model my-llama --ranks 4 --contexts 4096:16384:4096 --budget 20
+  kvr-partition search --model my-llama --ranks 4 --contexts 4096..65536 --until 0.5%
 """
 
 from __future__ import annotations
@@ -24,17 +25,27 @@ from kvr_partition.cli.options import (
     make_group,
     need_at_least,
     parse_contexts,
+    parse_range,
+    parse_share,
 )
+from kvr_partition.errors import UnsupportedError
 from kvr_partition.partition import Partition
 from kvr_partition.provenance import weights_line
 
 if TYPE_CHECKING:
     from kvr_partition.cli.outdir import OutDir
+    from profiler.covering import Covered
     from profiler.ranks import RankGroup
     from profiler.session import ContextResult
 
 QUICKSTART_CONTEXTS = "512,1024,2048"
 QUICKSTART_HELD_OUT = "1536"
+
+UNTIL = "1%"
+"""Regret that a range of contexts is searched down to."""
+
+USUALLY_SEARCHED = 5
+"""Contexts of a range, as far as a progress bar can know."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +54,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--contexts",
         help=f"prompt lengths: 4096,8192 or start:stop:step (default {QUICKSTART_CONTEXTS}, and "
-        f"{QUICKSTART_HELD_OUT} held out to try KVR-P on)",
+        f"{QUICKSTART_HELD_OUT} held out to try KVR-P on); or 4096..65536: as many in between as --until takes",
+    )
+    group.add_argument(
+        "--until",
+        metavar="PERCENT",
+        help=f"of a range: search contexts until each, left out, would lose no more than this (default {UNTIL}%)",
+    )
+    group.add_argument(
+        "--most-contexts", type=int, help="of a range: search no more than so many contexts (default 12)"
     )
     group.add_argument("--held-out", help="prompt lengths to predict and time, not to search")
     group.add_argument(
@@ -84,7 +103,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """The main job."""
-    contexts, held_out = _contexts(options)
+    contexts, held_out, until = _contexts(options)
 
     from kvr_partition.machine.profile import Profile, load_profile
     from kvr_partition.search.samplers import check_sampler
@@ -101,6 +120,7 @@ def run(options: argparse.Namespace) -> None:
 
     from kvr_partition.cli.outdir import OutDir
     from kvr_partition.cli.show import Progress
+    from profiler.covering import MOST_CONTEXTS, cover
     from profiler.measure import SamplingPlan
     from profiler.session import Session
 
@@ -124,7 +144,9 @@ def run(options: argparse.Namespace) -> None:
             table=out.table,
             on_table=out.save,
         )
-        with Progress(session.work(held_out), options.quiet) as progress, group:
+        work = session.work(held_out) * (1 if until is None else USUALLY_SEARCHED / len(contexts))
+        covered = None
+        with Progress(work, options.quiet) as progress, group:
             session.listener = progress
             if out.moved_to is not None:
                 progress.say(f"set aside what was in {path} as {out.moved_to}")
@@ -132,22 +154,35 @@ def run(options: argparse.Namespace) -> None:
                 progress.say(f"{out.log_path}: a torn last line was set aside in {out.log_path.name}.torn")
             progress.doing(f"starting {group.ranks} {group.backend} ranks of {group.geometry.name}")
             out.check_conditions(group.provenance)
-            results = session.run(held_out)
-    _report(options, out, group, results, session.costs_known)
+            if until is not None:
+                covered = cover(session, contexts[0], contexts[-1], until, options.most_contexts or MOST_CONTEXTS)
+                session.contexts = ()
+            if until is None or held_out:
+                session.run(held_out)
+            results = sorted(session.results, key=lambda result: (result.held_out, result.context))
+    _report(options, out, group, results, session.costs_known, covered)
 
 
-def _contexts(options: argparse.Namespace) -> tuple[list[int], list[int]]:
-    """Contexts to search and to hold out, once all numbers make sense."""
+def _contexts(options: argparse.Namespace) -> tuple[list[int], list[int], float | None]:
+    """Contexts to search and to hold out, once all numbers make sense; of a range its ends, and what to reach.
+
+    Raises:
+        UnsupportedError: what is asked of a range without one, or numbers that make no sense.
+    """
     need_at_least("ranks", options.ranks, 2)
-    for name in ("budget", "samples", "quantum"):
+    for name, least in (("budget", 1), ("samples", 1), ("quantum", 1), ("most_contexts", 3)):
         if getattr(options, name) is not None:
-            need_at_least(name, getattr(options, name), 1)
-    contexts = parse_contexts(options.contexts or QUICKSTART_CONTEXTS)
+            need_at_least(name.replace("_", "-"), getattr(options, name), least)
+    ends = parse_range(options.contexts or "")
+    if ends is None and (options.until is not None or options.most_contexts is not None):
+        raise UnsupportedError("--until and --most-contexts are for a range, like --contexts 4096..65536")
+    until = None if ends is None else parse_share(options.until or UNTIL, "--until")
+    contexts = list(ends) if ends is not None else parse_contexts(options.contexts or QUICKSTART_CONTEXTS)
     held_out = options.held_out or (QUICKSTART_HELD_OUT if options.contexts is None else None)
     others = parse_contexts(held_out) if held_out else []
     for context in [*contexts, *others]:
         Partition.even(context, options.ranks, quantum=options.quantum or 1, past=options.past)
-    return contexts, others
+    return contexts, others, until
 
 
 def default_out(group: RankGroup) -> Path:
@@ -171,6 +206,7 @@ def _report(
     group: RankGroup,
     results: Sequence[ContextResult],
     costs_known: bool,
+    covered: Covered | None,
 ) -> None:
     from kvr_partition.cli.comparison import Comparison, together
     from kvr_partition.cli.show import print_findings, print_json, print_table
@@ -195,6 +231,7 @@ def _report(
                     "measurements": str(out.log_path),
                     "study": str(out.path / "study.db"),
                 },
+                "covered": covered,
                 "contexts": [
                     {
                         "context": result.context,
@@ -223,7 +260,21 @@ def _report(
                 f"\nContext {result.context} was searched no further than {result.measured} partitions: "
                 "measurements contradict its costs. Once that is mended, search it anew with --fresh."
             )
+    if covered is not None:
+        _say_how_sure(covered)
     _say_what_next(options, out, results[-1].context, costs_known)
+
+
+def _say_how_sure(covered: Covered) -> None:
+    """What searching a range came to, and what it cost."""
+    count, lost = len(covered.contexts), covered.regret
+    print(f"\n{covered.low} to {covered.high} tokens: searched {', '.join(map(str, covered.contexts))} "
+          f"({count} contexts, {covered.measured} partitions, {covered.seconds:.0f} s).")  # fmt: skip
+    if lost is not None:
+        print(f"Left out, each would lose {lost.mean:.2%} on average, {lost.max:.2%} at most ({covered.method}); "
+              f"asked for: {covered.until:.2%}.")  # fmt: skip
+    if not covered.reached:
+        print(f"It ended there since {covered.why}.")
 
 
 def _say_what_next(options: argparse.Namespace, out: OutDir, example: int, costs_known: bool) -> None:

@@ -129,6 +129,49 @@ def test_a_search_on_the_simulator_says_so_everywhere(simulated: Path) -> None:
     assert sizes[0] > sizes[2]
 
 
+def test_a_range_of_contexts_is_searched_as_far_as_needed(simulated: Path) -> None:
+    done = run(f"search {ON} --contexts 128..512 --until 5% --out out", simulated)
+    assert done.returncode == 0, done.stderr
+    assert "128 to 512 tokens: searched 128, 256, 512 (3 contexts" in done.stdout
+    assert "asked for: 5.00%" in done.stdout
+    document = json.loads(
+        run(f"search {ON} --contexts 128..512 --until 5% --out out --format json", simulated).stdout
+    )
+    assert document["covered"]["reached"]
+    assert document["covered"]["contexts"] == [128, 256, 512]
+    assert [one["context"] for one in document["contexts"]] == [128, 256, 512]
+    more = f"search {ON} --contexts 128..512 --until 0.0001% --most-contexts 4 --held-out 300 --out out"
+    document = json.loads(run(f"{more} --format json", simulated).stdout)
+    assert not document["covered"]["reached"]
+    assert [one["context"] for one in document["contexts"] if one["held_out"]] == [300]
+    said = run(more, simulated).stdout
+    assert "It ended there since 4 contexts were searched" in said
+    assert run("train out --out my.json", simulated).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            "--contexts 1024..256",
+            "a range of contexts is written as 4096..65536, the shorter one first; got '1024..256'",
+        ),
+        ("--contexts 256..", "got '256..'"),
+        ("--contexts 256..512..1024", "got '256..512..1024'"),
+        ("--contexts 256..1024 --until 0.5", "--until is a share in percent, like 0.5%; got '0.5'"),
+        ("--contexts 256..1024 --until 0%", "--until is a share in percent, like 0.5%; got '0%'"),
+        ("--contexts 256..1024 --most-contexts 2", "--most-contexts must be at least 3"),
+        (
+            "--contexts 256,1024 --until 1%",
+            "--until and --most-contexts are for a range, like --contexts 4096..65536",
+        ),
+    ],
+)
+def test_ranges_that_make_no_sense_are_refused(asked: str, message: str, simulated: Path) -> None:
+    badly_written = "got '" in message and "--until" not in message
+    assert message in one_error(run(f"search {ON} {asked}", simulated), 2 if badly_written else 1)
+
+
 def rugged(folder: Path, spread: float) -> Machine:
     """A folder with a model and a profile of three ranks on a GPU whose kernels like some sizes better."""
     model = write_folder(folder / "llama", "llama-gqa", num_hidden_layers=6, max_position_embeddings=32768)
