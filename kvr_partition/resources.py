@@ -1,4 +1,4 @@
-"""The models and data that come with the project, from a checkout and from an installed wheel alike."""
+"""The models that come with the project, from a checkout and from an installed wheel alike."""
 
 from __future__ import annotations
 
@@ -8,16 +8,7 @@ from pathlib import Path
 
 def models_folder() -> Path:
     """The folder with one sub-folder per LLM."""
-    return _folder("models")
-
-
-def data_folder() -> Path:
-    """The folder with the measurements behind published figures."""
-    return _folder("data")
-
-
-def _folder(name: str) -> Path:
     # The wheel keeps them inside the package; a checkout has them beside it, at its top.
     package = Path(str(files("kvr_partition")))
-    inside = package / name
-    return inside if inside.is_dir() else package.parent / name
+    inside = package / "models"
+    return inside if inside.is_dir() else package.parent / "models"

@@ -16,7 +16,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvr_partition.cli.options import (
     add_output,
@@ -33,10 +33,12 @@ from kvr_partition.partition import Partition
 from kvr_partition.provenance import weights_line
 
 if TYPE_CHECKING:
+    from kvr_partition.cli.comparison import Comparison
     from kvr_partition.cli.outdir import OutDir
+    from kvr_partition.machine.profile import Profile
     from profiler.covering import Covered
     from profiler.ranks import RankGroup
-    from profiler.session import ContextResult
+    from profiler.session import ContextResult, Session
 
 QUICKSTART_CONTEXTS = "512,1024,2048"
 QUICKSTART_HELD_OUT = "1536"
@@ -105,7 +107,7 @@ def run(options: argparse.Namespace) -> None:
     """The main job."""
     contexts, held_out, until = _contexts(options)
 
-    from kvr_partition.machine.profile import Profile, load_profile
+    from kvr_partition.machine.profile import load_profile
     from kvr_partition.search.samplers import check_sampler
 
     check_sampler(options.sampler)
@@ -121,29 +123,12 @@ def run(options: argparse.Namespace) -> None:
     from kvr_partition.cli.outdir import OutDir
     from kvr_partition.cli.show import Progress
     from profiler.covering import MOST_CONTEXTS, cover
-    from profiler.measure import SamplingPlan
-    from profiler.session import Session
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path = Path(options.out) if options.out else default_out(group)
     with OutDir(path, fresh=options.fresh) as out:
         out.check_request(group)
-        session = Session(
-            group,
-            out.log,
-            contexts,
-            past=options.past,
-            budget=options.budget,
-            sampler=options.sampler,
-            quantum=options.quantum,
-            plan=SamplingPlan.at_most(options.samples, group.backend),
-            storage=options.storage or out.study_url,
-            shared=options.storage is not None,
-            seed=options.seed,
-            profile=costs,
-            table=out.table,
-            on_table=out.save,
-        )
+        session = _session(options, group, out, contexts, costs)
         work = session.work(held_out) * (1 if until is None else USUALLY_SEARCHED / len(contexts))
         covered = None
         with Progress(work, options.quiet) as progress, group:
@@ -155,12 +140,41 @@ def run(options: argparse.Namespace) -> None:
             progress.doing(f"starting {group.ranks} {group.backend} ranks of {group.geometry.name}")
             out.check_conditions(group.provenance)
             if until is not None:
-                covered = cover(session, contexts[0], contexts[-1], until, options.most_contexts or MOST_CONTEXTS)
+                most = options.most_contexts or MOST_CONTEXTS
+                covered = cover(session, contexts[0], contexts[-1], until, most)
                 session.contexts = ()
             if until is None or held_out:
                 session.run(held_out)
             results = sorted(session.results, key=lambda result: (result.held_out, result.context))
     _report(options, out, group, results, session.costs_known, covered)
+
+
+def _session(
+    options: argparse.Namespace,
+    group: RankGroup,
+    out: OutDir,
+    contexts: Sequence[int],
+    costs: Profile | None,
+) -> Session:
+    from profiler.measure import SamplingPlan
+    from profiler.session import Session
+
+    return Session(
+        group,
+        out.log,
+        contexts,
+        past=options.past,
+        budget=options.budget,
+        sampler=options.sampler,
+        quantum=options.quantum,
+        plan=SamplingPlan.at_most(options.samples, group.backend),
+        storage=options.storage or out.study_url,
+        shared=options.storage is not None,
+        seed=options.seed,
+        profile=costs,
+        table=out.table,
+        on_table=out.save,
+    )
 
 
 def _contexts(options: argparse.Namespace) -> tuple[list[int], list[int], float | None]:
@@ -211,8 +225,9 @@ def _report(
     from kvr_partition.cli.comparison import Comparison, together
     from kvr_partition.cli.show import print_findings, print_json, print_table
 
-    compared = {
-        result.context: Comparison(
+    # One context may be searched and held out both.
+    compared = [
+        Comparison(
             result.named,
             ranks=group.ranks,
             shared=group.backend == "sm",
@@ -220,7 +235,7 @@ def _report(
             depth=group.resolved_depth,
         )
         for result in results
-    }
+    ]
     if options.format == "json":
         print_json(
             {
@@ -232,25 +247,15 @@ def _report(
                     "study": str(out.path / "study.db"),
                 },
                 "covered": covered,
-                "contexts": [
-                    {
-                        "context": result.context,
-                        "held_out": result.held_out,
-                        "partitions_measured": result.measured,
-                        "stopped": result.stopped,
-                        "findings": result.findings,
-                        "methods": compared[result.context].facts(),
-                    }
-                    for result in results
-                ],
+                "contexts": list(map(_facts, results, compared)),
             }
         )
         return
     print(f"\n{group.geometry.name} on {group.ranks} {group.backend} ranks, {group.dtype}")
     print(f"{weights_line(group.weights)}\n")
     labelled = [
-        (f"{result.context}{' (held out)' if result.held_out else ''}", compared[result.context])
-        for result in results
+        (f"{result.context}{' (held out)' if result.held_out else ''}", comparison)
+        for result, comparison in zip(results, compared, strict=True)
     ]
     print_table(*together(labelled), left=2)
     print_findings([(result.context, result.findings) for result in results])
@@ -263,6 +268,17 @@ def _report(
     if covered is not None:
         _say_how_sure(covered)
     _say_what_next(options, out, results[-1].context, costs_known)
+
+
+def _facts(result: ContextResult, comparison: Comparison) -> dict[str, Any]:
+    return {
+        "context": result.context,
+        "held_out": result.held_out,
+        "partitions_measured": result.measured,
+        "stopped": result.stopped,
+        "findings": result.findings,
+        "methods": comparison.facts(),
+    }
 
 
 def _say_how_sure(covered: Covered) -> None:

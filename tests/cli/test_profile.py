@@ -149,6 +149,14 @@ def test_a_range_of_contexts_is_searched_as_far_as_needed(simulated: Path) -> No
     assert run("train out --out my.json", simulated).returncode == 0
 
 
+def test_a_context_that_is_searched_and_held_out_is_shown_as_both(simulated: Path) -> None:
+    asked = f"search {ON} --contexts 128,256,512 --held-out 256 --out out --format json"
+    found = json.loads(run(asked, simulated).stdout)["contexts"]
+    methods = {(one["context"], one["held_out"]): [each["method"] for each in one["methods"]] for one in found}
+    assert methods[256, False][-1] == "KVR-S"
+    assert methods[256, True][-1] == "KVR-P"
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [

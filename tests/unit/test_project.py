@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -49,9 +52,19 @@ def test_every_dependency_is_pinned() -> None:
     assert names <= pinned
 
 
-def test_models_and_data_are_found() -> None:
+def test_models_are_found() -> None:
     assert (resources.models_folder() / "quickstart-llama" / "config.json").is_file()
-    assert (resources.data_folder() / "README.md").is_file()
+
+
+def test_the_wheel_has_models_and_no_measurements(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "kvr_partition/models/quickstart-llama/config.json" in names
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"kvr_partition", "profiler"}
+    assert not [name for name in names if name.startswith(("kvr_partition/data", "data"))]
+    assert wheel.stat().st_size < 1_000_000
 
 
 def test_the_version_is_one_that_pip_understands() -> None:
