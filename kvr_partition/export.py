@@ -103,9 +103,11 @@ def vllm_config(
         return {"pcp_partition_weights": list(found.partition.fractions)}
     routes = [route for route in router_table(source).routes if route.past == 0 and ranks in (None, route.ranks)]
     counts = sorted({route.ranks for route in routes})
+    if not counts:
+        raise OutOfRangeError(f"nothing{_for(ranks)} was searched without cached tokens; vLLM takes no other")
     if len(counts) != 1:
         raise OutOfRangeError(
-            f"there are partitions for {', '.join(map(str, counts)) or 'no'} ranks; say which with ranks="
+            f"there are partitions for {', '.join(map(str, counts))} ranks; say which with ranks="
         )
     weights = {route.context: _shares(route.cuts) for route in routes}
     return {
@@ -115,7 +117,11 @@ def vllm_config(
 
 
 def router_table(source: PartitionTable | PartitionPredictor) -> RouterTable:
-    """Every searched context of a table, or every node of a predictor without past tokens inside its range."""
+    """Every searched context of a table, or every node of a predictor without past tokens inside its range.
+
+    Raises:
+        OutOfRangeError: a predictor of prompts behind cached tokens only.
+    """
     origin = source.provenance
     if isinstance(source, PartitionPredictor):
         routes = [
@@ -125,6 +131,10 @@ def router_table(source: PartitionTable | PartitionPredictor) -> RouterTable:
             for context, cuts in zip(grid.contexts, grid.boundaries[0], strict=True)
             if source.hull(grid.ranks).holds(context, 0)
         ]
+        if not routes:
+            raise OutOfRangeError(
+                "this predictor answers behind cached tokens only; export the table, which has these"
+            )
     else:
         routes = [
             Route(
@@ -142,6 +152,10 @@ def router_table(source: PartitionTable | PartitionPredictor) -> RouterTable:
         None if origin is None else f"{origin.device}, {origin.backend}",
         tuple(routes),
     )
+
+
+def _for(ranks: int | None) -> str:
+    return "" if ranks is None else f" on {ranks} ranks"
 
 
 def _shares(cuts: Sequence[float]) -> list[float]:

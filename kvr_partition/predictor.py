@@ -23,7 +23,7 @@ SCHEMA = "kvr-partition/predictor/3"
 
 Fallback = Literal["cost-model", "even"]
 
-MOST_RANKS, MOST_NODES = 1024, 1_000_000
+MOST_RANKS, MOST_NODES, MOST_TOKENS = 1024, 1_000_000, 1 << 40
 """Beyond these a file is nobody's predictor."""
 
 
@@ -109,6 +109,8 @@ class Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             return f"ranks must be 2 to {MOST_RANKS}"
         if not self.contexts or self.contexts[0] < self.ranks or not _grows(self.contexts):
             return "contexts must grow, from at least as many tokens as ranks"
+        if self.contexts[-1] > MOST_TOKENS:
+            return f"no prompt has more than {MOST_TOKENS} tokens"
         if self.quantum < 1 or self.quantum * self.ranks > self.contexts[0]:
             return "quantum must be at least 1 and leave every rank one"
         if not self.past_shares or not _grows(self.past_shares):
@@ -141,7 +143,7 @@ class Grid(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def _has(self, context: int, past: int) -> bool:
         """Whether nodes surround a context and past, which may be off by a token."""
-        if not self.contexts[0] <= context <= self.contexts[-1] or past < 0:
+        if not self.contexts[0] <= context <= self.contexts[-1] or not 0 <= past <= MOST_TOKENS:
             return False
         return self.past_shares[0] - 1 / context <= past / (past + context) <= self.past_shares[-1] + 1 / context
 

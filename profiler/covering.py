@@ -86,6 +86,8 @@ def cover(session: Session, low: int, high: int, until: float, most: int = MOST_
     searched = sorted({low, high, *(context for context in known if low < context < high)})
     # What chunks cost is measured once for all contexts, up to the longest.
     session.contexts = sorted({*session.contexts, *searched})
+    # And by every sampler: predictions need it also where the search goes by something else.
+    session.machine()
     for context in searched:
         session.search(context)
     while True:
@@ -96,7 +98,7 @@ def cover(session: Session, low: int, high: int, until: float, most: int = MOST_
             break
         following = _least_sure(searched, left_out, session)
         if not rows:
-            why = "the measurements do not tell what chunks cost"
+            why = "noise hides what chunks cost, which predictions are made from; try a quieter machine"
         elif len(searched) >= most:
             why = f"{len(searched)} contexts were searched, and {most} are the most that were asked for"
         elif following is None:

@@ -152,7 +152,7 @@ def parse_range(text: str) -> tuple[int, int] | None:
     if ".." not in text:
         return None
     low, _, high = text.partition("..")
-    if not (low.strip().isdecimal() and high.strip().isdecimal()) or not 1 <= int(low) < int(high):
+    if re.fullmatch(r"\s*[0-9]{1,12}\s*\.\.\s*[0-9]{1,12}\s*", text) is None or not 1 <= int(low) < int(high):
         raise PartitionError(f"a range of contexts is written as 4096..65536, the shorter one first; got {text!r}")
     return int(low), int(high)
 

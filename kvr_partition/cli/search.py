@@ -190,7 +190,7 @@ def _contexts(options: argparse.Namespace) -> tuple[list[int], list[int], float 
     ends = parse_range(options.contexts or "")
     if ends is None and (options.until is not None or options.most_contexts is not None):
         raise UnsupportedError("--until and --most-contexts are for a range, like --contexts 4096..65536")
-    until = None if ends is None else parse_share(options.until or UNTIL, "--until")
+    until = None if ends is None else parse_share(UNTIL if options.until is None else options.until, "--until")
     contexts = list(ends) if ends is not None else parse_contexts(options.contexts or QUICKSTART_CONTEXTS)
     held_out = options.held_out or (QUICKSTART_HELD_OUT if options.contexts is None else None)
     others = parse_contexts(held_out) if held_out else []

@@ -165,7 +165,8 @@ def regret(outcomes: Sequence[Outcome]) -> Regret:
     ordered = sorted(one.at_most(share) for one in outcomes)
     mean = math.fsum(one.regret for one in outcomes) / len(outcomes)
     p95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
-    return Regret(mean, p95, max(mean, ordered[-1]), len(ordered))
+    # A median may be below the mean of what is skewed.
+    return Regret(mean, max(mean, p95), max(mean, ordered[-1]), len(ordered))
 
 
 def tune(

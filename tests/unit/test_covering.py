@@ -80,6 +80,22 @@ def test_what_a_table_has_already_is_not_left_out_of_account(group: RankGroup, t
     assert found.contexts == (256, 300, 1024)
 
 
+def test_a_sampler_that_goes_by_no_costs_covers_a_range_too(group: RankGroup, tmp_path: Path) -> None:
+    with group, MeasurementLog(tmp_path / "log.jsonl") as log:
+        session = Session(group, log, [], budget=2, plan=PLAN, sampler="hierarchical")
+        found = cover(session, 256, 1024, until=0.5)
+    assert (found.contexts, found.reached) == ((256, 512, 1024), True)
+
+
+def test_a_range_behind_cached_tokens(group: RankGroup, tmp_path: Path) -> None:
+    with group, MeasurementLog(tmp_path / "log.jsonl") as log:
+        Session(group, log, [300], budget=2, plan=PLAN).run()
+        session = Session(group, log, [], past=128, budget=3, plan=PLAN)
+        found = cover(session, 256, 1024, until=0.5)
+    assert found.contexts == (256, 512, 1024)
+    assert {entry.past for entry in session.table.entries} == {128}
+
+
 def test_contexts_that_lie_close_together_say_nothing_about_others(group: RankGroup, tmp_path: Path) -> None:
     with group:
         _, found, _ = covered(group, tmp_path, until=0.01, low=256, high=300)

@@ -23,6 +23,7 @@ from kvr_partition import (
     load,
 )
 from kvr_partition.errors import FileFormatError
+from kvr_partition.export import router_table, vllm_config
 from kvr_partition.machine.cost import ChunkCost
 from kvr_partition.predictor import Grid, Regret
 from tests.interpreter import HEAVY, loaded_after
@@ -159,6 +160,21 @@ def test_what_was_searched_behind_one_past_only_is_answered_behind_it_only() -> 
             one.predict(5000, past=past)
 
 
+def test_what_answers_behind_cached_tokens_only_is_not_exported_as_nothing() -> None:
+    searched = ((1000, 2000), (40_000, 2000))
+    behind = PartitionPredictor([msgspec.structs.replace(grid(2), searched=searched)], predictor().training, COST)
+    with pytest.raises(OutOfRangeError, match="answers behind cached tokens only"):
+        router_table(behind)
+    with pytest.raises(OutOfRangeError, match="cached tokens"):
+        vllm_config(behind)
+    # Nodes that nothing was searched around are none of its answers.
+    inner = msgspec.structs.replace(grid(2), searched=((2000, 0), (5000, 0), (40_000, 8000)))
+    routes = router_table(PartitionPredictor([inner], predictor().training, COST)).routes
+    assert [route.context for route in routes] == [2000, 5000]
+    with pytest.raises(OutOfRangeError, match="nothing on 3 ranks was searched without cached tokens"):
+        vllm_config(PartitionPredictor([inner], predictor().training, COST), ranks=3)
+
+
 def test_the_cost_model_knows_how_fast_each_rank_is() -> None:
     slow = msgspec.structs.replace(grid(2), speeds=(0.5, 1.0))
     one, alike = PartitionPredictor([slow], predictor().training, COST), predictor(2)
@@ -243,6 +259,7 @@ def test_grids_that_make_no_sense_are_refused() -> None:
         "speeds must be 3 numbers": {"speeds": (1.0, 1.0)},
         "numbers above 0": {"speeds": (1.0, 1.0, 0.0)},
         "one at least": {"searched": ()},
+        "no prompt has more": {"contexts": (1000, 2000, 5000, 2**62)},
         "must lie among the nodes": {"searched": ((1000, 0), (40_001, 0))},
         "lie among the nodes": {"searched": ((1000, 0), (1000, 9000))},
         "2 growing shares": {"boundaries": tuple(((0.6, 0.5),) * 4 for _ in SHARES)},

@@ -116,6 +116,7 @@ def test_another_schema_is_refused_by_name(name: str, schema: str, tmp_path: Pat
 def test_an_old_predictor_answers_what_it_answered() -> None:
     path = OLD.parent / "schema-2" / "predictor.json"
     document = json.loads(path.read_text())
+    assert document["schema"] == "kvr-partition/predictor/2"
     one = load(path)
     assert isinstance(one, PartitionPredictor)
     for grid, before in zip(one.grids, document["grids"], strict=True):
