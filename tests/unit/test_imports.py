@@ -57,7 +57,7 @@ BESIDE = {
 
 def part_of(module: str) -> str | None:
     """The part that a module belongs to; None of those that all may import."""
-    if module == "profiler.session":
+    if module in ("profiler.session", "profiler.covering"):  # the main job, of contexts and of a range of them
         return "session"
     names = module.split(".")
     if names[0] == "profiler":
