@@ -158,7 +158,7 @@ def regret(outcomes: Sequence[Outcome]) -> Regret:
 
     The mean is of what is expected. Of the others each case counts with its doubt: what is lost there with a
     probability of 10% if it is the only one, and less of it for each further case, down to the median. A loss on a
-    context that nobody searched is then above the largest in one of ten, as simulations show
+    context that nobody searched is then above the largest in fewer than one of ten, as simulations show
     (``benchmarks/stated_regret.py``).
     """
     share = max(0.5, 1 - 0.1 * len(outcomes))
